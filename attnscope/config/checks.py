@@ -1,0 +1,149 @@
+"""What a single setting may be: one small frozen class per kind of value.
+
+Each check turns a TOML value into the value the code uses, or raises `ValueError` with the words "must be ...".
+The caller adds file, key and value.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import TypeAlias
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _quoted(words: tuple[str, ...]) -> list[str]:
+    return [f'"{word}"' for word in words]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Whole:
+    """A whole number, `low` or more (and `high` or less), or one of the words in `words`."""
+
+    low: int
+    high: int = 2**31 - 1
+    words: tuple[str, ...] = ()
+
+    @property
+    def allowed(self) -> str:
+        top = "" if self.high == 2**31 - 1 else f" and at most {self.high}"
+        return " or ".join([f"a whole number, at least {self.low}{top}", *_quoted(self.words)])
+
+    def __call__(self, value: object) -> int | str:
+        if isinstance(value, str) and value in self.words:
+            return value
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ValueError
+        if not self.low <= value <= self.high:
+            raise ValueError
+        return value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Number:
+    """A finite real number above `above` (or at least `low`), or one of the words in `words`."""
+
+    low: float | None = None
+    above: float | None = None
+    below: float | None = None
+    words: tuple[str, ...] = ()
+
+    @property
+    def allowed(self) -> str:
+        parts = ["a finite number"]
+        if self.low is not None:
+            parts.append(f"at least {self.low:g}")
+        if self.above is not None:
+            parts.append(f"above {self.above:g}")
+        if self.below is not None:
+            parts.append(f"below {self.below:g}")
+        text = " ".join([parts[0], " and ".join(parts[1:])]).strip()
+        return " or ".join([text, *_quoted(self.words)])
+
+    def __call__(self, value: object) -> float | str:
+        if isinstance(value, str) and value in self.words:
+            return value
+        if not _is_number(value) or not math.isfinite(value):  # type: ignore[arg-type]
+            raise ValueError
+        number = float(value)  # type: ignore[arg-type]
+        if (
+            (self.low is not None and number < self.low)
+            or (self.above is not None and number <= self.above)
+            or (self.below is not None and number >= self.below)
+        ):
+            raise ValueError
+        return number
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One of a few words."""
+
+    options: tuple[str, ...]
+
+    @property
+    def allowed(self) -> str:
+        return "one of " + ", ".join(self.options)
+
+    def __call__(self, value: object) -> str:
+        if not isinstance(value, str) or value not in self.options:
+            raise ValueError
+        return value
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """true or false."""
+
+    @property
+    def allowed(self) -> str:
+        return "true or false"
+
+    def __call__(self, value: object) -> bool:
+        if not isinstance(value, bool):
+            raise ValueError
+        return value
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Any text on one line."""
+
+    @property
+    def allowed(self) -> str:
+        return "a text that is not empty"
+
+    def __call__(self, value: object) -> str:
+        if not isinstance(value, str) or not value.strip() or not value.isprintable():
+            raise ValueError
+        return value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Several:
+    """A list whose entries each pass `each`; `length` of them if given. With `or_one`, also a single entry."""
+
+    each: Whole | Number
+    length: int | None = None
+    or_one: bool = False
+
+    @property
+    def allowed(self) -> str:
+        count = f"{self.length} values" if self.length else "one or more values"
+        one = f"{self.each.allowed}, or " if self.or_one else ""
+        return f"{one}a list of {count}, each {self.each.allowed}"
+
+    def __call__(self, value: object) -> object:
+        if self.or_one and not isinstance(value, list | tuple):
+            return self.each(value)
+        if not isinstance(value, list | tuple) or not value:
+            raise ValueError
+        if self.length is not None and len(value) != self.length:
+            raise ValueError
+        return tuple(self.each(item) for item in value)
+
+
+Check: TypeAlias = Whole | Number | Choice | Flag | Text | Several

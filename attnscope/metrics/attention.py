@@ -1,0 +1,342 @@
+"""What happens inside the softmax: statistics of attention logits per head, over query rows.
+
+`z` are the attention logits of one query after scale, soft-cap, bias and mask, `p = softmax(z)`, `n` its visible keys.
+Rows with fewer than two visible keys and padded queries are left out and counted. Everything is computed in float32
+(float64 stays float64), whatever the dtype of the model, and without gradients.
+
+Shape key: ... any leading axes (member, layer), B batch, H head, T query position, S key position, R sampled query
+position, K d_head.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attnscope.errors import ShapeError
+
+SATURATED_ABOVE = 0.99  # of max_prob
+FLAT_BEYOND = 5.0  # logits this far from their row's mean leave the softmax without a gradient
+
+BLOCK_ELEMENTS = 1 << 21  # attention logits held at once
+
+# In the order of the table on disk.
+STATISTICS = (
+    "entropy",
+    "entropy_ratio",
+    "max_prob",
+    "saturated",
+    "logit_std",
+    "max_logit",
+    "max_logit_bound",
+    "logits_over_5",
+    "softmax_gain",
+    "sink",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """Which query rows to look at: every combination of these sequences and positions."""
+
+    sequences: slice
+    positions: slice
+
+
+def sample_rows(*, n_batch: int, n_queries: int, rows: int, seed: int) -> Rows | None:
+    """Choose about `rows` query rows per head, at most 4 sequences deep; None where that would be all of them.
+
+    Systematic sampling: equal distances from a random start, so every row is equally likely and nothing is copied. The
+    start has its own generator: training numbers do not change. The first position is never chosen (under a causal mask
+    it sees one key, and one key has no softmax to speak of).
+    """
+    if rows >= n_batch * (n_queries - 1) or n_queries < 2:
+        return None
+    generator = random.Random(seed)
+    every_sequence = -(-n_batch // 4)
+    first_sequence = generator.randrange(every_sequence)
+    n_sequences = len(range(first_sequence, n_batch, every_sequence))
+    every_position = max(1, (n_queries - 1) * n_sequences // rows)
+    first_position = 1 + generator.randrange(every_position)
+    return Rows(
+        sequences=slice(first_sequence, None, every_sequence),
+        positions=slice(first_position, None, every_position),
+    )
+
+
+def attention_stats(
+    q: Tensor,
+    k: Tensor,
+    scale: float | Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    rows: int | str = "all",
+    bias: Tensor | None = None,
+    softcap: float = 0.0,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Statistics of softmax(scale q kᵀ) per head, without ever holding all of it.
+
+    Args:
+        q: queries, (..., B, H, T, K), any floating dtype.
+        k: keys, (..., B, H, S, K); with fewer heads than q (grouped queries) each is shared by neighbours.
+        scale: what multiplies q.k; None = 1/√K. A tensor must broadcast to (..., B, H, T, S).
+        mask: boolean, True = visible, broadcastable to (..., B, H, T, S); None = everything visible.
+        rows: query rows per head to sample, or "all" (exact, O(T) memory).
+        bias: added to the logits after scale and soft-cap, broadcastable to (..., B, H, T, S).
+        softcap: c of c tanh(z / c); 0 = off.
+        seed: of the row sample.
+
+    Returns:
+        Column (DESIGN: entropy in nats, entropy_ratio, max_prob, saturated, logit_std, max_logit, max_logit_bound,
+        logits_over_5, softmax_gain, sink; rows, rows_left_out) to a tensor of shape (..., H). A head without a
+        measurable row has NaN.
+
+    Raises:
+        ShapeError: q and k do not fit together, or the mask is not boolean.
+    """
+    if q.dim() < 4 or k.dim() != q.dim() or q.shape[-1] != k.shape[-1]:
+        raise ShapeError(
+            f"q is {tuple(q.shape)} and k is {tuple(k.shape)}, but they must be (..., batch, heads, "
+            "positions, d_head) with the same d_head."
+        )
+    if k.shape[:-3] != q.shape[:-3] or q.shape[-3] % k.shape[-3]:
+        raise ShapeError(
+            f"q is {tuple(q.shape)} and k is {tuple(k.shape)}, but batches must be equal and the heads "
+            "of k must divide those of q."
+        )
+    if mask is not None and mask.dtype != torch.bool:
+        raise ShapeError(
+            f"mask is {mask.dtype}, but must be boolean, True = visible. Use bias= for a float mask."
+        )
+    if isinstance(rows, str) and rows != "all" or not isinstance(rows, str) and rows < 1:
+        raise ShapeError(f'rows is {rows!r}, but must be a whole number, at least 1, or "all".')
+    if k.shape[-3] != q.shape[-3]:
+        k = k.repeat_interleave(q.shape[-3] // k.shape[-3], dim=-3)
+    attn_scale = q.shape[-1] ** -0.5 if scale is None else scale
+    grid = q.shape[:-1] + k.shape[-2:-1]
+    try:
+        mask = None if mask is None else mask.expand(grid)
+        bias = None if bias is None else bias.expand(grid)
+        attn_scale = attn_scale.expand(grid) if isinstance(attn_scale, Tensor) else attn_scale
+    except RuntimeError:
+        raise ShapeError(
+            f"mask, bias or scale does not broadcast to {tuple(grid)}, the shape of q kᵀ."
+        ) from None
+    call = Call(
+        q=q.detach(),
+        k=k.detach(),
+        attn_scale=torch.as_tensor(attn_scale, device=q.device).detach(),
+        visible=mask,
+        bias=None if bias is None else bias.detach(),
+        softcap=softcap,
+    )
+    sample = (
+        None
+        if isinstance(rows, str)
+        else sample_rows(n_batch=q.shape[-4], n_queries=q.shape[-2], rows=rows, seed=seed)
+    )
+    return statistics_of_all(call) if sample is None else statistics_of(rows_of(call, sample))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionRows:
+    """The attention logits of the query rows to measure.
+
+    Attributes:
+        z: softmax inputs, not yet masked, (..., B, H, R, S).
+        visible: True = visible, broadcastable to z; None = everything.
+        bound: scale max‖q‖ max‖k‖ over all rows, sampled or not, soft-capped and with the largest bias on top,
+            (..., H).
+    """
+
+    z: Tensor
+    visible: Tensor | None
+    bound: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One attention call: what decides its weights. All but q and k broadcast to (..., B, H, T, S).
+
+    Attributes:
+        q: (..., B, H, T, K).
+        k: (..., B, H, S, K).
+        attn_scale: what multiplies q.k.
+        visible: True = visible; None = everything.
+        bias: added after scale and soft-cap; None = nothing.
+        softcap: c of c tanh(z / c); 0 = off.
+    """
+
+    q: Tensor
+    k: Tensor
+    attn_scale: Tensor
+    visible: Tensor | None
+    bias: Tensor | None
+    softcap: float
+
+
+def rows_of(call: Call, sample: Rows) -> AttentionRows:
+    """The attention logits of the sampled rows."""
+    part = Call(
+        q=_pick(call.q, sample),
+        k=_pick(call.k, sample, positions=False),
+        attn_scale=_pick(call.attn_scale, sample),
+        visible=None if call.visible is None else _pick(call.visible, sample),
+        bias=None if call.bias is None else _pick(call.bias, sample),
+        softcap=call.softcap,
+    )
+    return AttentionRows(z=_logits(part), visible=part.visible, bound=_bound(call))
+
+
+def stack_layers(layers: Sequence[AttentionRows]) -> AttentionRows:
+    """Join the layers' rows along a layer axis behind the member axis, so that one pass measures them all.
+
+    Takes layers with z (M, B, H, R, S) and visible (R, S), (B or 1, 1, R, S) or None.
+    """
+    masks = [each.visible for each in layers if each.visible is not None]
+    visible = None
+    if masks:
+        shape = torch.broadcast_shapes((1, 1, 1, 1), *(mask.shape for mask in masks))
+        everything = torch.ones((), dtype=torch.bool, device=masks[0].device).expand(shape)
+        visible = torch.stack(
+            [everything if each.visible is None else each.visible.expand(shape) for each in layers]
+        )
+    return AttentionRows(
+        z=torch.stack([each.z for each in layers], dim=1),
+        visible=visible,
+        bound=torch.stack([each.bound for each in layers], dim=1),
+    )
+
+
+def statistics_of(rows: AttentionRows) -> dict[str, Tensor]:
+    """Measure rows: column to (..., H)."""
+    return _finish(_totals(rows.z, rows.visible), rows.bound)
+
+
+def statistics_of_all(call: Call) -> dict[str, Tensor]:
+    """Measure every row: column to (..., H). In blocks of rows, so that memory does not grow with T x S."""
+    n_queries, n_keys = call.q.shape[-2], call.k.shape[-2]
+    block = max(1, BLOCK_ELEMENTS // (call.q[..., 0, 0].numel() * n_keys))
+    totals: dict[str, Tensor] = {}
+    for start in range(0, n_queries, block):
+        positions = slice(start, start + block)
+
+        def cut(x: Tensor, positions: slice = positions) -> Tensor:
+            return x[..., positions, :] if x.dim() >= 2 and x.shape[-2] > 1 else x
+
+        part = Call(
+            q=cut(call.q),
+            k=call.k,
+            attn_scale=cut(call.attn_scale),
+            visible=None if call.visible is None else cut(call.visible),
+            bias=None if call.bias is None else cut(call.bias),
+            softcap=call.softcap,
+        )
+        for name, value in _totals(_logits(part), part.visible).items():
+            if name not in totals:
+                totals[name] = value
+            elif name == "max_logit":
+                totals[name] = torch.maximum(totals[name], value)
+            else:
+                totals[name] = totals[name] + value
+    return _finish(totals, _bound(call))
+
+
+def max_attn_logit(call: Call) -> Tensor:
+    """Largest visible attention logit per head over all rows, exactly, (..., H): what QK-Clip acts on (Kimi K2)."""
+    z = _logits(call)
+    if call.visible is not None:
+        z = z.masked_fill(~call.visible, float("-inf"))
+    return z.amax(dim=(-4, -2, -1))
+
+
+def _logits(call: Call) -> Tensor:
+    """Softmax input, not yet masked, (..., B, H, T, S)."""
+    wide = _wide(call.q.dtype)
+    z = call.q.to(wide) @ call.k.to(wide).mT * call.attn_scale
+    if call.softcap:
+        z = call.softcap * torch.tanh(z / call.softcap)
+    return z if call.bias is None else z + call.bias
+
+
+def _bound(call: Call) -> Tensor:
+    wide = _wide(call.q.dtype)
+    q_norm = torch.linalg.vector_norm(call.q, dim=-1, dtype=wide).amax(dim=(-3, -1))
+    k_norm = torch.linalg.vector_norm(call.k, dim=-1, dtype=wide).amax(dim=(-3, -1))
+    scale = call.attn_scale.abs()
+    bound = (scale.amax(dim=(-4, -2, -1)) if scale.dim() else scale) * q_norm * k_norm
+    if call.softcap:
+        bound = bound.clamp(max=call.softcap)
+    if call.bias is not None:
+        bound = bound + call.bias.amax(dim=(-2, -1) if call.bias.dim() == 3 else (-4, -2, -1))
+    return bound
+
+
+def _totals(z: Tensor, visible: Tensor | None) -> dict[str, Tensor]:
+    """Sums over the rows of a block, (..., H), from logits z (..., B, H, R, S)."""
+    if visible is None:
+        seen, n = z, torch.full((), z.shape[-1], dtype=z.dtype, device=z.device)
+    else:
+        # As numbers, 1 and 0, masks multiply and add; masked_fill with a broadcast mask is several times slower.
+        weight = visible.to(z.dtype)
+        seen = z + weight.log()
+        n = weight.sum(dim=-1)
+    p = seen.softmax(dim=-1)
+    max_prob = p.amax(dim=-1)
+    max_logit = seen.amax(dim=-1)
+    # entropy = lse - Σ p z, where lse = max z - ln max p.
+    entropy = max_logit - max_prob.log() - torch.linalg.vecdot(p, z)
+    if visible is None:
+        deviation = z - (z.sum(dim=-1) / n)[..., None]
+        sink = p[..., 0]
+    else:
+        deviation = (z - (torch.linalg.vecdot(z, weight) / n)[..., None]).mul_(weight)
+        first = weight.argmax(dim=-1, keepdim=True)
+        sink = p.gather(-1, first.expand(*p.shape[:-1], 1)).squeeze(-1)
+    square = deviation.square_()
+    per_row = {
+        "entropy": entropy,
+        "entropy_ratio": entropy / n.log(),
+        "max_prob": max_prob,
+        "saturated": max_prob > SATURATED_ABOVE,
+        "logit_std": square.sum(dim=-1) / n,
+        "logits_over_5": (square > FLAT_BEYOND**2).sum(dim=-1),
+        "softmax_gain": 1 - torch.linalg.vector_norm(p, dim=-1).square(),
+        "sink": sink,
+        "visible": n,
+        "rows": n >= 2,
+    }
+    counted = (n >= 2).expand(max_prob.shape)
+    columns = torch.stack([value.to(z.dtype).expand(max_prob.shape) for value in per_row.values()])
+    sums = columns.where(counted, 0).sum(dim=(-3, -1))
+    totals = dict(zip(per_row, sums, strict=True))
+    totals["max_logit"] = max_logit.where(counted, float("-inf")).amax(dim=(-3, -1))
+    totals["rows_left_out"] = counted.shape[-3] * counted.shape[-1] - totals["rows"]
+    return totals
+
+
+def _finish(totals: Mapping[str, Tensor], bound: Tensor) -> dict[str, Tensor]:
+    n_rows = totals["rows"]
+    stats = {name: totals[name] / n_rows for name in STATISTICS if name in totals}
+    stats["logit_std"] = stats["logit_std"].sqrt()
+    stats["logits_over_5"] = totals["logits_over_5"] / totals["visible"]
+    stats["max_logit"] = totals["max_logit"].where(n_rows > 0, float("nan"))
+    stats["max_logit_bound"] = bound.to(n_rows.dtype).expand(n_rows.shape)
+    ordered = {name: stats[name] for name in STATISTICS}
+    return ordered | {"rows": n_rows, "rows_left_out": totals["rows_left_out"]}
+
+
+def _pick(x: Tensor, sample: Rows, *, positions: bool = True) -> Tensor:
+    """Sampled sequences (axis -4) and positions (axis -2); an axis that is absent or broadcast is left alone."""
+    if x.dim() >= 4 and x.shape[-4] > 1:
+        x = x[..., sample.sequences, :, :, :]
+    if positions and x.dim() >= 2 and x.shape[-2] > 1:
+        x = x[..., sample.positions, :]
+    return x
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype == torch.float64 else torch.float32

@@ -1,0 +1,143 @@
+"""The weights at step 0: one scheme per function, SCHEMES lists them, and every member draws from its own seed.
+
+Matrices are stored as (fan_in, fan_out). q, k and v are drawn as separate matrices: Xavier's fan-out taken over a
+fused one is smaller by √2 and hides the explosion that attnscope is about.
+
+Shape key: M member, L layer, H head, D d_model, E n_heads x d_head, K d_head, F d_ff, T position, V vocab.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Generator, Tensor
+
+from attnscope.config import Config
+
+Shape = tuple[int, int]
+
+
+def xavier_uniform(shape: Shape, *, std: float, generator: Generator) -> Tensor:
+    """U(-a, a) with a = √(6 / (fan_in + fan_out)) (Glorot and Bengio 2010)."""
+    bound = math.sqrt(6 / sum(shape))
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+def xavier_normal(shape: Shape, *, std: float, generator: Generator) -> Tensor:
+    """N(0, 2 / (fan_in + fan_out)) (Glorot and Bengio 2010)."""
+    return torch.empty(shape).normal_(0, math.sqrt(2 / sum(shape)), generator=generator)
+
+
+def kaiming(shape: Shape, *, std: float, generator: Generator) -> Tensor:
+    """N(0, 2 / fan_in) (He et al. 2015)."""
+    return torch.empty(shape).normal_(0, math.sqrt(2 / shape[0]), generator=generator)
+
+
+def normal(shape: Shape, *, std: float, generator: Generator) -> Tensor:
+    """N(0, std²) with `init.std`."""
+    return torch.empty(shape).normal_(0, std, generator=generator)
+
+
+def orthogonal(shape: Shape, *, std: float, generator: Generator) -> Tensor:
+    """A random (semi-)orthogonal matrix (Saxe et al. 2014)."""
+    tall = torch.empty(max(shape), min(shape)).normal_(generator=generator)
+    q, r = torch.linalg.qr(tall)
+    q = q * r.diagonal().sign()  # makes the distribution uniform (Mezzadri 2007)
+    return q if shape[0] >= shape[1] else q.T
+
+
+SCHEMES: dict[str, Callable[..., Tensor]] = {
+    "xavier_uniform": xavier_uniform,
+    "xavier_normal": xavier_normal,
+    "kaiming": kaiming,
+    "normal": normal,
+    "orthogonal": orthogonal,
+    "gpt2": normal,  # and the matrices that write into the residual stream / √(2 n_layers), see below
+}
+
+
+def initial_parameters(members: Sequence[Config], *, vocab_size: int) -> dict[str, Tensor]:
+    """Draw the parameters of every member of one part.
+
+    Args:
+        members: configs that differ in per-member settings only.
+        vocab_size: tokens the data knows.
+
+    Returns:
+        Name to float32 tensor with leading axis M, then L for what every layer has. The same seed gives the same
+        weights whoever the neighbours are and whichever device they move to.
+    """
+    drawn = [_draw(config, vocab_size) for config in members]
+    return {name: torch.stack([each[name] for each in drawn]) for name in drawn[0]}
+
+
+def _draw(config: Config, vocab_size: int) -> dict[str, Tensor]:
+    model, init = config.model, config.init
+    generator = Generator().manual_seed(config.train.seed)
+    scheme = SCHEMES[init.scheme]
+
+    def matrix(shape: Shape, gain: float) -> Tensor:
+        return gain * scheme(shape, std=init.std, generator=generator)
+
+    d_model, d_attn, d_ff = model.d_model, model.n_heads * config.d_head, config.d_ff
+    # GPT-2 (Radford et al. 2019): 1 / √(residual writes), so that depth does not grow the stream.
+    write_gain = init.gain / (math.sqrt(2 * model.n_layers) if init.scheme == "gpt2" else 1)
+    shapes: dict[str, tuple[Shape, float]] = {
+        "q": ((d_model, d_attn), init.gain * init.qk_gain),
+        "k": ((d_model, d_attn), init.gain * init.qk_gain),
+        "v": ((d_model, d_attn), init.gain),
+        "o": ((d_attn, d_model), write_gain),
+        "mlp_in": ((d_model, d_ff), init.gain),
+        "mlp_out": ((d_ff, d_model), write_gain),
+    }
+    parameters = {
+        "token_embedding": torch.empty(vocab_size, d_model).normal_(
+            0, init.embedding_std, generator=generator
+        )
+    }
+    if model.position == "learned":
+        parameters["position_embedding"] = torch.empty(model.seq_len, d_model).normal_(
+            0, init.embedding_std, generator=generator
+        )
+    layers = [
+        {name: matrix(shape, gain) for name, (shape, gain) in shapes.items()}
+        for _ in range(model.n_layers)
+    ]
+    for name in shapes:
+        parameters[name] = torch.stack([layer[name] for layer in layers])
+    if not model.tie_embeddings:
+        parameters["head"] = matrix((d_model, vocab_size), init.gain)
+    if model.norm != "none":
+        parameters["norm_attention"] = torch.ones(model.n_layers, d_model)
+        parameters["norm_mlp"] = torch.ones(model.n_layers, d_model)
+    if model.norm == "pre":
+        parameters["norm_final"] = torch.ones(d_model)
+    if config.attention.qk_norm:
+        parameters["norm_q"] = torch.ones(model.n_layers, config.d_head)
+        parameters["norm_k"] = torch.ones(model.n_layers, config.d_head)
+    if config.attention.scale == "learned":
+        parameters["scale"] = torch.full(
+            (model.n_layers, model.n_heads), 1 / math.sqrt(config.d_head)
+        )
+    return parameters
+
+
+def attn_scales(members: Sequence[Config]) -> Tensor:
+    """What multiplies q.k in every layer, (M, L) float32, by the rule `attention.scale`.
+
+    inverse_sqrt: 1/√d_head (Vaswani et al. 2017) · none: 1 · inverse: 1/d_head (Yang et al. 2022, µP) · depth:
+    1/((layer + 1) √d_head) (Karamcheti et al. 2021, Mistral) · a number: itself · learned: 1, the parameter `scale`
+    takes its place.
+    """
+    rows = []
+    for config in members:
+        rule, d_head = config.attention.scale, config.d_head
+        for_layers: dict[str | float, list[float]] = {
+            "inverse_sqrt": [d_head**-0.5] * config.model.n_layers,
+            "none": [1.0] * config.model.n_layers,
+            "inverse": [1 / d_head] * config.model.n_layers,
+            "depth": [d_head**-0.5 / (layer + 1) for layer in range(config.model.n_layers)],
+            "learned": [1.0] * config.model.n_layers,
+        }
+        rows.append(for_layers.get(rule) or [float(rule)] * config.model.n_layers)
+    return torch.tensor(rows)

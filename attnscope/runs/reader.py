@@ -1,0 +1,412 @@
+"""Opens a run directory, anybody's, and makes pandas tables of it. Needs no torch, executes nothing.
+
+Tables are read when they are first asked for. What cannot be read is left out and said in `Run.lost`; only a run.json
+that cannot be used is an error. Texts from inside (settings, data, environment, fields of events) are as they were
+written: show them through `attnscope.runs.foreign.printable`. Names, commands, kinds and groups have been through it.
+
+Shape key: N rows.
+"""
+
+import stat
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attnscope.config import Config, nearest, parse_table
+from attnscope.errors import ConfigError, RunError, RunWriteError
+from attnscope.runs.atomic import reason_of, remedy_of
+from attnscope.runs.foreign import is_folder, printable
+from attnscope.runs.layout import (
+    REPORT_FOLDER,
+    RUN_FILE,
+    Manifest,
+    table_file,
+)
+from attnscope.runs.manifest import read_manifest
+from attnscope.runs.outcome import outcome
+from attnscope.runs.parts import (
+    Event,
+    Part,
+    find_part,
+    is_recent,
+    read_events,
+    read_table,
+    status_of,
+    strangers,
+)
+from attnscope.runs.streams import Table, decode_table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_NEVER = 2**62  # a step that no later segment replaces
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemberRecord:
+    """One member of a run and how it ended (`attnscope.runs.outcome.Outcome` says what the words mean)."""
+
+    name: str
+    part: int
+    index: int
+    settings: dict[str, object]
+    status: str
+    diverged_at: int | None
+    nonfinite_at: int | None
+    first_loss: float | None
+    best_loss: float | None
+    final_loss: float | None
+    last_step: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSummary:
+    """A line of `attnscope runs`. `problem` says why a run cannot be opened; the rest is then empty."""
+
+    path: Path
+    name: str
+    status: str
+    created: str = ""
+    members: tuple[str, ...] = ()
+    last_step: int | None = None
+    problem: str | None = None
+
+
+class Run:
+    """A run directory as it was when it was opened.
+
+    Attributes:
+        path: of the directory.
+        name: of the directory, fit to show.
+        schema_version: of the format.
+        created: time in UTC, ISO 8601.
+        command: the command line, word by word.
+        environment: versions and device.
+        data: source, fingerprint; `reference` has the losses to compare with.
+        status: finished, interrupted, failed, killed or running.
+        ends: part to what its end.json says; parts without one are missing.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        """Use `open_run`."""
+        self.path = path
+        self.name = printable(path.resolve().name)
+        self.schema_version = manifest.schema_version
+        self.created = manifest.created
+        self.command = manifest.command
+        self.environment = manifest.environment
+        self.data = manifest.data
+        self._manifest = manifest
+        self._names = [entry.name for entry in manifest.members]
+        self._parts = _parts_of(path, manifest)
+        self.status = status_of(self._parts)
+        self.ends = {part.index: part.end for part in self._parts if part.end}
+        self._notes = [note for part in self._parts for note in part.lost]
+        self._notes += strangers(path, [part.index for part in self._parts])
+        self._steps_tables: dict[tuple[int, int], Table] = {}
+        self._numbers: dict[int, dict[int, int]] = {}  # part, index -> place in run.json
+        for number, entry in enumerate(manifest.members):
+            self._numbers.setdefault(entry.part, {})[entry.index] = number
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r}, {self.status}, members: {', '.join(self._names[:8])})"
+
+    @cached_property
+    def config(self) -> Config:
+        """The resolved config.
+
+        Raises:
+            RunError: it holds what this version does not know.
+        """
+        where = f"{printable(self.path / RUN_FILE, 400)}: config"
+        try:
+            return parse_table(self._manifest.config, where=where)
+        except ConfigError as error:
+            raise RunError(printable(error, 1000)) from None
+        except Exception as error:
+            # The table is anybody's, and checks meant for people's TOML need not expect what is in it.
+            raise RunError(f"{where} cannot be understood: {printable(error)}.") from None
+
+    @cached_property
+    def steps(self) -> "pd.DataFrame":
+        """One row per step and member: the columns of `layout.STEPS`, `member` as the name.
+
+        In all tables rows come part by part in the order in which they were recorded, and rows that a resumed run
+        recorded anew are there once.
+        """
+        return self._read("steps")
+
+    @cached_property
+    def heads(self) -> "pd.DataFrame":
+        """One row per step, member, layer and head: the columns of `layout.HEADS`, `member` as the name."""
+        return self._read("heads")
+
+    @cached_property
+    def params(self) -> "pd.DataFrame":
+        """One row per step, member, layer and group: the columns of `layout.PARAMS`, `member` as the name."""
+        return self._read("params")
+
+    @cached_property
+    def events(self) -> "pd.DataFrame":
+        """What happened once: part, segment, step, member (its name, missing if it concerns all), kind, fields.
+
+        `fields` holds a dictionary; what it holds depends on the kind.
+        """
+        import pandas as pd
+
+        rows = [
+            (part.index, segment, event)
+            for part in self._parts
+            for segment, end in self._replaced_from(part, {}).items()
+            for event in self._events_in[part.index, segment]
+            if event.step < end
+        ]
+        rows.sort(key=lambda row: row[:2])
+        codes = [
+            -1 if event.member is None else self._numbers[part].get(event.member, -1)
+            for part, _, event in rows
+        ]
+        return pd.DataFrame(
+            {
+                "part": np.array([part for part, _, _ in rows], dtype=np.int32),
+                "segment": np.array([segment for _, segment, _ in rows], dtype=np.int32),
+                "step": np.array([event.step for _, _, event in rows], dtype=np.int32),
+                "member": pd.Categorical.from_codes(
+                    np.array(codes, dtype=np.int32), categories=pd.Index(self._names, dtype=object)
+                ),
+                "kind": pd.Series([event.kind for _, _, event in rows], dtype=object),
+                "fields": pd.Series([event.fields for _, _, event in rows], dtype=object),
+            }
+        )
+
+    @cached_property
+    def members(self) -> tuple[MemberRecord, ...]:
+        """Who was trained and how it ended, in the order of run.json."""
+        codes_N = self.steps["member"].cat.codes.to_numpy()
+        order_N = np.argsort(codes_N, kind="stable")
+        bounds = np.searchsorted(codes_N[order_N], np.arange(len(self._names) + 1))
+        steps_N = self.steps["step"].to_numpy()[order_N]
+        losses_N = self.steps["loss"].to_numpy()[order_N]
+        ends = {part.index: self._end_status(part) for part in self._parts}
+        reference = self.data.get("reference")
+        unigram = reference.get("unigram") if isinstance(reference, dict) else None
+        if not isinstance(unigram, float):
+            unigram = None
+        records = []
+        for number, entry in enumerate(self._manifest.members):
+            mine = slice(bounds[number], bounds[number + 1])
+            end = outcome(
+                steps_N[mine],
+                losses_N[mine],
+                end_status=ends[entry.part],
+                planned_steps=self._planned_steps(entry.settings),
+                unigram=unigram,
+            )
+            records.append(
+                MemberRecord(
+                    name=entry.name,
+                    part=entry.part,
+                    index=entry.index,
+                    settings=entry.settings,
+                    **asdict(end),
+                )
+            )
+        return tuple(records)
+
+    @property
+    def lost(self) -> tuple[str, ...]:
+        """One line for each thing that could not be read; asks for all tables."""
+        for name in ("steps", "heads", "params", "events"):
+            getattr(self, name)
+        return tuple(sorted(set(self._notes)))
+
+    def _read(self, table: str) -> "pd.DataFrame":
+        import pandas as pd
+        from pandas.api.types import union_categoricals
+
+        chunks = [self._chunk(decode_table(b"", table), np.empty(0, dtype=np.int32))]
+        for part in self._parts:
+            found = {segment: self._table(part, segment, table) for segment in part.segments}
+            ends = self._replaced_from(part, found)
+            for segment, each in found.items():
+                steps_N, members_N = each.columns["step"], each.columns["member"]
+                indices, place_N = np.unique(members_N, return_inverse=True)
+                numbers = [self._numbers[part.index].get(int(index), -1) for index in indices]
+                codes_N = np.array(numbers, dtype=np.int32)[place_N]
+                if strange := int((codes_N < 0).sum()):
+                    name = f"{part.path.name}/{table_file(table, segment)}"
+                    self._notes.append(f"{name}: {strange} rows belong to no member of run.json")
+                keep_N = (codes_N >= 0) & (steps_N < ends[segment])
+                chunks.append({name: x[keep_N] for name, x in self._chunk(each, codes_N).items()})
+        return pd.DataFrame(
+            {
+                name: union_categoricals([chunk[name] for chunk in chunks])
+                if isinstance(first, pd.Categorical)
+                else np.concatenate([chunk[name] for chunk in chunks])
+                for name, first in chunks[0].items()
+            },
+            copy=False,
+        )
+
+    def _chunk(self, table: Table, codes_N: NDArray[np.int32]) -> dict[str, Any]:
+        """The columns of a table, with names instead of positions."""
+        import pandas as pd
+
+        columns: dict[str, Any] = dict(table.columns)
+        for name, words in table.words.items():
+            columns[name] = pd.Categorical.from_codes(
+                columns[name], categories=pd.Index(words, dtype=object)
+            )
+        columns["member"] = pd.Categorical.from_codes(
+            codes_N, categories=pd.Index(self._names, dtype=object)
+        )
+        return columns
+
+    def _table(self, part: Part, segment: int, table: str) -> Table:
+        """One file, decoded. The steps stay at hand: they date all the others."""
+        key = (part.index, segment)
+        if table == "steps" and key in self._steps_tables:
+            return self._steps_tables[key]
+        found = read_table(part, segment, table)
+        self._notes += found.lost
+        if table == "steps":
+            self._steps_tables[key] = found
+        return found
+
+    def _replaced_from(self, part: Part, found: Mapping[int, Table]) -> dict[int, int]:
+        """The step from which later segments replace the records of each segment.
+
+        A segment begins at the step it says or at its first record, but replaces nothing until it has one.
+        """
+        ends: dict[int, int] = {}
+        limit = _NEVER
+        for segment in reversed(part.segments):
+            ends[segment] = limit
+            tables = [self._table(part, segment, "steps"), *filter(None, [found.get(segment)])]
+            firsts = [int(x.columns["step"].min()) for x in tables if len(x.columns["step"])]
+            events = self._events_in[part.index, segment]
+            starts = [event.step for event in events if event.kind == "start"]
+            if firsts:
+                limit = min(limit, *firsts, *starts)
+        return ends
+
+    @cached_property
+    def _events_in(self) -> dict[tuple[int, int], list[Event]]:
+        found = {}
+        for part in self._parts:
+            for segment in part.segments:
+                found[part.index, segment], lost = read_events(part, segment)
+                self._notes += lost
+        return found
+
+    def _end_status(self, part: Part) -> str | None:
+        """What ended a part, for its members: of one that never began, what ended the run."""
+        if part.end:
+            return str(part.end["status"])
+        if part.segments:
+            return "running" if is_recent(part) else None
+        return None if self.status == "killed" else self.status
+
+    def _planned_steps(self, settings: Mapping[str, object]) -> int:
+        train = self._manifest.config.get("train")
+        planned = train.get("steps") if isinstance(train, dict) else None
+        planned = settings.get("train.steps", planned)
+        return planned if isinstance(planned, int) else _NEVER
+
+
+def open_run(path: str | Path) -> Run:
+    """Open a run directory.
+
+    Raises:
+        RunError: there is none at `path`, or its run.json cannot be used.
+    """
+    path = Path(path)
+    shown = printable(path, 400)
+    try:
+        found = {"folder": path.is_dir(), "file": path.is_file(), "run": (path / RUN_FILE).exists()}
+    except OSError as error:
+        raise RunError(f"{shown}: {reason_of(error)}. {remedy_of(error)} and try again.") from None
+    if found["file"]:
+        raise RunError(f"{shown} is a file, not a run directory. Give the folder with {RUN_FILE}.")
+    if not found["folder"]:
+        beside = [printable(run.name) for run in _runs_in(path.parent)]
+        hint = nearest(path.name, beside)
+        raise RunError(f"{shown}: no such run.{hint} List them: attnscope runs")
+    if not found["run"]:
+        inside = _runs_in(path)
+        hint = f" It holds runs, for example {printable(inside[0], 400)}." if inside else ""
+        raise RunError(f"{shown} is not a run directory: it has no {RUN_FILE}.{hint}")
+    return Run(path, read_manifest(path))
+
+
+def list_runs(folder: str | Path) -> list[RunSummary]:
+    """The runs in a folder by name, without reading their tables; one that cannot be opened says why."""
+    summaries = []
+    for path in _runs_in(Path(folder)):
+        name = printable(path.name)
+        try:
+            manifest = read_manifest(path)
+        except RunError as error:
+            summaries.append(
+                RunSummary(path=path, name=name, status="unreadable", problem=str(error))
+            )
+            continue
+        parts = _parts_of(path, manifest)
+        last = [part.end.get("last_step") for part in parts if part.end]
+        summaries.append(
+            RunSummary(
+                path=path,
+                name=name,
+                status=status_of(parts),
+                created=manifest.created,
+                members=tuple(entry.name for entry in manifest.members),
+                last_step=max((step for step in last if isinstance(step, int)), default=None),
+            )
+        )
+    return summaries
+
+
+def report_dir(run: Run) -> Path:
+    """The folder of a run's report, made if it is not there. Nothing in it leads out of the run.
+
+    Raises:
+        RunError: it, or something in it, is a link or no plain file.
+        RunWriteError: it cannot be made.
+    """
+    folder = run.path / REPORT_FOLDER
+    try:
+        if not is_folder(folder):
+            folder.mkdir()
+        for entry in sorted(folder.rglob("*")):
+            found = entry.lstat()
+            if not (is_folder(entry) or (stat.S_ISREG(found.st_mode) and found.st_nlink == 1)):
+                raise RunError(
+                    f"{printable(entry, 400)} could lead out of the run. Delete {printable(folder, 400)} "
+                    "and try again."
+                )
+    except FileExistsError:
+        raise RunError(
+            f"{printable(folder, 400)} is a link or a file. Delete it and try again."
+        ) from None
+    except OSError as error:
+        raise RunWriteError(
+            f"{printable(folder, 400)}: {reason_of(error)}. {remedy_of(error)} and try again."
+        ) from None
+    return folder
+
+
+def _parts_of(path: Path, manifest: Manifest) -> tuple[Part, ...]:
+    return tuple(find_part(path, index) for index in sorted({m.part for m in manifest.members}))
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    try:
+        found = sorted(path.parent for path in folder.glob(f"*/{RUN_FILE}"))
+    except OSError:
+        return []
+    return [path for path in found if not path.name.startswith(".")]  # one that is being made

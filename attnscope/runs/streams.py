@@ -1,0 +1,227 @@
+"""One table's file: an Arrow IPC stream, batch by batch to bytes and back.
+
+Reading trusts nothing. A file cut at any byte gives its complete batches; damaged ones are skipped; sizes that a batch
+claims are checked before it is unpacked, its content before it is used.
+
+Shape key: N rows.
+"""
+
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from attnscope.errors import RunError
+from attnscope.runs.foreign import printable
+from attnscope.runs.layout import COLUMNS, KEYS, MAX_TABLE_BYTES, schema_of
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """What one file holds.
+
+    Attributes:
+        columns: every column of the layout, (N,); a text column holds positions in its `words`.
+        words: the texts of each text column.
+        lost: one line per thing that could not be read, without the file's name.
+    """
+
+    columns: Mapping[str, Array]
+    words: Mapping[str, tuple[str, ...]]
+    lost: tuple[str, ...] = ()
+
+
+def encode_schema(table: str) -> bytes:
+    """The bytes a stream begins with."""
+    return bytes(schema_of(table).serialize())
+
+
+def encode_batch(table: str, columns: Mapping[str, ArrayLike]) -> bytes:
+    """The bytes of one batch, which follow the schema or another batch."""
+    import pyarrow as pa
+
+    names = COLUMNS[table].keys()
+    assert columns.keys() == names, f"{table}: {sorted(columns.keys() ^ names)} missing or unknown"
+    schema = schema_of(table)
+    with np.errstate(over="ignore"):  # a number too large for float32 is Inf
+        arrays = [
+            pa.array(
+                np.asarray(columns[field.name]).astype(field.type.to_pandas_dtype()), field.type
+            )
+            for field in schema
+        ]
+    assert len({len(array) for array in arrays}) == 1, f"{table}: columns of unequal length"
+    sink = pa.BufferOutputStream()
+    options = pa.ipc.IpcWriteOptions(compression="zstd", use_threads=False)
+    with pa.ipc.new_stream(sink, schema, options=options) as stream:
+        stream.write_batch(pa.record_batch(arrays, schema=schema))
+    whole = bytes(sink.getvalue())
+    return whole[len(encode_schema(table)) : -len(END_OF_STREAM)]
+
+
+def decode_table(data: bytes, table: str) -> Table:
+    """Read as much of a stream as there is. Never raises for what `data` holds."""
+    import pyarrow as pa
+
+    unreadable = (pa.ArrowException, ValueError, OSError, EOFError, MemoryError, struct.error)
+    source = pa.BufferReader(data)
+    messages = pa.ipc.MessageReader.open_stream(source)
+    schema: pa.Schema | None = None
+    batches: list[pa.RecordBatch] = []
+    lost: list[str] = []
+    unpacked_bytes = damaged = end = 0
+    try:
+        while True:
+            message = messages.read_next_message()
+            end = source.tell()
+            if schema is None:
+                schema = _schema_in(message, table, lost)
+                continue
+            try:
+                if message.type != "record batch":
+                    raise ValueError(message.type)
+                unpacked_bytes += _unpacked_bytes(message)
+                if unpacked_bytes > MAX_TABLE_BYTES:
+                    raise RunError(
+                        f"unpacks to more than the {MAX_TABLE_BYTES} bytes that are read"
+                    )
+                batches.append(_batch_in(message, schema, table))
+            except unreadable:
+                damaged += 1
+    except StopIteration:
+        end += len(END_OF_STREAM) if data[end:].startswith(END_OF_STREAM) else 0
+    except RunError as refused:
+        lost.append(str(refused))
+        end = len(data)
+    except unreadable:
+        pass  # framing is gone: what follows `end` cannot be told apart
+    if damaged:
+        lost.append(f"{damaged} of {damaged + len(batches)} batches are damaged")
+    if end < len(data):
+        lost.append(f"the last {len(data) - end} bytes are not a complete batch")
+    return _joined(batches, table, lost)
+
+
+def _schema_in(message: "pa.Message", table: str, lost: list[str]) -> "pa.Schema":
+    """The stream's own columns in their order, refused unless each is of a plain type.
+
+    The schema is built anew, so that its claims about byte order, extension types and metadata are forgotten.
+    """
+    import pyarrow as pa
+
+    if message.type != "schema":  # pyarrow takes our word for it, and crashes
+        raise RunError("does not begin with a schema")
+    found = pa.ipc.read_schema(message)
+    types = pa.types
+    for field in found:
+        if not (types.is_integer(field.type) or types.is_floating(field.type)) and (
+            field.type != pa.string()
+        ):
+            raise RunError(f"column {printable(field.name)} is of type {printable(field.type)}")
+    for field in schema_of(table):
+        kinds = [each.type for each in found if each.name == field.name]
+        if kinds == [field.type]:
+            continue
+        problem = f"has no column {field.name}"
+        if kinds:
+            problem = f"column {field.name} is {kinds[0]}, not {field.type}"
+        if len(kinds) > 1:
+            problem = f"has {len(kinds)} columns {field.name}"
+        if field.name in KEYS[table]:
+            raise RunError(problem)
+        lost.append(problem)
+    return pa.schema([pa.field(field.name, field.type) for field in found])
+
+
+def _batch_in(message: "pa.Message", schema: "pa.Schema", table: str) -> "pa.RecordBatch":
+    """The columns of one batch that the layout knows, checked."""
+    import pyarrow as pa
+
+    batch = pa.ipc.read_record_batch(message, schema)
+    usable = [field.name for field in schema_of(table) if _is_usable(schema, field)]
+    batch = batch.select(usable)
+    batch.validate(full=True)
+    if any(column.null_count for column in batch.columns):
+        raise ValueError("a value is missing")
+    return batch
+
+
+def _is_usable(schema: "pa.Schema", field: "pa.Field") -> bool:
+    at = schema.get_all_field_indices(field.name)
+    return len(at) == 1 and schema.field(at[0]).type == field.type
+
+
+def _unpacked_bytes(message: "pa.Message") -> int:
+    """What a batch claims to need in memory, read from its header before anything is unpacked.
+
+    A few bytes of zstd can unpack to gigabytes, and pyarrow sets no limit. Each compressed buffer begins with its
+    unpacked length. The header is a FlatBuffer (format/Message.fbs of Apache Arrow), which pyarrow has verified.
+    """
+    header, body = bytes(message.metadata), message.body
+    root = _number("<I", header, 0)
+    batch_at = _field_at(header, root, 2)
+    batch = batch_at + _number("<I", header, batch_at)
+    if not _field_at(header, batch, 3):  # not compressed
+        return len(body or b"")
+    buffers_at = _field_at(header, batch, 2)
+    buffers = buffers_at + _number("<I", header, buffers_at)
+    total = 0
+    for index in range(_number("<I", header, buffers)):
+        offset, length = struct.unpack_from("<qq", header, buffers + 4 + 16 * index)
+        if length:
+            total += max(_number("<q", body, offset), length)
+    return total
+
+
+def _field_at(data: bytes, table: int, field: int) -> int:
+    """Where a field of a FlatBuffer table is; 0 if it is not there."""
+    layout = table - _number("<i", data, table)
+    slot = 4 + 2 * field
+    if slot >= _number("<H", data, layout):
+        return 0
+    offset = _number("<H", data, layout + slot)
+    return table + offset if offset else 0
+
+
+def _number(form: str, data: "bytes | pa.Buffer", at: int) -> int:
+    number: int = struct.unpack_from(form, data, at)[0]
+    return number
+
+
+def _joined(batches: Sequence["pa.RecordBatch"], table: str, lost: Sequence[str]) -> Table:
+    n_rows = sum(batch.num_rows for batch in batches)
+    there = batches[0].schema.names if batches else []
+    columns: dict[str, Array] = {}
+    words: dict[str, tuple[str, ...]] = {}
+    for name, column in COLUMNS[table].items():
+        if column.kind == "string":
+            columns[name], words[name] = _encoded([batch.column(name) for batch in batches])
+        elif name in there:
+            columns[name] = np.concatenate([batch.column(name).to_numpy() for batch in batches])
+        else:
+            empty = np.dtype(column.kind) if not n_rows else np.float32
+            columns[name] = np.full(n_rows, np.nan).astype(empty)
+    return Table(columns=columns, words=words, lost=tuple(lost))
+
+
+def _encoded(arrays: Sequence["pa.Array"]) -> tuple[Array, tuple[str, ...]]:
+    """Texts as positions in the list of those that occur, made fit to show."""
+    import pyarrow as pa
+
+    if not arrays:
+        return np.empty(0, dtype=np.int32), ()
+    encoded = pa.chunked_array(arrays).dictionary_encode().unify_dictionaries()
+    codes_N = np.concatenate([chunk.indices.to_numpy() for chunk in encoded.chunks])
+    shown = [printable(word) for word in encoded.chunk(0).dictionary.to_pylist()]
+    position = {word: index for index, word in enumerate(dict.fromkeys(shown))}
+    return np.array([position[word] for word in shown], dtype=np.int32)[codes_N], tuple(position)

@@ -1,0 +1,298 @@
+"""Fills a run directory: one `RunWriter` per run, one `PartWriter` per part, which no other process writes to.
+
+What `append` and `event` were given is with the operating system when they return: `kill -9` loses nothing of it.
+"""
+
+import contextlib
+import errno
+import os
+import secrets
+import shlex
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from io import FileIO
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from attnscope.config import Config, Member, to_table, to_toml
+from attnscope.errors import RunError, RunWriteError
+from attnscope.runs.atomic import reason_of, remedy_of, replace_file, sync_folder
+from attnscope.runs.foreign import is_folder
+from attnscope.runs.layout import (
+    CONFIG_FILE,
+    END_FILE,
+    END_STATUSES,
+    EVENTS_FILE,
+    RUN_FILE,
+    SCHEMA_VERSION,
+    TABLE_FILE,
+    Manifest,
+    MemberEntry,
+    part_folder,
+    table_file,
+    to_json,
+)
+from attnscope.runs.manifest import encode_manifest, read_manifest
+from attnscope.runs.streams import END_OF_STREAM, encode_batch, encode_schema
+
+
+class RunWriter:
+    """A run directory that exists and may be written to."""
+
+    path: Path
+
+    def __init__(self, path: Path) -> None:
+        """Use `create` or `resume`."""
+        self.path = path
+
+    @classmethod
+    def create(
+        cls,
+        path: Path,
+        *,
+        command: Sequence[str],
+        config: Config,
+        members: Sequence[Member],
+        environment: Mapping[str, object],
+        data: Mapping[str, object],
+    ) -> "RunWriter":
+        """Make a new run directory; it appears whole, with run.json in it, or not at all.
+
+        Args:
+            path: of the directory; folders above it are made.
+            command: the command line, word by word.
+            config: resolved.
+            members: from `attnscope.config.members_of`.
+            environment: versions and device, as JSON understands them.
+            data: source, fingerprint, and the losses to compare with under `reference`.
+
+        Raises:
+            RunError: there is something at `path` already.
+            RunWriteError: the place cannot be written.
+        """
+        manifest = Manifest(
+            schema_version=SCHEMA_VERSION,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            command=tuple(command),
+            config=to_table(config),
+            members=tuple(
+                MemberEntry(
+                    name=member.name, part=member.part, index=member.index, settings=member.settings
+                )
+                for member in members
+            ),
+            environment=dict(environment),
+            data=dict(data),
+        )
+        if os.path.lexists(path):
+            _refuse(path)
+        scratch = path.parent / f".{secrets.token_hex(8)}.new"
+        above: list[Path] = []
+        try:
+            above = [folder for folder in path.parents if not folder.exists()]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            scratch.mkdir()
+            replace_file(scratch / CONFIG_FILE, to_toml(config).encode())
+            replace_file(scratch / RUN_FILE, encode_manifest(manifest))
+            scratch.rename(path)
+        except BaseException as error:
+            shutil.rmtree(scratch, ignore_errors=True)
+            for folder in above:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+            if not isinstance(error, OSError):
+                raise
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY) and is_folder(path):
+                _refuse(path)  # somebody was faster
+            raise RunWriteError(
+                f"{path}: the run directory cannot be made: {reason_of(error)}. "
+                f"{remedy_of(error)}, or choose another place with --out."
+            ) from None
+        sync_folder(path.parent)
+        return cls(path)
+
+    @classmethod
+    def resume(cls, path: Path) -> "RunWriter":
+        """Open a run directory to go on with it.
+
+        Raises:
+            RunError: it is no run directory, or its format is not the one written here.
+        """
+        version = read_manifest(path).schema_version
+        if version != SCHEMA_VERSION:
+            raise RunError(
+                f"{path} has format {version}, but format {SCHEMA_VERSION} would be added to it. "
+                "Go on with the attnscope that made it, or start a new run."
+            )
+        return cls(path)
+
+    def part(self, index: int, *, first_step: int = 0) -> "PartWriter":
+        """Start a new segment of a part; from `first_step` on it replaces what earlier segments recorded.
+
+        Raises:
+            RunWriteError: the folder cannot be written.
+        """
+        return PartWriter(self.path / part_folder(index), first_step=first_step)
+
+
+class PartWriter:
+    """Appends to the tables and events of one part.
+
+    Invariants: a file holds whole batches or lines up to its `_ends` entry, whatever interrupted the last write. After
+    a failed write nothing is written any more and the same error is raised again.
+    """
+
+    path: Path
+    segment: int
+
+    def __init__(self, path: Path, *, first_step: int) -> None:
+        """Use `RunWriter.part`."""
+        self.path = path
+        self.segment = 0
+        self._files: dict[str, FileIO] = {}
+        self._ends: dict[str, int] = {}
+        self._failure: RunWriteError | None = None
+        self._last_step: int | None = None
+        self._started = time.perf_counter()
+        try:
+            if not is_folder(path):
+                path.mkdir()
+            self.segment = 1 + max(
+                (_segment_of(entry.name) for entry in path.iterdir()), default=-1
+            )
+            self.event("start", step=first_step, segment=self.segment)
+            (path / END_FILE).unlink(missing_ok=True)
+        except OSError as error:
+            self._fail(path, error)
+
+    def append(self, table: str, columns: Mapping[str, ArrayLike]) -> None:
+        """Write rows as one batch.
+
+        Args:
+            table: steps, heads or params.
+            columns: every column of the table in `layout.COLUMNS`, all of one length; cast to its type.
+
+        Raises:
+            RunWriteError: the disk did not take them.
+        """
+        steps = np.asarray(columns["step"])
+        if not len(steps):
+            return
+        name = table_file(table, self.segment)
+        batch = encode_batch(table, columns)
+        self._write(name, batch if self._ends.get(name) else encode_schema(table) + batch)
+        if table == "steps":
+            self._last_step = int(steps.max())
+
+    def event(self, kind: str, *, step: int, member: int | None = None, **fields: object) -> None:
+        """Write one line of what happened once.
+
+        Args:
+            kind: one word.
+            step: updates done when it happened.
+            member: index within the part; None if it concerns all.
+            **fields: anything JSON understands; numbers that are not finite are fine.
+
+        Raises:
+            RunWriteError: the disk did not take it.
+        """
+        line = to_json({"kind": kind, "step": step, "member": member, "fields": fields})
+        self._write(table_file("events", self.segment), line.encode() + b"\n")
+
+    def finish(self, status: str, **fields: object) -> None:
+        """Close the files and say in end.json how the part ended; after a failed write that is always "failed".
+
+        Args:
+            status: finished, interrupted or failed.
+            **fields: more to say; `wall_s`, `last_step` and `ended` are there anyway.
+
+        Raises:
+            RunWriteError: the disk did not take it.
+        """
+        assert status in END_STATUSES, status
+        said = {
+            "status": status,
+            "segment": self.segment,
+            "last_step": self._last_step,
+            "wall_s": time.perf_counter() - self._started,
+            "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+            **fields,
+        }
+        path = self.path / END_FILE
+        if self._failure:
+            said |= {"status": "failed", "error": str(self._failure)}
+            with contextlib.suppress(OSError):
+                replace_file(path, to_json(said).encode())
+            return
+        try:
+            for name, file in self._files.items():
+                if TABLE_FILE.fullmatch(name):
+                    self._write(name, END_OF_STREAM)
+                os.fsync(file.fileno())
+            replace_file(path, to_json(said).encode())
+        except OSError as error:
+            self._fail(path, error)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Close the files and say nothing; a reader takes the part for killed."""
+        for file in self._files.values():
+            with contextlib.suppress(OSError):
+                file.close()
+
+    def _write(self, name: str, data: bytes) -> None:
+        if self._failure:
+            raise self._failure
+        path = self.path / name
+        try:
+            if name not in self._files:
+                self._files[name] = FileIO(path, "ab")
+                self._ends[name] = 0
+            file = self._files[name]
+            if not os.fstat(file.fileno()).st_nlink:
+                raise FileNotFoundError(errno.ENOENT, "The file was deleted while it was written")
+            if file.tell() != self._ends[name]:  # the last write was interrupted, by Ctrl-C perhaps
+                file.truncate(self._ends[name])
+                file.seek(self._ends[name])
+            rest = memoryview(data)
+            while rest:
+                rest = rest[file.write(rest) :]
+            self._ends[name] += len(data)
+        except OSError as error:
+            self._fail(path, error)
+
+    def _fail(self, path: Path, error: OSError) -> NoReturn:
+        self.close()
+        run = self.path.parent
+        if error.errno == errno.ENOENT:
+            rest = "The run directory was taken away. Start a new run."
+        else:
+            kept = "What was recorded before is kept."
+            if self._last_step is not None:
+                kept = f"The records up to step {self._last_step} are kept."
+            rest = (
+                f"{kept} {remedy_of(error)}, then: attnscope train --resume {shlex.quote(str(run))}"
+            )
+        self._failure = RunWriteError(f"{path}: {reason_of(error)}. {rest}")
+        raise self._failure from None
+
+
+def _segment_of(name: str) -> int:
+    found = TABLE_FILE.fullmatch(name) or EVENTS_FILE.fullmatch(name)
+    return int(found["segment"]) if found else -1
+
+
+def _refuse(path: Path) -> NoReturn:
+    way_out = "Choose another --name."
+    if (path / RUN_FILE).is_file():
+        way_out = (
+            "Choose another --name, or go on with it: "
+            f"attnscope train --resume {shlex.quote(str(path))}"
+        )
+    raise RunError(f"{path} already exists. {way_out}")

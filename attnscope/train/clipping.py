@@ -1,0 +1,79 @@
+"""Gradient clipping, per member: what it multiplies the gradients by.
+
+Shape key: M member, ... the axes of one parameter.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+ZCLIP_ALPHA = 0.97  # ZClip (Kumar et al. 2025): smoothing of the norm's mean and variance
+ZCLIP_WARMUP = 25  # steps that only fill mean and variance
+
+
+def clip_state(mode: str, n_members: int, device: torch.device) -> dict[str, Tensor]:
+    """What adaptive clipping remembers: mean and variance of the gradient norm, (M,)."""
+    if mode != "adaptive":
+        return {}
+    return {
+        "clip_mean": torch.zeros(n_members, device=device),
+        "clip_variance": torch.zeros(n_members, device=device),
+    }
+
+
+def clip_gradients(
+    gradients: Mapping[str, Tensor],
+    *,
+    mode: str,
+    threshold_M: Tensor,
+    grad_norm_M: Tensor,
+    state: Mapping[str, Tensor],
+    step: int,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Clip.
+
+    norm: to an L2 norm of at most the threshold (Pascanu et al. 2013). value: every entry to ±threshold. adaptive:
+    ZClip, where the threshold is a z-score of the norm among its past.
+
+    Returns:
+        The clipped gradients, and what clipping multiplied by, (M,): 1 where it did nothing; for `value`, norm after
+        over norm before.
+    """
+    if mode == "value":
+        clipped = {
+            name: torch.clamp(gradient, -_fit(threshold_M, gradient), _fit(threshold_M, gradient))
+            for name, gradient in gradients.items()
+        }
+        squares_M = [gradient.flatten(1).square().sum(dim=-1) for gradient in clipped.values()]
+        factor_M = torch.stack(squares_M).sum(dim=0).sqrt() / grad_norm_M
+        return clipped, factor_M.where(grad_norm_M > 0, 1.0)
+    if mode == "adaptive":
+        factor_M = _zclip(threshold_M, grad_norm_M, state, step)
+    else:
+        factor_M = (threshold_M / (grad_norm_M + 1e-6)).clamp(max=1)
+        factor_M = factor_M.where(threshold_M.isfinite(), 1.0)
+    clipped = {name: gradient * _fit(factor_M, gradient) for name, gradient in gradients.items()}
+    return clipped, factor_M
+
+
+def _zclip(
+    threshold_M: Tensor, grad_norm_M: Tensor, state: Mapping[str, Tensor], step: int
+) -> Tensor:
+    mean_M, variance_M = state["clip_mean"], state["clip_variance"]
+    deviation_M = grad_norm_M - mean_M
+    if step < ZCLIP_WARMUP:  # plain running mean and variance (Welford)
+        mean_M += deviation_M / (step + 1)
+        variance_M += (deviation_M * (grad_norm_M - mean_M) - variance_M) / (step + 1)
+        return torch.ones_like(grad_norm_M)
+    std_M = variance_M.sqrt()
+    z_M = deviation_M / std_M
+    # The further out, the harder it is pulled back: z becomes threshold² / z.
+    target_M = (mean_M + threshold_M.square() / z_M * std_M).where(z_M > threshold_M, grad_norm_M)
+    mean_M.lerp_(target_M, 1 - ZCLIP_ALPHA)
+    variance_M.lerp_((target_M - mean_M).square(), 1 - ZCLIP_ALPHA)
+    return (target_M / grad_norm_M).where(z_M > threshold_M, 1.0)
+
+
+def _fit(x_M: Tensor, like: Tensor) -> Tensor:
+    return x_M.view(-1, *[1] * (like.dim() - 1))
