@@ -40,7 +40,7 @@ def read_file(path: Path, *, name: str, limit: int) -> bytes:
                 f"{name}: has {found.st_size} bytes, more than the {limit} that are read"
             )
         with path.open("rb") as file:
-            return file.read(limit)
+            return file.read(found.st_size)  # a file that grows is read as it was
     except OSError as error:
         raise RunError(f"{name}: cannot be read: {reason_of(error)}") from None
 

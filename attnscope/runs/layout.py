@@ -5,7 +5,7 @@
                       checkpoint-00000100.safetensors  checkpoint-00000100.json  end.json
 
 One part has one writer. The four digits of a table are its segment: a resumed part opens new files and never changes
-old ones. Tables are Arrow IPC streams, compressed with zstd, without dictionaries, so that every batch stands alone.
+old ones. Tables are Arrow IPC streams, compressed with lz4, without dictionaries, so that every batch stands alone.
 JSON is strict: a number that is not finite is one of the texts NaN, Infinity and -Infinity.
 """
 
@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -169,6 +170,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
 }
 
 
+@cache
 def schema_of(table: str) -> "pa.Schema":
     """The Arrow schema of a table."""
     import pyarrow as pa

@@ -62,7 +62,7 @@ def encode_batch(table: str, columns: Mapping[str, ArrayLike]) -> bytes:
         ]
     assert len({len(array) for array in arrays}) == 1, f"{table}: columns of unequal length"
     sink = pa.BufferOutputStream()
-    options = pa.ipc.IpcWriteOptions(compression="zstd", use_threads=False)
+    options = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
     with pa.ipc.new_stream(sink, schema, options=options) as stream:
         stream.write_batch(pa.record_batch(arrays, schema=schema))
     whole = bytes(sink.getvalue())
@@ -77,6 +77,7 @@ def decode_table(data: bytes, table: str) -> Table:
     source = pa.BufferReader(data)
     messages = pa.ipc.MessageReader.open_stream(source)
     schema: pa.Schema | None = None
+    usable: list[int] = []
     batches: list[pa.RecordBatch] = []
     lost: list[str] = []
     unpacked_bytes = damaged = end = 0
@@ -85,7 +86,7 @@ def decode_table(data: bytes, table: str) -> Table:
             message = messages.read_next_message()
             end = source.tell()
             if schema is None:
-                schema = _schema_in(message, table, lost)
+                schema, usable = _schema_in(message, table, lost)
                 continue
             try:
                 if message.type != "record batch":
@@ -95,7 +96,7 @@ def decode_table(data: bytes, table: str) -> Table:
                     raise RunError(
                         f"unpacks to more than the {MAX_TABLE_BYTES} bytes that are read"
                     )
-                batches.append(_batch_in(message, schema, table))
+                batches.append(_batch_in(message, schema, usable))
             except unreadable:
                 damaged += 1
     except StopIteration:
@@ -112,59 +113,51 @@ def decode_table(data: bytes, table: str) -> Table:
     return _joined(batches, table, lost)
 
 
-def _schema_in(message: "pa.Message", table: str, lost: list[str]) -> "pa.Schema":
-    """The stream's own columns in their order, refused unless each is of a plain type.
+def _schema_in(message: "pa.Message", table: str, lost: list[str]) -> tuple["pa.Schema", list[int]]:
+    """The stream's own columns, and where those stand that the layout knows.
 
-    The schema is built anew, so that its claims about byte order, extension types and metadata are forgotten.
+    The schema is built anew from plain types: its claims about byte order, extension types and metadata are forgotten.
     """
     import pyarrow as pa
 
     if message.type != "schema":  # pyarrow takes our word for it, and crashes
         raise RunError("does not begin with a schema")
-    found = pa.ipc.read_schema(message)
-    types = pa.types
-    for field in found:
-        if not (types.is_integer(field.type) or types.is_floating(field.type)) and (
-            field.type != pa.string()
-        ):
-            raise RunError(f"column {printable(field.name)} is of type {printable(field.type)}")
+    found = [(field.name, field.type) for field in pa.ipc.read_schema(message)]
+    for name, kind in found:
+        if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or kind == pa.string()):
+            raise RunError(f"column {printable(name)} is of type {printable(kind)}")
+    usable: list[int] = []
     for field in schema_of(table):
-        kinds = [each.type for each in found if each.name == field.name]
-        if kinds == [field.type]:
+        places = [at for at, (name, _) in enumerate(found) if name == field.name]
+        if len(places) == 1 and found[places[0]][1] == field.type:
+            usable += places
             continue
-        problem = f"has no column {field.name}"
-        if kinds:
-            problem = f"column {field.name} is {kinds[0]}, not {field.type}"
-        if len(kinds) > 1:
-            problem = f"has {len(kinds)} columns {field.name}"
+        problem = f"has {len(places)} columns {field.name}"
+        if len(places) == 1:
+            problem = f"column {field.name} is {found[places[0]][1]}, not {field.type}"
         if field.name in KEYS[table]:
             raise RunError(problem)
         lost.append(problem)
-    return pa.schema([pa.field(field.name, field.type) for field in found])
+    return pa.schema([pa.field(name, kind) for name, kind in found]), usable
 
 
-def _batch_in(message: "pa.Message", schema: "pa.Schema", table: str) -> "pa.RecordBatch":
+def _batch_in(
+    message: "pa.Message", schema: "pa.Schema", usable: Sequence[int]
+) -> "pa.RecordBatch":
     """The columns of one batch that the layout knows, checked."""
     import pyarrow as pa
 
-    batch = pa.ipc.read_record_batch(message, schema)
-    usable = [field.name for field in schema_of(table) if _is_usable(schema, field)]
-    batch = batch.select(usable)
+    batch = pa.ipc.read_record_batch(message, schema).select(usable)
     batch.validate(full=True)
     if any(column.null_count for column in batch.columns):
         raise ValueError("a value is missing")
     return batch
 
 
-def _is_usable(schema: "pa.Schema", field: "pa.Field") -> bool:
-    at = schema.get_all_field_indices(field.name)
-    return len(at) == 1 and schema.field(at[0]).type == field.type
-
-
 def _unpacked_bytes(message: "pa.Message") -> int:
     """What a batch claims to need in memory, read from its header before anything is unpacked.
 
-    A few bytes of zstd can unpack to gigabytes, and pyarrow sets no limit. Each compressed buffer begins with its
+    A small file can unpack to gigabytes, and pyarrow sets no limit. Each compressed buffer begins with its
     unpacked length. The header is a FlatBuffer (format/Message.fbs of Apache Arrow), which pyarrow has verified.
     """
     header, body = bytes(message.metadata), message.body

@@ -109,8 +109,11 @@ class RunWriter:
                 raise
             if error.errno in (errno.EEXIST, errno.ENOTEMPTY) and is_folder(path):
                 _refuse(path)  # somebody was faster
+            reason = reason_of(error)
+            if isinstance(error, FileExistsError | NotADirectoryError):
+                reason = f"{next(above for above in path.parents if above.exists())} is a file"
             raise RunWriteError(
-                f"{path}: the run directory cannot be made: {reason_of(error)}. "
+                f"{path}: the run directory cannot be made: {reason}. "
                 f"{remedy_of(error)}, or choose another place with --out."
             ) from None
         sync_folder(path.parent)

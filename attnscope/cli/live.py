@@ -1,0 +1,240 @@
+"""Progress while a run trains: a live panel on a terminal, plain lines anywhere else. All of it on stderr."""
+
+import contextlib
+import math
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from attnscope.cli.tables import number
+
+if TYPE_CHECKING:
+    from attnscope.config import Config, Member
+    from attnscope.train.alarms import Event
+    from attnscope.train.loop import Progress
+    from attnscope.train.recording import Block
+
+BARS = "▁▂▃▄▅▆▇█"
+SPARKLINE_WIDTH = 32
+PLAIN_SECONDS = 5.0  # between plain lines
+LIVE_MEMBERS = 6  # shown one by one; more would scroll the terminal away
+
+
+def watch_training(
+    config: "Config | None", path: Path, *, command: Sequence[str]
+) -> tuple[Path, str]:
+    """Train `config` into `path`, or go on with `path` where config is None, and show how it goes.
+
+    Returns:
+        The run directory and "finished" or "interrupted".
+    """
+    from attnscope.config import members_of
+    from attnscope.runs.reader import open_run
+    from attnscope.train.run import resume_run, train_run
+
+    console = Console(stderr=True, highlight=False)
+    members = members_of(config if config is not None else open_run(path).config)
+    view = View(members)
+    shown: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+    if console.is_terminal:
+        # No refresh thread: it would take its share of the cores from training.
+        shown = Live(view, console=console, auto_refresh=False)
+    with asked_to_stop(console) as should_stop, shown:
+
+        def on_progress(part: int, progress: "Progress") -> None:
+            for line in view.update(part, progress):
+                console.print(line)
+            if isinstance(shown, Live):
+                shown.refresh()
+            elif line := view.plain_line():
+                console.print(line)
+
+        console.print(Text(f"Run {path}: {', '.join(member.name for member in members[:8])}"))
+        if config is None:
+            status = resume_run(path, on_progress=on_progress, should_stop=should_stop)
+        else:
+            status = train_run(
+                config, path, command=command, on_progress=on_progress, should_stop=should_stop
+            )
+    return path, status
+
+
+@contextmanager
+def asked_to_stop(console: Console) -> Iterator[Callable[[], bool]]:
+    """Ctrl-C asks the loop to stop after the step, with a checkpoint; a second one stops at once."""
+    asked = False
+
+    def ask(_signal: int, _frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        console.print(Text("Stopping after this step; press Ctrl-C again to stop at once."))
+
+    before = {each: signal.signal(each, ask) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+class View:
+    """What is known about the part that trains now.
+
+    Invariant: memory does not grow with the number of steps.
+    """
+
+    def __init__(self, members: "Sequence[Member]") -> None:
+        self._all = members
+        self._n_parts = 1 + max(member.part for member in members)
+        self._begin(0)
+        self._plain_at = time.monotonic()
+
+    def _begin(self, part: int) -> None:
+        self._part = part
+        self._members = [member for member in self._all if member.part == part]
+        self._steps = self._members[0].config.train.steps
+        self._done = 0
+        self._losses = [Curve() for _ in self._members]
+        self._notes = ["" for _ in self._members]
+        self._block: Block | None = None
+        self._speeds: deque[tuple[float, int]] = deque(maxlen=8)
+        self._speeds.append((time.monotonic(), 0))
+
+    def update(self, part: int, progress: "Progress") -> list[Text]:
+        """Take in a block; returns the lines to print at once, for what broke."""
+        if part != self._part:
+            self._begin(part)
+        block = progress.block
+        self._done = progress.steps_done
+        if block is not None:
+            self._speeds.append((time.monotonic(), self._done))
+            for m, member in enumerate(block.members):
+                self._losses[member].add(block.columns["loss"][:, m])
+            if len(block.head_steps):
+                self._block = block
+        return [line for event in progress.events if (line := self._line_of(event))]
+
+    def plain_line(self) -> Text | None:
+        """Now and then, where we stand."""
+        now = time.monotonic()
+        if now - self._plain_at < PLAIN_SECONDS and self._done < self._steps:
+            return None
+        self._plain_at = now
+        losses = ", ".join(
+            f"{member.name} {number(curve.last)}"
+            for member, curve in zip(self._members, self._losses, strict=True)
+        )
+        return Text(f"{self._where()}  loss: {losses}")
+
+    def __rich__(self) -> RenderableType:
+        """The panel: progress, one line per member, one line per layer."""
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(no_wrap=True)
+        grid.add_column(no_wrap=True, overflow="ellipsis")
+        grid.add_row(
+            ProgressBar(total=self._steps, completed=self._done, width=24), Text(self._where())
+        )
+        for m, member in enumerate(self._members[:LIVE_MEMBERS]):
+            curve = self._losses[m]
+            note = f"  {self._notes[m]}" if self._notes[m] else ""
+            grid.add_row(
+                Text(f"loss {member.name}"),
+                Text.assemble(curve.sparkline(), f"  {number(curve.last)}", (note, "bold red")),
+            )
+        for row in self._layer_rows():
+            grid.add_row(*row)
+        return grid
+
+    def _layer_rows(self) -> Iterator[tuple[Text, Text]]:
+        block = self._block
+        if block is None:
+            return
+        for layer in range(block.heads["entropy"].shape[2]):
+            cells = []
+            for m, member in list(enumerate(block.members))[:2]:
+                mean = {
+                    name: float(block.heads[name][-1, m, layer].mean())
+                    for name in ("entropy_ratio", "max_prob")
+                }
+                largest = float(block.heads["max_logit"][-1, m, layer].max())
+                cells.append(
+                    f"{self._members[member].name}: {mean['entropy_ratio']:.2f} / "
+                    f"{mean['max_prob']:.2f} / {number(largest)}"
+                )
+            title = f"layer {layer}" + (
+                "  entropy ratio / max prob / max logit" if layer == 0 else ""
+            )
+            yield Text(title), Text("   ".join(cells))
+
+    def _where(self) -> str:
+        part = f"part {self._part + 1}/{self._n_parts}  " if self._n_parts > 1 else ""
+        (then, before), (now, done) = self._speeds[0], self._speeds[-1]
+        text = f"{part}step {self._done}/{self._steps}"
+        if done > before and now > then:
+            config = self._members[0].config
+            rate = (done - before) / (now - then)
+            alive = len(self._block.members) if self._block else len(self._members)
+            tokens = rate * config.data.batch_size * config.model.seq_len * alive
+            text += f"  {tokens:,.0f} tokens/s  eta {(self._steps - done) / rate:.0f} s"
+        return text
+
+    def _line_of(self, event: "Event") -> Text | None:
+        if event.member is None or event.kind not in ("nonfinite", "diverged"):
+            return None
+        name = self._members[event.member].name
+        if event.kind == "nonfinite":
+            where = event.fields.get("where")
+            place = f" ({', '.join(where[:4])})" if isinstance(where, list) else ""
+            tensor = event.fields["tensor"]
+            verb = "are" if tensor == "attention logits" else "is"
+            self._notes[event.member] = self._notes[event.member] or f"✗ step {event.step}"
+            return Text(f"step {event.step}: {tensor} of {name} {verb} not finite{place}", "red")
+        self._notes[event.member] = f"✗ diverged at step {event.step}"
+        return Text(f"step {event.step}: {name} diverged: loss {event.fields['why']}", "red")
+
+
+class Curve:
+    """A loss curve of bounded size: when it is full, every second point goes."""
+
+    def __init__(self) -> None:
+        self._points: list[float] = []
+        self._stride = 1
+        self._seen = 0
+        self.last: float | None = None
+
+    def add(self, losses: "np.ndarray") -> None:
+        """Go on with these losses."""
+        for loss in losses.tolist():
+            if self._seen % self._stride == 0:
+                self._points.append(loss)
+            self._seen += 1
+            self.last = loss
+            if len(self._points) >= 4 * SPARKLINE_WIDTH:
+                self._points = self._points[::2]
+                self._stride *= 2
+
+    def sparkline(self) -> str:
+        """The curve in eighths of a line on a log scale; ✗ where it is not finite."""
+        if not self._points:
+            return ""
+        chosen = np.linspace(0, len(self._points) - 1, min(SPARKLINE_WIDTH, len(self._points)))
+        values = [self._points[int(i)] for i in chosen]
+        logs = [math.log(v) if math.isfinite(v) and v > 0 else None for v in values]
+        known = [x for x in logs if x is not None]
+        low, high = (min(known), max(known)) if known else (0.0, 1.0)
+        span = (high - low) or 1.0
+        return "".join("✗" if x is None else BARS[min(7, int(8 * (x - low) / span))] for x in logs)

@@ -1,0 +1,136 @@
+"""Results on stdout: as tables for people, as JSON for machines."""
+
+import json
+import math
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+STYLES = {
+    "trained": "green",
+    "finished": "green",
+    "diverged": "red",
+    "failed": "red",
+    "unreadable": "red",
+    "stalled": "yellow",
+    "interrupted": "yellow",
+    "killed": "yellow",
+    "running": "cyan",
+}
+
+
+def print_result(path: Path, *, as_json: bool) -> None:
+    """Write the report of a run and print its members, what happened, and where to look next."""
+    from attnscope.report import write_report
+    from attnscope.report.contents import contents
+    from attnscope.runs.reader import open_run
+
+    run = open_run(path)
+    found = contents(run)
+    report = write_report(run)
+    if as_json:
+        said = {
+            "run": str(path),
+            "status": run.status,
+            "members": [asdict(member) for member in found.members],
+            "verdict": list(found.verdict),
+            "reference": run.data.get("reference"),
+            "report": str(report),
+        }
+        typer.echo(json.dumps(_strict(said), indent=1))
+        return
+    console = Console(highlight=False)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("member", overflow="fold")
+    table.add_column("status")
+    for title in ("at step", "first", "best", "last", "val"):
+        table.add_column(title, justify="right")
+    for title in ("entropy", "max prob", "max logit"):
+        table.add_column(title, justify="right", no_wrap=False)
+    for member in found.members:
+        table.add_row(
+            Text(member.name),
+            Text(member.status, style=STYLES.get(member.status, "")),
+            "-" if member.step is None else str(member.step),
+            number(member.first_loss),
+            number(member.best_loss),
+            number(member.final_loss),
+            number(member.val_loss),
+            _from_to(member.start.entropy, member.end.entropy),
+            _from_to(member.start.max_prob, member.end.max_prob),
+            _from_to(member.start.max_logit, member.end.max_logit),
+        )
+    console.print(table)
+    console.print()
+    for sentence in found.verdict:
+        console.print(Text(sentence))
+    for lost in run.lost:
+        typer.echo(f"warning: {lost}", err=True)
+    console.print()
+    console.print(Text(f"Report: {report}"))
+    console.print(Text(f"Next:   attnscope report {shlex.quote(str(path))}"))
+
+
+def print_runs(folder: Path, *, as_json: bool) -> None:
+    """Print one line per run in a folder."""
+    from attnscope.errors import RunError
+    from attnscope.runs.reader import list_runs
+
+    if not folder.is_dir():
+        raise RunError(f"{folder}: no such folder. Make a run first: attnscope train --no-scale")
+    found = list_runs(folder)
+    if as_json:
+        rows = [{**asdict(run), "path": str(run.path)} for run in found]
+        typer.echo(json.dumps(_strict(rows), indent=1))
+        return
+    if not found:
+        typer.echo(f"No runs in {folder}. Make one: attnscope train --no-scale", err=True)
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("run", "status", "created", "last step", "members"):
+        table.add_column(title, overflow="fold")
+    for run in found:
+        members = ", ".join(run.members[:4]) + (" ..." if len(run.members) > 4 else "")
+        table.add_row(
+            Text(run.name),
+            Text(run.status, style=STYLES.get(run.status, "")),
+            Text(run.created),
+            "-" if run.last_step is None else str(run.last_step),
+            Text(members or run.problem or ""),
+        )
+    console = Console(highlight=False)
+    console.print(table)
+    console.print()
+    console.print(Text(f"Next: attnscope report {shlex.quote(str(found[-1].path))}"))
+
+
+def number(value: float | None) -> str:
+    """Four characters or a few more: 3.02, 18.1, 647, 7.3e9, nan."""
+    if value is None:
+        return "-"
+    if not math.isfinite(value) or value == 0:
+        return f"{value:g}"
+    if 0.01 <= abs(value) < 1000:
+        return f"{value:.3g}" if abs(value) >= 1 else f"{value:.2f}"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def _from_to(start: float | None, end: float | None) -> str:
+    return f"{number(start)} → {number(end)}"
+
+
+def _strict(value: object) -> object:
+    """NaN and Inf as texts: JSON has no numbers for them."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return {math.inf: "Infinity", -math.inf: "-Infinity"}.get(value, "NaN")
+    if isinstance(value, dict):
+        return {str(key): _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

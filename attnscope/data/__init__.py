@@ -1,0 +1,30 @@
+"""Corpora and tasks: token batches, and the losses that a model without attention would reach on them.
+
+Reading order: batch (what everything here produces), text (bytes of files), tasks (generated, best loss known),
+masking (the BERT-like objective), randomness (every draw is a pure function of seed and step).
+"""
+
+from attnscope.config.schema import DataConfig
+from attnscope.data.batch import IGNORE, Batch, Corpus, Reference
+from attnscope.data.masking import Masked
+from attnscope.data.tasks import Markov, Modular, Recall
+from attnscope.data.text import read_text
+
+__all__ = ["IGNORE", "Batch", "Corpus", "Reference", "open_data"]
+
+TASKS = {"markov": Markov, "recall": Recall, "modular": Modular}
+
+
+def open_data(config: DataConfig, *, seq_len: int) -> Corpus:
+    """Open what `data.source` names.
+
+    Args:
+        config: the [data] section.
+        seq_len: T of the training batches.
+
+    Raises:
+        DataError: the source is missing, empty, or too short for sequences of seq_len.
+    """
+    task = TASKS.get(config.source)
+    corpus: Corpus = task(config, seq_len=seq_len) if task else read_text(config, seq_len=seq_len)
+    return Masked(corpus, config, seq_len=seq_len) if config.objective == "masked" else corpus

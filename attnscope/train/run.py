@@ -1,0 +1,222 @@
+"""A whole run: a config becomes members, members become parts, parts are trained one after another into one directory."""
+
+import contextlib
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from attnscope.config import Config, Member, members_of
+from attnscope.data import Corpus, open_data
+from attnscope.errors import RunError
+from attnscope.runs.checkpoint import load_checkpoint
+from attnscope.runs.layout import part_folder
+from attnscope.runs.reader import Run, open_run
+from attnscope.runs.writer import PartWriter, RunWriter
+from attnscope.train.alarms import Alarms
+from attnscope.train.loop import Part, Progress, device_of, train_part
+
+OnProgress = Callable[[int, Progress], None]
+
+
+def train_run(
+    config: Config,
+    path: Path,
+    *,
+    command: Sequence[str] = (),
+    on_progress: OnProgress = lambda _part, _progress: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> str:
+    """Train every member of `config` into a new run directory.
+
+    Args:
+        config: what to train.
+        path: of the run directory; must not exist.
+        command: the command line, for run.json.
+        on_progress: called with the part's number and its progress after every block of steps.
+        should_stop: asked between steps; True ends the run with a checkpoint.
+
+    Returns:
+        "finished" or "interrupted".
+
+    Raises:
+        AttnscopeError: the config, the data or the directory cannot be used, or the disk is full.
+    """
+    members = members_of(config)
+    parts = by_part(members)
+    corpora = {index: _open(part) for index, part in parts.items()}
+    for part in parts.values():
+        device_of(part[0].config)  # says now, not in an hour, that a part has no device
+    writer = RunWriter.create(
+        path,
+        command=command,
+        config=config,
+        members=members,
+        environment=environment(device_of(members[0].config)),
+        data=_describe(corpora),
+    )
+    for index, part in parts.items():
+        configs = [member.config for member in part]
+        status = _train(
+            writer.part(index),
+            Part(configs, vocab_size=corpora[index].vocab_size),
+            corpora[index],
+            alarms=Alarms(len(configs)),
+            report=lambda progress, index=index: on_progress(index, progress),
+            should_stop=should_stop,
+        )
+        if status != "finished":
+            return status
+    return "finished"
+
+
+def resume_run(
+    path: Path,
+    *,
+    on_progress: OnProgress = lambda _part, _progress: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> str:
+    """Go on with a run that was interrupted or killed: every part from its last checkpoint, or from the start.
+
+    Args:
+        path: of the run directory.
+        on_progress: as in `train_run`.
+        should_stop: as in `train_run`.
+
+    Returns:
+        "finished" or "interrupted".
+
+    Raises:
+        RunError: there is nothing left to do, or the data is not what the run began with.
+    """
+    run = open_run(path)
+    parts = by_part(members_of(run.config))
+    open_parts = {
+        index: part
+        for index, part in parts.items()
+        if run.ends.get(index, {}).get("status") != "finished"
+    }
+    if not open_parts:
+        raise RunError(
+            f"{path} is finished: there is nothing to resume. Read it: attnscope report {path}"
+        )
+    writer = RunWriter.resume(path)
+    for index, part in open_parts.items():
+        configs = [member.config for member in part]
+        data = _open(part)
+        _same_data(run, index, data)
+        checkpoint = load_checkpoint(path / part_folder(index))
+        state = Part(configs, vocab_size=data.vocab_size, resume_from=checkpoint)
+        alarms = Alarms(len(configs))
+        for member in part:
+            before = run.steps[
+                (run.steps["member"] == member.name) & (run.steps["step"] < state.step)
+            ]
+            alarms.feed(member.index, before["step"].to_numpy(), before["loss"].to_numpy())
+        status = _train(
+            writer.part(index, first_step=state.step),
+            state,
+            data,
+            alarms=alarms,
+            report=lambda progress, index=index: on_progress(index, progress),
+            should_stop=should_stop,
+        )
+        if status != "finished":
+            return status
+    return "finished"
+
+
+def next_run_path(folder: Path, stem: str) -> Path:
+    """The first of folder/stem-001, stem-002, ... that does not exist."""
+    number = 1
+    while os.path.lexists(path := folder / f"{stem}-{number:03d}"):
+        number += 1
+    return path
+
+
+def by_part(members: Sequence[Member]) -> dict[int, list[Member]]:
+    """Members sorted into their parts, each in the order of the axis M."""
+    parts: dict[int, list[Member]] = {}
+    for member in members:
+        parts.setdefault(member.part, []).append(member)
+    return parts
+
+
+def environment(device: torch.device) -> dict[str, object]:
+    """What a reader needs to know to train the same again."""
+    return {
+        "attnscope": version("attnscope"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+    }
+
+
+def _train(
+    writer: PartWriter,
+    part: Part,
+    data: Corpus,
+    *,
+    alarms: Alarms,
+    report: Callable[[Progress], None],
+    should_stop: Callable[[], bool],
+) -> str:
+    with _said_how_it_ended(writer):
+        status = train_part(
+            part,
+            data,
+            writer=writer,
+            alarms=alarms,
+            on_progress=report,
+            should_stop=should_stop,
+        )
+        writer.finish(status)
+        return status
+
+
+@contextlib.contextmanager
+def _said_how_it_ended(writer: PartWriter) -> Iterator[None]:
+    """Whatever goes wrong, end.json says so, and the error goes up."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        writer.finish("interrupted")
+        raise
+    except BaseException as error:
+        with contextlib.suppress(RunError):
+            writer.finish("failed", error=f"{type(error).__name__}: {error}")
+        raise
+
+
+def _open(part: Sequence[Member]) -> Corpus:
+    config = part[0].config
+    return open_data(config.data, seq_len=config.model.seq_len)
+
+
+def _describe(corpora: Mapping[int, Corpus]) -> dict[str, object]:
+    """The data of run.json: that of the first part, and of other parts where it differs."""
+    described = {
+        index: {"fingerprint": data.fingerprint, "reference": asdict(data.reference)}
+        for index, data in corpora.items()
+    }
+    first = described[min(described)]
+    others = {str(index): each for index, each in described.items() if each != first}
+    return {**first, "parts": others}
+
+
+def _same_data(run: Run, index: int, data: Corpus) -> None:
+    parts = run.data.get("parts")
+    other = parts.get(str(index)) if isinstance(parts, dict) else None
+    recorded = other.get("fingerprint") if isinstance(other, dict) else run.data.get("fingerprint")
+    if recorded != data.fingerprint:
+        raise RunError(
+            f"{run.path}: the data is not what this run began with: its fingerprint has changed. "
+            "Restore the data, or start a new run."
+        )
