@@ -121,3 +121,115 @@ def token_cosine(x_BTD):
                 if i != j:
                     values.append(float(first @ second / (first.norm() * second.norm())))
     return mean(values)
+
+
+def transformer(parameters, config, tokens_BT, *, scale_L, real_BS=None):
+    """One member's output logits (B x T, V) in float64: one sequence, one layer, one head at a time."""
+    model, k = config.model, config.d_head
+    table = parameters["token_embedding"]
+    n_tokens = tokens_BT.shape[1]
+
+    def normed(x, gain):
+        if model.norm_kind == "rmsnorm":
+            return rms_normed(x, gain)
+        x = x - x.mean(dim=-1, keepdim=True)
+        return x / (x.pow(2).mean(dim=-1, keepdim=True) + 1e-5).sqrt() * gain
+
+    def rms_normed(x, gain):
+        square = x.pow(2).mean(dim=-1, keepdim=True)
+        return x / (square + torch.finfo(torch.float64).eps).sqrt() * gain
+
+    def activated(x):
+        return {
+            "gelu": lambda: x / 2 * (1 + torch.erf(x / math.sqrt(2))),
+            "relu": lambda: x.clamp(min=0),
+            "silu": lambda: x / (1 + (-x).exp()),
+        }[model.activation]()
+
+    def turned(x):
+        """Rotate the pair (i, i + K / 2) as a complex number."""
+        turns = torch.polar(torch.ones(n_tokens, k // 2).double(), positions_angles(n_tokens, k))
+        pairs = torch.complex(x[:, : k // 2], x[:, k // 2 :]) * turns
+        return torch.cat([pairs.real, pairs.imag], dim=-1)
+
+    out = []
+    for b, tokens in enumerate(tokens_BT):
+        x = torch.stack([table[token] for token in tokens])
+        if model.position == "learned":
+            x = x + parameters["position_embedding"][:n_tokens]
+        if model.position == "sinusoidal":
+            angles = positions_angles(n_tokens, model.d_model)
+            x[:, 0::2] += angles.sin()
+            x[:, 1::2] += angles.cos()
+        for layer in range(model.n_layers):
+            weights = {
+                name: value[layer] for name, value in parameters.items() if value.dim() == 3
+            }
+            y = normed(x, parameters["norm_attention"][layer]) if model.norm == "pre" else x
+            heads = []
+            for h in range(model.n_heads):
+                here = slice(h * k, (h + 1) * k)
+                q_h, k_h = y @ weights["q"][:, here], y @ weights["k"][:, here]
+                if config.attention.qk_norm:
+                    q_h = rms_normed(q_h, parameters["norm_q"][layer])
+                    k_h = rms_normed(k_h, parameters["norm_k"][layer])
+                if model.position == "rope":
+                    q_h, k_h = turned(q_h), turned(k_h)
+                scale = scale_L[layer]
+                if config.attention.scale == "learned":
+                    scale = parameters["scale"][layer, h]
+                z = q_h @ k_h.T * scale
+                if config.attention.logit_softcap:
+                    z = config.attention.logit_softcap * (z / config.attention.logit_softcap).tanh()
+                window = config.windows[layer] or n_tokens
+                for t in range(n_tokens):
+                    for s in range(n_tokens):
+                        if model.position == "alibi":
+                            z[t, s] -= 2 ** (-8 * (h + 1) / model.n_heads) * abs(t - s)
+                        hidden = abs(t - s) >= window
+                        hidden |= config.attention.mask == "causal" and s > t
+                        if config.attention.mask == "padding" and real_BS is not None:
+                            hidden |= not real_BS[b, s] and not (s == t and window < n_tokens)
+                        if hidden:
+                            z[t, s] = -math.inf
+                p = z.exp() / z.exp().sum(dim=-1, keepdim=True)
+                heads.append(p @ (y @ weights["v"][:, here]))
+            x = x + torch.cat(heads, dim=-1) @ weights["o"]
+            if model.norm == "post":
+                x = normed(x, parameters["norm_attention"][layer])
+            y = normed(x, parameters["norm_mlp"][layer]) if model.norm == "pre" else x
+            x = x + activated(y @ weights["mlp_in"]) @ weights["mlp_out"]
+            if model.norm == "post":
+                x = normed(x, parameters["norm_mlp"][layer])
+        if model.norm == "pre":
+            x = normed(x, parameters["norm_final"])
+        out.append(x @ (table.T if model.tie_embeddings else parameters["head"]))
+    return torch.cat(out)
+
+
+def positions_angles(n_tokens, width):
+    """Position times frequency 10000^(-2i / width), float64 (T, width / 2)."""
+    return torch.tensor(
+        [
+            [t * 10_000.0 ** (-2 * i / width) for i in range(width // 2)]
+            for t in range(n_tokens)
+        ],
+        dtype=torch.float64,
+    )
+
+
+def zclip(norms, threshold, *, alpha=0.97, warmup=25):
+    """What ZClip (Kumar et al. 2025) multiplies a series of gradient norms by."""
+    seen, factors, centre, spread = [], [], 0.0, 0.0
+    for norm in norms:
+        if len(seen) < warmup:
+            seen.append(norm)
+            centre, spread = mean(seen), variance(seen)
+            factors.append(1.0)
+            continue
+        z = (norm - centre) / math.sqrt(spread)
+        kept = centre + threshold**2 / z * math.sqrt(spread) if z > threshold else norm
+        centre = alpha * centre + (1 - alpha) * kept
+        spread = alpha * spread + (1 - alpha) * (kept - centre) ** 2
+        factors.append(kept / norm)
+    return factors

@@ -139,6 +139,31 @@ def runs(
         print_runs(folder, as_json=json_output)
 
 
+bench_app = typer.Typer(
+    help="Measure what attnscope costs on this machine.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(bench_app, name="bench")
+
+
+@bench_app.command()
+def overhead(
+    rounds: Annotated[int, typer.Option(min=4, help="Interleaved rounds.")] = 200,
+    json_output: Annotated[bool, typer.Option("--json", help="As JSON on stdout.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Errors with a traceback.")] = False,
+) -> None:
+    """Time recording against no recording, our loop against a plain one, an ensemble against single runs.
+
+    Example: attnscope bench overhead
+    """
+    with one_line_errors(debug=debug):
+        from attnscope.bench.overhead import measure_overhead
+        from attnscope.cli.tables import print_overhead
+
+        print_overhead(measure_overhead(rounds=rounds), as_json=json_output)
+
+
 def note(text: str) -> None:
     """A line for people, on stderr."""
     typer.echo(text, err=True)

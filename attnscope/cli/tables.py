@@ -5,11 +5,15 @@ import math
 import shlex
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from attnscope.bench.overhead import Overhead
 
 STYLES = {
     "trained": "green",
@@ -107,6 +111,24 @@ def print_runs(folder: Path, *, as_json: bool) -> None:
     console.print(table)
     console.print()
     console.print(Text(f"Next: attnscope report {shlex.quote(str(found[-1].path))}"))
+
+
+def print_overhead(found: "Overhead", *, as_json: bool) -> None:
+    """Print what `attnscope bench overhead` measured."""
+    if as_json:
+        typer.echo(json.dumps(_strict(asdict(found)), indent=1))
+        return
+    for line in (
+        "Ratios of step times: median (middle half of the rounds); d_model 128, 4 layers, seq_len 64, batch 16.",
+        f"recording on / off                    {found.recording}",
+        f"tokens/s, recording on / plain loop   {found.plain}",
+        f"plain loop / itself                   {found.plain_twice}",
+        f"16 tiny members at once / one by one  {found.ensemble}",
+        f"tables on disk                        {found.mb_per_1000_steps:.2f} MB per 1,000 steps",
+        f"tokens/s                              {found.recorded_tokens_s:,.0f} recorded, "
+        f"{found.plain_tokens_s:,.0f} plain",
+    ):
+        typer.echo(line)
 
 
 def number(value: float | None) -> str:

@@ -39,30 +39,30 @@ STATISTICS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
-    """Which query rows to look at: every combination of these sequences and positions."""
+    """Which query rows to look at: every combination of these sequences and positions, int64 indices."""
 
-    sequences: slice
-    positions: slice
+    sequences: Tensor
+    positions: Tensor
 
 
-def sample_rows(*, n_batch: int, n_queries: int, rows: int, seed: int) -> Rows | None:
-    """Choose about `rows` query rows per head, at most 4 sequences deep; None where that would be all of them.
+def sample_rows(
+    *, n_batch: int, n_queries: int, rows: int, seed: int, device: torch.device
+) -> Rows | None:
+    """Draw about `rows` query rows per head from at most 4 sequences; None where that would be all of them.
 
-    Systematic sampling: equal distances from a random start, so every row is equally likely and nothing is copied. The
-    start has its own generator: training numbers do not change. The first position is never chosen (under a causal mask
-    it sees one key, and one key has no softmax to speak of).
+    Sequences and positions are drawn without replacement by a generator of their own: training numbers do not change.
+    The first position is never drawn (under a causal mask it sees one key, and one key has no softmax to speak of).
     """
     if rows >= n_batch * (n_queries - 1) or n_queries < 2:
         return None
     generator = random.Random(seed)
-    every_sequence = -(-n_batch // 4)
-    first_sequence = generator.randrange(every_sequence)
-    n_sequences = len(range(first_sequence, n_batch, every_sequence))
-    every_position = max(1, (n_queries - 1) * n_sequences // rows)
-    first_position = 1 + generator.randrange(every_position)
+    n_sequences = min(n_batch, 4, rows)
+    n_positions = min(-(-rows // n_sequences), n_queries - 1)
+    sequences = torch.tensor(generator.sample(range(n_batch), n_sequences))
+    positions = torch.tensor(generator.sample(range(1, n_queries), n_positions))
     return Rows(
-        sequences=slice(first_sequence, None, every_sequence),
-        positions=slice(first_position, None, every_position),
+        sequences=sequences.to(device, non_blocking=True),
+        positions=positions.to(device, non_blocking=True),
     )
 
 
@@ -136,25 +136,11 @@ def attention_stats(
     sample = (
         None
         if isinstance(rows, str)
-        else sample_rows(n_batch=q.shape[-4], n_queries=q.shape[-2], rows=rows, seed=seed)
+        else sample_rows(
+            n_batch=q.shape[-4], n_queries=q.shape[-2], rows=rows, seed=seed, device=q.device
+        )
     )
     return statistics_of_all(call) if sample is None else statistics_of(rows_of(call, sample))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionRows:
-    """The attention logits of the query rows to measure.
-
-    Attributes:
-        z: softmax inputs, not yet masked, (..., B, H, R, S).
-        visible: True = visible, broadcastable to z; None = everything.
-        bound: scale max‖q‖ max‖k‖ over all rows, sampled or not, soft-capped and with the largest bias on top,
-            (..., H).
-    """
-
-    z: Tensor
-    visible: Tensor | None
-    bound: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,6 +164,21 @@ class Call:
     softcap: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionRows:
+    """The attention logits of the query rows to measure.
+
+    Attributes:
+        z: softmax inputs, not yet masked, (..., B, H, R, S).
+        visible: True = visible, broadcastable to z; None = everything.
+        bound: no logit of the call is larger, sampled or not, (..., H).
+    """
+
+    z: Tensor
+    visible: Tensor | None
+    bound: Tensor
+
+
 def rows_of(call: Call, sample: Rows) -> AttentionRows:
     """The attention logits of the sampled rows."""
     part = Call(
@@ -191,23 +192,23 @@ def rows_of(call: Call, sample: Rows) -> AttentionRows:
     return AttentionRows(z=_logits(part), visible=part.visible, bound=_bound(call))
 
 
-def stack_layers(layers: Sequence[AttentionRows]) -> AttentionRows:
-    """Join the layers' rows along a layer axis behind the member axis, so that one pass measures them all.
+def stack_rows(rows: Sequence[AttentionRows]) -> AttentionRows:
+    """Put rows of one shape behind one another along a new first axis, so that one pass measures them all.
 
-    Takes layers with z (M, B, H, R, S) and visible (R, S), (B or 1, 1, R, S) or None.
+    Takes rows with z (M, B, H, R, S) and visible (R, S), (B or 1, 1, R, S) or None.
     """
-    masks = [each.visible for each in layers if each.visible is not None]
+    masks = [each.visible for each in rows if each.visible is not None]
     visible = None
     if masks:
-        shape = torch.broadcast_shapes((1, 1, 1, 1), *(mask.shape for mask in masks))
-        everything = torch.ones((), dtype=torch.bool, device=masks[0].device).expand(shape)
+        shape = torch.broadcast_shapes((1, 1, 1, 1, 1), *{mask.shape for mask in masks})
+        everything = torch.ones((), dtype=torch.bool, device=masks[0].device)
         visible = torch.stack(
-            [everything if each.visible is None else each.visible.expand(shape) for each in layers]
+            [(everything if each.visible is None else each.visible).expand(shape) for each in rows]
         )
     return AttentionRows(
-        z=torch.stack([each.z for each in layers], dim=1),
+        z=torch.stack([each.z for each in rows]),
         visible=visible,
-        bound=torch.stack([each.bound for each in layers], dim=1),
+        bound=torch.stack([each.bound for each in rows]),
     )
 
 
@@ -263,6 +264,7 @@ def _logits(call: Call) -> Tensor:
 
 
 def _bound(call: Call) -> Tensor:
+    """scale max‖q‖ max‖k‖ over all rows, soft-capped and with the largest bias on top (Cauchy-Schwarz), (..., H)."""
     wide = _wide(call.q.dtype)
     q_norm = torch.linalg.vector_norm(call.q, dim=-1, dtype=wide).amax(dim=(-3, -1))
     k_norm = torch.linalg.vector_norm(call.k, dim=-1, dtype=wide).amax(dim=(-3, -1))
@@ -331,10 +333,10 @@ def _finish(totals: Mapping[str, Tensor], bound: Tensor) -> dict[str, Tensor]:
 
 def _pick(x: Tensor, sample: Rows, *, positions: bool = True) -> Tensor:
     """Sampled sequences (axis -4) and positions (axis -2); an axis that is absent or broadcast is left alone."""
-    if x.dim() >= 4 and x.shape[-4] > 1:
-        x = x[..., sample.sequences, :, :, :]
     if positions and x.dim() >= 2 and x.shape[-2] > 1:
-        x = x[..., sample.positions, :]
+        x = x.index_select(-2, sample.positions)
+    if x.dim() >= 4 and x.shape[-4] > 1:
+        x = x.index_select(-4, sample.sequences)
     return x
 
 

@@ -97,7 +97,7 @@ def measure_parameter(
 def parameter_stats(
     measured: Mapping[str, Mapping[str, Tensor]], grouping: Grouping
 ) -> dict[str, Tensor]:
-    """The params table of one step, column to (M, G), from `measure_parameter` of every parameter."""
+    """The params table, column to (..., M, G), from `measure_parameter` of every parameter, (..., M) or (..., M, L)."""
     columns = {}
     for name in PARAMETER_STATISTICS:
         if name != "update_ratio":
@@ -119,9 +119,9 @@ def _join(
     """Combine the parameters of each group and line the groups up along G."""
     alone: dict[str, Tensor] = {}
     kinds: dict[str, Tensor] = {}
-    for name, value in values.items():
-        group = grouping.group_of[name]
+    for name, group in grouping.group_of.items():  # the order of `rows`, not the optimizer's
+        value = values[name]
         found = kinds if name in grouping.layered else alone
-        value_MG = value if name in grouping.layered else value[:, None]
+        value_MG = value if name in grouping.layered else value[..., None]
         found[group] = combine(found[group], value_MG) if group in found else value_MG
     return torch.cat([*alone.values(), *kinds.values()], dim=-1)

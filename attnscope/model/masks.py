@@ -32,4 +32,10 @@ def with_padding(visible_TS: Tensor | None, real_BS: Tensor | None) -> Tensor | 
     if real_BS is None:
         return visible_TS
     real_B11S = real_BS[:, None, None, :]
-    return real_B11S if visible_TS is None else visible_TS & real_B11S
+    if visible_TS is None:
+        return real_B11S
+    # A padded query whose window holds padding only sees itself: a row without keys is NaN, and 0 x NaN, in the next
+    # layer, reaches every other row.
+    last = visible_TS.shape[1] - visible_TS.shape[0]
+    itself_TS = torch.ones_like(visible_TS).tril(last).triu(last)
+    return visible_TS & real_B11S | itself_TS

@@ -204,7 +204,8 @@ class Manifest:
         config: the resolved config as `attnscope.config.parse_table` reads it.
         members: in the order in which they are shown.
         environment: versions of python, torch and attnscope, the device.
-        data: source, fingerprint and, under `reference`, the losses to compare with.
+        data: fingerprint and, under `reference`, the losses to compare with (`unigram` tells stalled from trained);
+            under `parts`, by number, the same for parts whose data is different.
     """
 
     schema_version: int

@@ -47,8 +47,9 @@ class LossWatch:
         if self._first is None:
             self._first = float(self._losses[0])
         bad = np.flatnonzero(~np.isfinite(self._losses))
-        # A first loss of 0 has no double.
-        high = (self._losses >= TIMES_FIRST * self._first) & (self._first > 0)
+        # What comes after a loss that is not finite plays no part. A first loss of 0 has no double.
+        seen = self._losses[: bad[0] + 1] if len(bad) else self._losses
+        high = (seen >= TIMES_FIRST * self._first) & (self._first > 0)
         runs = np.flatnonzero(high[:-2] & high[1:-1] & high[2:])
         found = [(int(at[0]), why) for at, why in ((runs, TOO_HIGH), (bad, NOT_FINITE)) if len(at)]
         if found:

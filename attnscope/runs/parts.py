@@ -75,6 +75,12 @@ def find_part(run: Path, index: int) -> Part:
                 index=index, path=path, lost=(f"{name}: is a link or no folder; not followed",)
             )
         entries = {entry.name: entry.lstat() for entry in path.iterdir()}
+        # An empty file is one whose first write failed: nothing was begun.
+        entries = {
+            entry: found
+            for entry, found in entries.items()
+            if found.st_size or not stat.S_ISREG(found.st_mode)
+        }
     except FileNotFoundError:
         return Part(index=index, path=path)
     except OSError as error:

@@ -87,7 +87,7 @@ class Run:
         created: time in UTC, ISO 8601.
         command: the command line, word by word.
         environment: versions and device.
-        data: source, fingerprint; `reference` has the losses to compare with.
+        data: fingerprint; `reference` has the losses to compare with; `parts`, by number, what is different in a part.
         status: finished, interrupted, failed, killed or running.
         ends: part to what its end.json says; parts without one are missing.
     """
@@ -193,10 +193,6 @@ class Run:
         steps_N = self.steps["step"].to_numpy()[order_N]
         losses_N = self.steps["loss"].to_numpy()[order_N]
         ends = {part.index: self._end_status(part) for part in self._parts}
-        reference = self.data.get("reference")
-        unigram = reference.get("unigram") if isinstance(reference, dict) else None
-        if not isinstance(unigram, float):
-            unigram = None
         records = []
         for number, entry in enumerate(self._manifest.members):
             mine = slice(bounds[number], bounds[number + 1])
@@ -205,7 +201,7 @@ class Run:
                 losses_N[mine],
                 end_status=ends[entry.part],
                 planned_steps=self._planned_steps(entry.settings),
-                unigram=unigram,
+                unigram=self._unigram(entry.part),
             )
             records.append(
                 MemberRecord(
@@ -312,6 +308,14 @@ class Run:
             return "running" if is_recent(part) else None
         return None if self.status == "killed" else self.status
 
+    def _unigram(self, part: int) -> float | None:
+        """Of the part's own data where it differs from that of the others."""
+        others = self.data.get("parts")
+        data = others.get(str(part)) if isinstance(others, dict) else None
+        reference = (data if isinstance(data, dict) else self.data).get("reference")
+        unigram = reference.get("unigram") if isinstance(reference, dict) else None
+        return unigram if isinstance(unigram, float) else None
+
     def _planned_steps(self, settings: Mapping[str, object]) -> int:
         train = self._manifest.config.get("train")
         planned = train.get("steps") if isinstance(train, dict) else None
@@ -328,16 +332,16 @@ def open_run(path: str | Path) -> Run:
     path = Path(path)
     shown = printable(path, 400)
     try:
-        found = {"folder": path.is_dir(), "file": path.is_file(), "run": (path / RUN_FILE).exists()}
+        is_run, is_dir, is_file = (path / RUN_FILE).exists(), path.is_dir(), path.is_file()
     except OSError as error:
         raise RunError(f"{shown}: {reason_of(error)}. {remedy_of(error)} and try again.") from None
-    if found["file"]:
+    if is_file:
         raise RunError(f"{shown} is a file, not a run directory. Give the folder with {RUN_FILE}.")
-    if not found["folder"]:
+    if not is_dir:
         beside = [printable(run.name) for run in _runs_in(path.parent)]
         hint = nearest(path.name, beside)
         raise RunError(f"{shown}: no such run.{hint} List them: attnscope runs")
-    if not found["run"]:
+    if not is_run:
         inside = _runs_in(path)
         hint = f" It holds runs, for example {printable(inside[0], 400)}." if inside else ""
         raise RunError(f"{shown} is not a run directory: it has no {RUN_FILE}.{hint}")

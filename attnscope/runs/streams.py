@@ -74,6 +74,9 @@ def decode_table(data: bytes, table: str) -> Table:
     import pyarrow as pa
 
     unreadable = (pa.ArrowException, ValueError, OSError, EOFError, MemoryError, struct.error)
+    current = (
+        pa.ipc.MetadataVersion.V5
+    )  # older ones compress in a way that `_unpacked_bytes` does not see
     source = pa.BufferReader(data)
     messages = pa.ipc.MessageReader.open_stream(source)
     schema: pa.Schema | None = None
@@ -89,7 +92,7 @@ def decode_table(data: bytes, table: str) -> Table:
                 schema, usable = _schema_in(message, table, lost)
                 continue
             try:
-                if message.type != "record batch":
+                if message.type != "record batch" or message.metadata_version != current:
                     raise ValueError(message.type)
                 unpacked_bytes += _unpacked_bytes(message)
                 if unpacked_bytes > MAX_TABLE_BYTES:
@@ -160,19 +163,19 @@ def _unpacked_bytes(message: "pa.Message") -> int:
     A small file can unpack to gigabytes, and pyarrow sets no limit. Each compressed buffer begins with its
     unpacked length. The header is a FlatBuffer (format/Message.fbs of Apache Arrow), which pyarrow has verified.
     """
-    header, body = bytes(message.metadata), message.body
+    header, body = bytes(message.metadata), message.body or b""
     root = _number("<I", header, 0)
     batch_at = _field_at(header, root, 2)
     batch = batch_at + _number("<I", header, batch_at)
     if not _field_at(header, batch, 3):  # not compressed
-        return len(body or b"")
+        return len(body)
     buffers_at = _field_at(header, batch, 2)
     buffers = buffers_at + _number("<I", header, buffers_at)
     total = 0
     for index in range(_number("<I", header, buffers)):
         offset, length = struct.unpack_from("<qq", header, buffers + 4 + 16 * index)
         if length:
-            total += max(_number("<q", body, offset), length)
+            total += max(_number("<q", body, offset), length, 0)
     return total
 
 

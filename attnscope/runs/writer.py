@@ -159,6 +159,7 @@ class PartWriter:
         self.segment = 0
         self._files: dict[str, FileIO] = {}
         self._ends: dict[str, int] = {}
+        self._closed = False
         self._failure: RunWriteError | None = None
         self._last_step: int | None = None
         self._started = time.perf_counter()
@@ -183,11 +184,11 @@ class PartWriter:
         Raises:
             RunWriteError: the disk did not take them.
         """
+        batch = encode_batch(table, columns)
         steps = np.asarray(columns["step"])
         if not len(steps):
             return
         name = table_file(table, self.segment)
-        batch = encode_batch(table, columns)
         self._write(name, batch if self._ends.get(name) else encode_schema(table) + batch)
         if table == "steps":
             self._last_step = int(steps.max())
@@ -209,6 +210,8 @@ class PartWriter:
 
     def finish(self, status: str, **fields: object) -> None:
         """Close the files and say in end.json how the part ended; after a failed write that is always "failed".
+
+        Said twice, the last one counts.
 
         Args:
             status: finished, interrupted or failed.
@@ -245,13 +248,16 @@ class PartWriter:
 
     def close(self) -> None:
         """Close the files and say nothing; a reader takes the part for killed."""
+        self._closed = True
         for file in self._files.values():
             with contextlib.suppress(OSError):
                 file.close()
+        self._files.clear()
 
     def _write(self, name: str, data: bytes) -> None:
         if self._failure:
             raise self._failure
+        assert not self._closed, "written to after finish or close"
         path = self.path / name
         try:
             if name not in self._files:

@@ -13,12 +13,12 @@ ZCLIP_WARMUP = 25  # steps that only fill mean and variance
 
 
 def clip_state(mode: str, n_members: int, device: torch.device) -> dict[str, Tensor]:
-    """What adaptive clipping remembers: mean and variance of the gradient norm, (M,)."""
+    """What adaptive clipping remembers: mean and variance of the gradient norm and how many it has seen, (M,)."""
     if mode != "adaptive":
         return {}
     return {
-        "clip_mean": torch.zeros(n_members, device=device),
-        "clip_variance": torch.zeros(n_members, device=device),
+        name: torch.zeros(n_members, device=device)
+        for name in ("clip_mean", "clip_variance", "clip_count")
     }
 
 
@@ -47,7 +47,9 @@ def clip_gradients(
         }
         squares_M = [gradient.flatten(1).square().sum(dim=-1) for gradient in clipped.values()]
         factor_M = torch.stack(squares_M).sum(dim=0).sqrt() / grad_norm_M
-        return clipped, factor_M.where(grad_norm_M > 0, 1.0)
+        peaks_M = [gradient.flatten(1).abs().amax(dim=-1) for gradient in gradients.values()]
+        untouched_M = (torch.stack(peaks_M).amax(dim=0) <= threshold_M) | threshold_M.isinf()
+        return clipped, torch.where(untouched_M, 1.0, factor_M)
     if mode == "adaptive":
         factor_M = _zclip(threshold_M, grad_norm_M, state, step)
     else:
@@ -63,8 +65,10 @@ def _zclip(
     mean_M, variance_M = state["clip_mean"], state["clip_variance"]
     deviation_M = grad_norm_M - mean_M
     if step < ZCLIP_WARMUP:  # plain running mean and variance (Welford)
-        mean_M += deviation_M / (step + 1)
-        variance_M += (deviation_M * (grad_norm_M - mean_M) - variance_M) / (step + 1)
+        # Not step + 1: steps that overflow under loss scaling are taken back.
+        count_M = state["clip_count"].add_(1)
+        mean_M += deviation_M / count_M
+        variance_M += (deviation_M * (grad_norm_M - mean_M) - variance_M) / count_M
         return torch.ones_like(grad_norm_M)
     std_M = variance_M.sqrt()
     z_M = deviation_M / std_M

@@ -111,20 +111,17 @@ class Part:
                 **{f"parameters/{name}": value.detach() for name, value in self.parameters.items()},
                 **{f"state/{name}": value for name, value in self.state.items()},
             },
-            state={"alive": self.alive},
+            # safetensors sorts names, but sums over parameters depend on their order.
+            state={"alive": self.alive, "parameters": list(self.parameters)},
         )
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        alive = checkpoint.state["alive"]
-        assert isinstance(alive, list)
+        alive, names = checkpoint.state["alive"], checkpoint.state["parameters"]
+        assert isinstance(alive, list) and isinstance(names, list)
         self.alive = [int(index) for index in alive]
         self.step = checkpoint.step
         found = {name: value.to(self.device) for name, value in checkpoint.tensors.items()}
-        self.parameters = {
-            name.removeprefix("parameters/"): value
-            for name, value in found.items()
-            if name.startswith("parameters/")
-        }
+        self.parameters = {name: found[f"parameters/{name}"] for name in names}
         self.state = {
             name.removeprefix("state/"): value
             for name, value in found.items()
@@ -209,7 +206,7 @@ def train_step(part: Part, setup: Setup, data: Corpus, recorder: Recorder | None
         if every and step % every == 0:
             seq_len = setup.config.model.seq_len
             val_loss_M = evaluation.held_out_loss(setup, part.parameters, data, seq_len=seq_len)
-            recorder.add_val_loss(step, val_loss_M)
+            recorder.evaluated(val_loss_M)
     loss_M = run_step(setup, part.parameters, part.state, batch, step=step, observer=recorder)
     part.state["finite"] &= loss_M.isfinite()
     if recorder:

@@ -1,14 +1,14 @@
 """From tensors on the device to rows on disk, a block of steps at a time.
 
-Each step adds three small tensors to the block and nothing waits for them; `flush` brings the block to the host in
-one copy per table.
+A step only reduces what passes by, while it is in the cache, and nothing waits for it. What follows from the reductions
+is computed for a whole block at once, and `flush` brings the block to the host in one copy per table.
 
 Shape key: S steps of a block, C column, M member, L layer, H head, G group.
 """
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,9 +22,10 @@ from attnscope.metrics.activations import activation_rms, token_cosine
 from attnscope.metrics.attention import (
     STATISTICS,
     AttentionRows,
+    Rows,
     rows_of,
     sample_rows,
-    stack_layers,
+    stack_rows,
     statistics_of,
     statistics_of_all,
 )
@@ -41,19 +42,22 @@ from attnscope.model import AttentionInputs
 from attnscope.runs.writer import PartWriter
 from attnscope.train.step import Clipped, attention_call
 
-# The columns of the steps table that come from the device, in the order in which a step makes them.
+# The columns of the steps table that come from the device, in the order of `Recorder._on_host`.
 STEP_COLUMNS = (
     "loss",
     "log_z",
     "output_logit_max",
-    "activation_rms_max",
     "token_cosine",
+    "activation_rms_max",
     "grad_norm",
     "clip_factor",
     "lr",
     "loss_scale",
+    "val_loss",
 )
 HEAD_COLUMNS = (*STATISTICS, "rows", "rows_left_out")
+
+BLOCK_BYTES = 64 << 20  # of sampled attention logits that wait for the end of their block
 
 Array = NDArray[Any]
 
@@ -83,135 +87,137 @@ class Block:
     groups: tuple[tuple[int, str], ...]
 
 
+@dataclass(slots=True, kw_only=True)
+class Seen:
+    """What was seen of one step: reductions only; what follows from them is computed once per block.
+
+    Attributes:
+        step: updates done before it.
+        measures: whether heads and parameters are looked at.
+        real_BS: False on padding; None where there is none.
+        sample: the query rows to look at; None = all.
+    """
+
+    step: int
+    measures: bool
+    real_BS: Tensor | None
+    sample: Rows | None
+    rows: list[AttentionRows] = field(default_factory=list)
+    stats: list[dict[str, Tensor]] = field(default_factory=list)
+    residual_rms_M: list[Tensor] = field(default_factory=list)
+    last_residual_MND: Tensor | None = None
+    forward_M: list[Tensor] = field(default_factory=list)
+    clip: Clipped | None = None
+    grad_norm_M: Tensor | None = None
+    parameters: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    val_loss_M: Tensor | None = None
+    step_ms: float = 0.0
+
+
 class Recorder:
     """The observer of a training step; holds the block that is not on disk yet.
 
-    Invariant: every tensor of a block has the same member axis, so `flush` comes before members leave.
+    Invariants: a block has whole steps only, however a step was broken off. Every tensor of a block has the same
+    member axis, so `flush` comes before members leave.
     """
 
     def __init__(self, writer: PartWriter, config: Config) -> None:
         self._writer = writer
         self._record = config.record
+        self._n_batch = config.data.batch_size
+        self._n_layers = config.model.n_layers
         self._tokens_per_step = config.data.batch_size * config.model.seq_len
         self._last = time.perf_counter()
-        self._clear()
-
-    def _clear(self) -> None:
-        self._steps: list[int] = []
-        self._step_ms: list[float] = []
-        self._val_loss_M: dict[int, Tensor] = {}
-        self._rows_CM: list[Tensor] = []
-        self._head_steps: list[int] = []
-        self._heads_CMLH: list[Tensor] = []
-        self._params_CMG: list[Tensor] = []
+        self._block: list[Seen] = []
+        self._bytes = 0
 
     def begin(self, step: int, batch: Batch, grouping: Grouping) -> None:
         """The next step starts: choose the rows to look at."""
         self._grouping = grouping
-        self._real_BS = batch.visible_BS
-        self._n_batch, seq_len = batch.tokens_BT.shape
-        self._measures_heads = step % self._record.every == 0
-        self._sample = (
-            None
-            if isinstance(self._record.rows, str)
-            else sample_rows(
-                n_batch=self._n_batch,
-                n_queries=seq_len,
-                rows=self._record.rows,
-                seed=step,
-            )
+        n_batch, seq_len = batch.tokens_BT.shape
+        rows = self._record.rows
+        self._now = Seen(
+            step=step,
+            measures=step % self._record.every == 0,
+            real_BS=batch.visible_BS,
+            sample=(
+                None
+                if isinstance(rows, str)
+                else sample_rows(
+                    n_batch=n_batch,
+                    n_queries=seq_len,
+                    rows=rows,
+                    seed=step,
+                    device=batch.tokens_BT.device,
+                )
+            ),
         )
-        self._steps.append(step)
-        if self._measures_heads:
-            self._head_steps.append(step)
-        self._layers: list[AttentionRows] = []
-        self._layer_stats: list[dict[str, Tensor]] = []
-        self._residual_norm_LM: list[Tensor] = []
-        self._parameters: dict[str, dict[str, Tensor]] = {}
 
+    @torch.compiler.disable
     @torch.no_grad()
     def attention(self, layer: int, inputs: AttentionInputs) -> None:
         """Cut the sampled rows out of a layer's attention."""
-        if not self._measures_heads:
+        if not self._now.measures:
             return
-        call = attention_call(inputs, self._real_BS)
-        if self._sample is None:
-            self._layer_stats.append(statistics_of_all(call))
+        call = attention_call(inputs, self._now.real_BS)
+        if self._now.sample is None:
+            self._now.stats.append(statistics_of_all(call))
         else:
-            self._layers.append(rows_of(call, self._sample))
+            self._now.rows.append(rows_of(call, self._now.sample))
 
+    @torch.compiler.disable
     @torch.no_grad()
     def residual(self, layer: int, x_MND: Tensor) -> None:
         """Size of the residual stream after a layer."""
-        self._residual_norm_LM.append(activation_rms(x_MND))
-        self._last_residual_MND = x_MND.detach()
+        self._now.residual_rms_M.append(activation_rms(x_MND))
+        self._now.last_residual_MND = x_MND.detach()
 
     @torch.no_grad()
     def output(self, output_logits_MNV: Tensor, losses: TokenLosses) -> None:
-        """Everything that the forward pass alone decides."""
-        self._forward_rows_CM = [
+        """What the forward pass alone decides."""
+        now = self._now
+        assert now.last_residual_MND is not None
+        now.forward_M = [
             losses.loss_M.detach(),
             losses.log_z_M.detach(),
             output_logit_max(output_logits_MNV),
-            torch.stack(self._residual_norm_LM).amax(dim=0),
-            token_cosine(self._last_residual_MND, n_batch=self._n_batch),
+            token_cosine(now.last_residual_MND, n_batch=self._n_batch),
         ]
-        del self._last_residual_MND
-        if self._layers:
-            stats = statistics_of(stack_layers(self._layers))
-            self._heads_CMLH.append(torch.stack([stats[name] for name in HEAD_COLUMNS]))
-        elif self._layer_stats:
-            self._heads_CMLH.append(
-                torch.stack(
-                    [
-                        torch.stack([stats[name] for stats in self._layer_stats], dim=1)
-                        for name in HEAD_COLUMNS
-                    ]
-                )
-            )
+        now.last_residual_MND = None
 
     def gradients(self, gradients: Mapping[str, Tensor], clip: Clipped) -> None:
         """What clipping did; the norm of gradients, where no parameter will be measured."""
-        self._clip = clip
-        if not self._measures_heads:
-            self._grad_norm_M = global_norm(group_norms(gradients, self._grouping))
+        self._now.clip = clip
+        if not self._now.measures:
+            self._now.grad_norm_M = global_norm(group_norms(gradients, self._grouping))
 
     def parameter(self, name: str, gradient: Tensor, weight: Tensor, update: Tensor) -> None:
         """Norms of one parameter."""
-        if self._measures_heads:
-            self._parameters[name] = measure_parameter(
+        if self._now.measures:
+            self._now.parameters[name] = measure_parameter(
                 gradient=gradient,
                 weight=weight.detach(),
                 update=update,
                 layered=name in self._grouping.layered,
             )
 
-    def end(self) -> None:
-        """The step is done: put its row together."""
-        if self._parameters:
-            params = parameter_stats(self._parameters, self._grouping)
-            self._grad_norm_M = global_norm(params["grad_norm"])
-            self._params_CMG.append(torch.stack([params[name] for name in PARAMETER_STATISTICS]))
-        clip = self._clip
-        rows_M = [
-            *self._forward_rows_CM,
-            self._grad_norm_M,
-            clip.factor_M,
-            clip.lr_M,
-            clip.loss_scale_M,
-        ]
-        self._rows_CM.append(torch.stack(rows_M))
-        now = time.perf_counter()
-        self._step_ms.append(1000 * (now - self._last))
-        self._last = now
+    def evaluated(self, val_loss_M: Tensor) -> None:
+        """The held-out loss of every member at the weights that this step starts from."""
+        self._now.val_loss_M = val_loss_M
 
-    def add_val_loss(self, step: int, val_loss_M: Tensor) -> None:
-        """The held-out loss of every member at the weights of `step`; the step's row must still be in the block."""
-        self._val_loss_M[step] = val_loss_M
+    def end(self) -> None:
+        """The step is done: it belongs to the block now."""
+        time_now = time.perf_counter()
+        self._now.step_ms = 1000 * (time_now - self._last)
+        self._last = time_now
+        self._block.append(self._now)
+        self._bytes += sum(rows.z.nbytes for rows in self._now.rows)
 
     def due(self, seconds: float) -> bool:
-        """Whether the oldest step of the block has waited this long."""
-        return sum(self._step_ms) >= 1000 * seconds
+        """Whether the block has waited this long, or holds as much as a block should."""
+        return (
+            self._bytes > BLOCK_BYTES or sum(seen.step_ms for seen in self._block) >= 1000 * seconds
+        )
 
     def flush(self, members: Sequence[int]) -> Block | None:
         """Write the block and forget it; None if it is empty.
@@ -219,37 +225,84 @@ class Recorder:
         Raises:
             RunWriteError: the disk did not take it.
         """
-        if not self._steps:
+        if not self._block:
             return None
-        block = self._to_host(members)
-        self._clear()
+        seen, self._block, self._bytes = self._block, [], 0
+        block = self._on_host(seen, members)
         for table, columns in tables_of(block, self._tokens_per_step).items():
-            if len(columns["step"]):
-                self._writer.append(table, columns)
+            self._writer.append(table, columns)
         return block
 
-    def _to_host(self, members: Sequence[int]) -> Block:
-        rows_SCM = torch.stack(self._rows_CM).cpu().numpy()
-        columns = {name: rows_SCM[:, i] for i, name in enumerate(STEP_COLUMNS)}
-        columns["val_loss"] = np.full_like(columns["loss"], np.nan)
-        for step, val_loss_M in self._val_loss_M.items():
-            columns["val_loss"][self._steps.index(step)] = val_loss_M.cpu().numpy()
-        heads, params = {}, {}
-        if self._head_steps:
-            heads_SCMLH = torch.stack(self._heads_CMLH).cpu().numpy()
-            params_SCMG = torch.stack(self._params_CMG).cpu().numpy()
-            heads = {name: heads_SCMLH[:, i] for i, name in enumerate(HEAD_COLUMNS)}
-            params = {name: params_SCMG[:, i] for i, name in enumerate(PARAMETER_STATISTICS)}
+    @torch.no_grad()
+    def _on_host(self, seen: Sequence[Seen], members: Sequence[int]) -> Block:
+        """Compute what follows from the reductions and bring it to the host, one copy per table."""
+        measured = [each for each in seen if each.measures]
+        heads, params, grad_norms_SM = {}, {}, iter(())
+        if measured:
+            stats = self._heads(measured)
+            heads_CSMLH = torch.stack([stats[name].float() for name in HEAD_COLUMNS]).cpu().numpy()
+            heads = dict(zip(HEAD_COLUMNS, heads_CSMLH, strict=True))
+            found = parameter_stats(
+                _stacked([each.parameters for each in measured]), self._grouping
+            )
+            grad_norms_SM = iter(global_norm(found["grad_norm"]))
+            params_CSMG = torch.stack([found[name] for name in PARAMETER_STATISTICS]).cpu().numpy()
+            params = dict(zip(PARAMETER_STATISTICS, params_CSMG, strict=True))
+        rows = []
+        for each in seen:
+            assert each.clip is not None
+            grad_norm_M = next(grad_norms_SM) if each.grad_norm_M is None else each.grad_norm_M
+            rms_M = torch.stack(each.residual_rms_M).amax(dim=0)
+            clip = each.clip
+            val_loss_M = torch.full_like(rms_M, float("nan"))
+            if each.val_loss_M is not None:
+                val_loss_M = each.val_loss_M
+            rows.append(
+                torch.stack(
+                    [
+                        *each.forward_M,
+                        rms_M,
+                        grad_norm_M,
+                        clip.factor_M,
+                        clip.lr_M,
+                        clip.loss_scale_M,
+                        val_loss_M,
+                    ]
+                )
+            )
+        rows_SCM = torch.stack(rows).cpu().numpy()
         return Block(
             members=tuple(members),
-            steps=np.array(self._steps),
-            step_ms=np.array(self._step_ms),
-            columns=columns,
-            head_steps=np.array(self._head_steps, dtype=np.int64),
+            steps=np.array([each.step for each in seen]),
+            step_ms=np.array([each.step_ms for each in seen]),
+            columns={name: rows_SCM[:, c] for c, name in enumerate(STEP_COLUMNS)},
+            head_steps=np.array([each.step for each in measured], dtype=np.int64),
             heads=heads,
             params=params,
             groups=self._grouping.rows,
         )
+
+    def _heads(self, measured: Sequence[Seen]) -> dict[str, Tensor]:
+        """Column to (S, M, L, H)."""
+        if measured[0].sample is None:
+            each_layer = [stats for seen in measured for stats in seen.stats]
+            found = {name: torch.stack([x[name] for x in each_layer]) for name in HEAD_COLUMNS}
+        else:
+            found = statistics_of(stack_rows([rows for seen in measured for rows in seen.rows]))
+        return {
+            name: x.unflatten(0, (len(measured), self._n_layers)).transpose(1, 2)
+            for name, x in found.items()
+        }
+
+
+def _stacked(steps: Sequence[dict[str, dict[str, Tensor]]]) -> dict[str, dict[str, Tensor]]:
+    """The same dictionaries with a leading axis S."""
+    return {
+        parameter: {
+            name: torch.stack([step[parameter][name] for step in steps]) for name in columns
+        }
+        for parameter, columns in steps[0].items()
+    }
 
 
 def tables_of(block: Block, tokens_per_step: int) -> dict[str, dict[str, Array]]:

@@ -215,6 +215,10 @@ def _update(
             steps=config.train.steps,
         ),
     )
+    before, sound_M = {}, None
+    if loss_scale_M is not None:  # adaptive clipping must forget an overflow too
+        before = {name: value.clone() for name, value in state.items()}
+        sound_M = _all_finite(gradients)
     clipped, factor_M = gradients, setup.ones_M
     if setup.clips:
         clipped, factor_M = clip_gradients(
@@ -230,10 +234,6 @@ def _update(
         observer.gradients(
             gradients, Clipped(factor_M=factor_M, lr_M=hyper.lr_M, loss_scale_M=scale_M)
         )
-    before, sound_M = {}, None
-    if loss_scale_M is not None:
-        before = {name: value.clone() for name, value in state.items()}
-        sound_M = _all_finite(gradients)
     optimizer = OPTIMIZERS[config.optimizer.name]
     for name in optimizer(clipped, state, hyper, setup.updates):
         parameter, update = parameters[name], setup.updates[name]
@@ -273,7 +273,9 @@ class HeadLimits:
     def shrink(self, parameters: Mapping[str, Tensor], *, d_head: int) -> None:
         """Multiply W_q and W_k of every head by √(threshold / largest logit) where that is below 1."""
         for layer, largest_MH in enumerate(self._largest_MH):
-            ratio_MH = (self._threshold / largest_MH).where(largest_MH > self._threshold, 1.0)
+            # An infinite logit says nothing of how much to shrink; a ratio of 0 would end the head for good.
+            too_large_MH = (largest_MH > self._threshold) & largest_MH.isfinite()
+            ratio_MH = (self._threshold / largest_MH).where(too_large_MH, 1.0)
             for name in ("q", "k"):
                 heads_MDHK = parameters[name][:, layer].unflatten(-1, (-1, d_head))
                 heads_MDHK.mul_((ratio_MH**QK_CLIP_ALPHA)[:, None, :, None])
