@@ -63,7 +63,9 @@ def attention_stats(q, k, *, scale, visible=None, bias=None, softcap=0.0):
                 "rows_left_out": left_out,
             }
         )
-    return {name: torch.tensor([each[name] for each in stats], dtype=torch.float64) for name in stats[0]}
+    return {
+        name: torch.tensor([each[name] for each in stats], dtype=torch.float64) for name in stats[0]
+    }
 
 
 def attention(q, k, v, *, scale, visible=None, bias=None, softcap=0.0):
@@ -162,9 +164,7 @@ def transformer(parameters, config, tokens_BT, *, scale_L, real_BS=None):
             x[:, 0::2] += angles.sin()
             x[:, 1::2] += angles.cos()
         for layer in range(model.n_layers):
-            weights = {
-                name: value[layer] for name, value in parameters.items() if value.dim() == 3
-            }
+            weights = {name: value[layer] for name, value in parameters.items() if value.dim() == 3}
             y = normed(x, parameters["norm_attention"][layer]) if model.norm == "pre" else x
             heads = []
             for h in range(model.n_heads):
@@ -210,10 +210,7 @@ def transformer(parameters, config, tokens_BT, *, scale_L, real_BS=None):
 def positions_angles(n_tokens, width):
     """Position times frequency 10000^(-2i / width), float64 (T, width / 2)."""
     return torch.tensor(
-        [
-            [t * 10_000.0 ** (-2 * i / width) for i in range(width // 2)]
-            for t in range(n_tokens)
-        ],
+        [[t * 10_000.0 ** (-2 * i / width) for i in range(width // 2)] for t in range(n_tokens)],
         dtype=torch.float64,
     )
 

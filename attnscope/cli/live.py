@@ -54,6 +54,8 @@ def watch_training(
     with asked_to_stop(console) as should_stop, shown:
 
         def on_progress(part: int, progress: "Progress") -> None:
+            if view.is_new:  # not before: a run that cannot begin says nothing but why
+                console.print(Text(f"Run {path}: {', '.join(m.name for m in members[:8])}"))
             for line in view.update(part, progress):
                 console.print(line)
             if isinstance(shown, Live):
@@ -61,7 +63,6 @@ def watch_training(
             elif line := view.plain_line():
                 console.print(line)
 
-        console.print(Text(f"Run {path}: {', '.join(member.name for member in members[:8])}"))
         if config is None:
             status = resume_run(path, on_progress=on_progress, should_stop=should_stop)
         else:
@@ -102,6 +103,7 @@ class View:
         self._n_parts = 1 + max(member.part for member in members)
         self._begin(0)
         self._plain_at = time.monotonic()
+        self.is_new = True
 
     def _begin(self, part: int) -> None:
         self._part = part
@@ -116,6 +118,7 @@ class View:
 
     def update(self, part: int, progress: "Progress") -> list[Text]:
         """Take in a block; returns the lines to print at once, for what broke."""
+        self.is_new = False
         if part != self._part:
             self._begin(part)
         block = progress.block

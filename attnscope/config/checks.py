@@ -9,12 +9,8 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _quoted(words: tuple[str, ...]) -> list[str]:
-    return [f'"{word}"' for word in words]
+def _alternatives(number: str, words: tuple[str, ...]) -> str:
+    return " or ".join([number, ", ".join(words)]) if words else number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +24,7 @@ class Whole:
     @property
     def allowed(self) -> str:
         top = "" if self.high == 2**31 - 1 else f" and at most {self.high}"
-        return " or ".join([f"a whole number, at least {self.low}{top}", *_quoted(self.words)])
+        return _alternatives(f"a whole number, at least {self.low}{top}", self.words)
 
     def __call__(self, value: object) -> int | str:
         if isinstance(value, str) and value in self.words:
@@ -61,14 +57,19 @@ class Number:
         if self.below is not None:
             parts.append(f"below {self.below:g}")
         text = " ".join([parts[0], " and ".join(parts[1:])]).strip()
-        return " or ".join([text, *_quoted(self.words)])
+        return _alternatives(text, self.words)
 
     def __call__(self, value: object) -> float | str:
         if isinstance(value, str) and value in self.words:
             return value
-        if not _is_number(value) or not math.isfinite(value):  # type: ignore[arg-type]
+        if not isinstance(value, int | float) or isinstance(value, bool):
             raise ValueError
-        number = float(value)  # type: ignore[arg-type]
+        try:
+            number = float(value)
+        except OverflowError:  # a whole number of 400 digits
+            raise ValueError from None
+        if not math.isfinite(number):
+            raise ValueError
         if (
             (self.low is not None and number < self.low)
             or (self.above is not None and number <= self.above)
@@ -114,7 +115,7 @@ class Text:
 
     @property
     def allowed(self) -> str:
-        return "a text that is not empty"
+        return "a text on one line, not empty"
 
     def __call__(self, value: object) -> str:
         if not isinstance(value, str) or not value.strip() or not value.isprintable():

@@ -61,14 +61,21 @@ def parse_table(table: Mapping[str, object], *, where: str = "config") -> Config
         place = f"{where}: arm {number + 1}"
         name = raw.get("name")
         if not isinstance(name, str) or not name.strip() or not name.isprintable():
-            raise ConfigError(f'{place} has no name. Add a line like name = "rope".')
+            raise ConfigError(
+                f'{place} has no name, or one that cannot be shown. Add a line like name = "rope".'
+            )
         if name in {arm.name for arm in arms}:
             raise ConfigError(f"{place}: the name {name!r} is taken. Give every arm its own name.")
         rest = {key: value for key, value in raw.items() if key != "name"}
-        arms.append(Arm(name=name, changes=_flatten(rest, place)))
+        arms.append(_arm(name, _flatten(rest, f"{where}: arm {name}"), f"{where}: arm {name}"))
     changes = _flatten({key: value for key, value in table.items() if key != "arm"}, where)
     config = apply_changes(Config(), changes, where=where)
     return replace(config, arms=tuple(arms))
+
+
+def _arm(name: str, changes: Mapping[str, object], where: str) -> Arm:
+    checked = apply_changes(Config(), changes, where=where)
+    return Arm(name=name, changes={key: get_setting(checked, key) for key in changes})
 
 
 def parse_assignment(text: str) -> tuple[str, object]:
@@ -76,7 +83,9 @@ def parse_assignment(text: str) -> tuple[str, object]:
     key, equals, raw = text.partition("=")
     key, raw = key.strip(), raw.strip()
     if not equals or not key or not raw:
-        raise ConfigError(f"--set {text}: write section.setting=value, for example model.d_model=64.")
+        raise ConfigError(
+            f"--set {text}: write section.setting=value, for example model.d_model=64."
+        )
     try:
         value: object = tomllib.loads(f"value = {raw}")["value"]
     except tomllib.TOMLDecodeError:
@@ -100,7 +109,9 @@ def apply_changes(config: Config, changes: Mapping[str, object], *, where: str) 
         except ValueError:
             shown = _shown(value)
             hint = nearest(value, getattr(check, "options", getattr(check, "words", ())))
-            raise ConfigError(f"{where}: {key} is {shown}, but must be {check.allowed}.{hint}") from None
+            raise ConfigError(
+                f"{where}: {key} is {shown}, but must be {check.allowed}.{hint}"
+            ) from None
         section, name = key.split(".")
         checked.setdefault(section, {})[name] = good
     return replace(
@@ -164,7 +175,9 @@ def _known(key: str, where: str) -> None:
         else:
             hint = nearest(section, SECTIONS)
         sections = ", ".join(SECTIONS)
-        raise ConfigError(f"{where}: there is no section {_shown(section)}.{hint} Sections: {sections}.")
+        raise ConfigError(
+            f"{where}: there is no section {_shown(section)}.{hint} Sections: {sections}."
+        )
     names = [entry.name for entry in fields(SECTIONS[section])]
     elsewhere = [known for known in SETTINGS if known.split(".")[1] == name]
     hint = nearest(name, names) or (f" Did you mean {elsewhere[0]}?" if elsewhere else "")
@@ -176,14 +189,17 @@ def _known(key: str, where: str) -> None:
 def _flatten(table: Mapping[str, object], where: str) -> dict[str, object]:
     changes: dict[str, object] = {}
     for section, body in table.items():
+        if section not in SECTIONS:
+            _known(section, where)
+            raise ConfigError(
+                f"{where}: {section} must stand in its section. Write it without quotes."
+            )
         if not isinstance(body, Mapping):
-            if section in SECTIONS:
-                raise ConfigError(f"{where}: {section} is {_shown(body)}, but must be a section. Write [{section}].")
-            _known(section, where)
-        for name, value in body.items():  # type: ignore[attr-defined]
+            raise ConfigError(
+                f"{where}: {section} is {_shown(body)}, but must be a section. Write [{section}]."
+            )
+        for name, value in body.items():
             changes[f"{section}.{name}"] = value
-        if not body and section not in SECTIONS:
-            _known(section, where)
     return changes
 
 
@@ -201,6 +217,8 @@ def _plain(value: object) -> object:
 
 def _shown(value: object) -> str:
     """A value as it would stand in TOML; whatever is long or unprintable is cut and escaped."""
+    if isinstance(value, int) and abs(value) >= 10**60:
+        return "a whole number of more than 60 digits"
     text = json.dumps(value) if isinstance(value, str) else _toml(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -209,7 +227,11 @@ def _toml(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        return _TOML_ESCAPED.sub(lambda match: f"\\u{ord(match[0]):04X}", json.dumps(value, ensure_ascii=False))
+        return _TOML_ESCAPED.sub(
+            lambda match: f"\\u{ord(match[0]):04X}", json.dumps(value, ensure_ascii=False)
+        )
+    if isinstance(value, Mapping):
+        return "a table"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
     if isinstance(value, float) and not math.isfinite(value):

@@ -94,9 +94,7 @@ class OptimizerConfig:
 
     name: str = setting("sgd", Choice(("sgd", "adamw", "muon")), "which optimizer")
     lr: float = setting(1e-3, Number(low=0), "peak learning rate", per_member=True)
-    momentum: float = setting(
-        0.9, Number(low=0, below=1), "of sgd and muon", per_member=True
-    )
+    momentum: float = setting(0.9, Number(low=0, below=1), "of sgd and muon", per_member=True)
     betas: tuple[float, float] = setting(
         (0.9, 0.95), Several(each=Number(low=0, below=1), length=2), "of adamw", per_member=True
     )
@@ -104,9 +102,7 @@ class OptimizerConfig:
     weight_decay: float = setting(
         0.0, Number(low=0), "decoupled, on weight matrices only", per_member=True
     )
-    warmup_steps: int = setting(
-        0, Whole(low=0), "steps of linear warm-up", per_member=True
-    )
+    warmup_steps: int = setting(0, Whole(low=0), "steps of linear warm-up", per_member=True)
     schedule: str = setting(
         "constant", Choice(("constant", "cosine", "wsd")), "what follows the warm-up"
     )

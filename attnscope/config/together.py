@@ -83,7 +83,6 @@ def warnings_of(config: Config) -> tuple[str, ...]:
     model, attention, optimizer, init = (
         config.model, config.attention, config.optimizer, config.init,
     )  # fmt: skip
-    muon_or_sgd = optimizer.name in ("sgd", "muon")
     gpt_like = ("normal", "gpt2")
     idle = [
         (config.clip.mode == "none" and config.clip.threshold != "none",
@@ -94,7 +93,7 @@ def warnings_of(config: Config) -> tuple[str, ...]:
          "optimizer.momentum has no effect with adamw (use betas)"),
         (optimizer.name == "sgd" and optimizer.betas != (0.9, 0.95),
          "optimizer.betas has no effect with sgd (use momentum)"),
-        (muon_or_sgd and optimizer.name == "sgd" and optimizer.eps != 1e-8,
+        (optimizer.name == "sgd" and optimizer.eps != 1e-8,
          "optimizer.eps has no effect with sgd"),
         (init.scheme not in gpt_like and init.std != 0.02,
          f"init.std has no effect with init.scheme = {init.scheme}"),
@@ -102,13 +101,11 @@ def warnings_of(config: Config) -> tuple[str, ...]:
          f"precision.loss_scaling has no effect with dtype {config.precision.dtype}"),
         (model.norm == "none" and model.norm_kind != "layernorm",
          "model.norm_kind has no effect with model.norm = none"),
-        (attention.mask == "padding" and config.data.source in ("recall", "modular"),
-         "attention.mask = padding has no effect: this data has no padding"),
         (optimizer.lr == 0, "optimizer.lr is 0: nothing will be learned"),
         (optimizer.schedule == "constant" and optimizer.warmup_steps >= config.train.steps,
          f"optimizer.warmup_steps = {optimizer.warmup_steps} lasts the whole run: lr is never reached"),
-        (attention.qk_norm and attention.scale == "none",
-         "attention.scale = none leaves qk_norm's logits as large as d_head: the gain must undo it"),
+        (bool(attention.qk_clip) and attention.qk_norm,
+         "attention.qk_clip has no effect with attention.qk_norm: the norm undoes it"),
         (any(window >= model.seq_len for window in config.windows),
          "attention.window reaches over the whole seq_len: it hides nothing"),
     ]  # fmt: skip

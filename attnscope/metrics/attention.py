@@ -283,7 +283,7 @@ def _totals(z: Tensor, visible: Tensor | None) -> dict[str, Tensor]:
         seen, n = z, torch.full((), z.shape[-1], dtype=z.dtype, device=z.device)
     else:
         # As numbers, 1 and 0, masks multiply and add; masked_fill with a broadcast mask is several times slower.
-        weight = visible.to(z.dtype)
+        weight = visible.expand(*visible.shape[:-1], z.shape[-1]).to(z.dtype)
         seen = z + weight.log()
         n = weight.sum(dim=-1)
     p = seen.softmax(dim=-1)

@@ -177,7 +177,8 @@ def train_part(
                 hand_over()
                 dropped = [part.alive[position] for position in lost]
                 part.drop(lost)
-                hand_over(*(Event(kind="dropped", step=part.step, member=m) for m in dropped))
+                # Dated to the last step they took, so that a run resumed from here keeps the event.
+                hand_over(*(Event(kind="dropped", step=part.step - 1, member=m) for m in dropped))
             if recorder and recorder.due(FLUSH_SECONDS):
                 hand_over()
             every = config.train.checkpoint_every

@@ -1,6 +1,5 @@
 """The forward pass against its slow twin, who may influence whom, and the attention logits at step 0."""
 
-import itertools
 import math
 from dataclasses import replace
 
@@ -26,7 +25,9 @@ def small(**changes):
             "init": {"embedding_std": 0.7},
         }
     )
-    return apply_changes(config, {key.replace("__", "."): v for key, v in changes.items()}, where="")
+    return apply_changes(
+        config, {key.replace("__", "."): v for key, v in changes.items()}, where=""
+    )
 
 
 def weights(config, *, n_members=2):
@@ -88,9 +89,12 @@ def assert_equals_twin(config, *, real_BS=None):
     [("pre", "layernorm"), ("pre", "rmsnorm"), ("post", "layernorm"), ("post", "rmsnorm"), ("none", "layernorm")],
 )  # fmt: skip
 def test_forward_equals_the_slow_twin(norm, kind, position):
-    for activation, qk_norm, tie in itertools.product(
-        ("gelu", "relu", "silu"), (False, True), (False, True)
-    ):
+    for activation, qk_norm, tie in [
+        ("gelu", False, False),
+        ("relu", True, False),
+        ("silu", False, True),
+        ("gelu", True, True),
+    ]:
         assert_equals_twin(
             small(
                 model__norm=norm,
@@ -162,14 +166,11 @@ def influenced(config, position, *, real_BS=None):
 @pytest.mark.parametrize("position", ["learned", "rope", "alibi"])
 @pytest.mark.parametrize("window", [0, 3, (0, 2)])
 def test_the_future_has_no_influence_under_a_causal_mask(backend, position, window):
-    config = small(
-        attention__backend=backend, attention__window=window, model__position=position
-    )
+    config = small(attention__backend=backend, attention__window=window, model__position=position)
     for changed in range(T):
         seen = influenced(config, changed)
         assert not seen[:, :changed].any()
-        assert seen[:, changed:].all() or window == 3  # two windows of 3 reach 4 positions back
-        assert seen[:, changed : changed + 3].all()
+        assert seen[:, changed:].all()
 
 
 def test_the_future_has_influence_without_a_mask():
@@ -186,9 +187,7 @@ def test_a_window_is_as_wide_as_it_says():
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 @pytest.mark.parametrize("window", [0, 2])
 def test_padding_has_no_influence_where_it_is_masked(backend, window):
-    config = small(
-        attention__mask="padding", attention__window=window, attention__backend=backend
-    )
+    config = small(attention__mask="padding", attention__window=window, attention__backend=backend)
     seen = influenced(config, T - 1, real_BS=REAL_BS)
     assert not seen[0][REAL_BS[0]].any()
     assert seen[1, T - 2 :].all()  # there the same position is a real token
@@ -222,9 +221,7 @@ def test_an_observer_sees_every_layer_once_and_changes_nothing():
     place = geometry(config, seq_len=T, device=CPU)
     scale_ML = torch.full((2, 3), 0.5)
     observer = Everything()
-    seen = forward(
-        parameters, config, place, TOKENS_BT, attn_scale_ML=scale_ML, observer=observer
-    )
+    seen = forward(parameters, config, place, TOKENS_BT, attn_scale_ML=scale_ML, observer=observer)
     alone = forward(parameters, config, place, TOKENS_BT, attn_scale_ML=scale_ML)
     assert torch.equal(seen, alone)
     assert [call[:2] for call in observer.calls] == [
@@ -259,7 +256,10 @@ def test_shorter_sequences_than_configured_are_the_beginning_of_longer_ones():
 @pytest.mark.parametrize("norm_kind", ["layernorm", "rmsnorm"])
 def test_half_precision_follows_the_compute_dtype_and_stays_close(dtype, norm_kind):
     config = small(
-        model__norm="pre", model__norm_kind=norm_kind, model__position="rope", attention__qk_norm=True
+        model__norm="pre",
+        model__norm_kind=norm_kind,
+        model__position="rope",
+        attention__qk_norm=True,
     )
     parameters = weights(config)
     place = geometry(config, seq_len=T, device=CPU)
@@ -279,9 +279,7 @@ class LogitStd:
         self.found = []
 
     def attention(self, layer, inputs):
-        stats = attention_stats(
-            inputs.q_MBHTK, inputs.k_MBHSK, inputs.attn_scale, inputs.visible
-        )
+        stats = attention_stats(inputs.q_MBHTK, inputs.k_MBHSK, inputs.attn_scale, inputs.visible)
         self.found.append(stats["logit_std"])
 
     def residual(self, layer, x_MND):

@@ -1,0 +1,57 @@
+"""`--help` and `report` never import what they do not need."""
+
+import resource
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = {"torch", "pandas", "matplotlib", "numpy", "pyarrow"}
+
+
+def imported_by(code):
+    """Which heavy modules a fresh interpreter has loaded after running `code`, and its CPU seconds."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys; print(sorted({HEAVY!r} & set(sys.modules)))"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return set(eval(done.stdout.splitlines()[-1], {})), seconds
+
+
+def calling(*words):
+    return (
+        "from attnscope.cli import app\n"
+        f"try: app({list(words)!r})\n"
+        "except SystemExit as end: assert end.code == 0, end.code"
+    )
+
+
+@pytest.mark.parametrize("words", [(), ("train",), ("report",), ("runs",), ("bench", "overhead")])
+def test_help_is_quick_and_imports_nothing_heavy(words):
+    heavy, seconds = imported_by(calling(*words, "--help"))
+    assert heavy == set()
+    assert seconds < 0.25
+
+
+def test_the_import_test_can_fail():
+    heavy, seconds = imported_by("import torch")
+    assert "torch" in heavy and seconds > 0.25
+
+
+def test_importing_attnscope_costs_nothing():
+    heavy, _ = imported_by("import attnscope")
+    assert heavy == set()
+
+
+def test_runs_and_report_do_without_torch(tmp_path):
+    from attnscope import train_model
+
+    train_model({"data": {"source": "markov"}, "train": {"steps": 2}}, path=tmp_path / "runs" / "r")
+    for words in (["report", str(tmp_path / "runs" / "r")], ["runs", str(tmp_path / "runs")]):
+        heavy, _ = imported_by(calling(*words))
+        assert "torch" not in heavy

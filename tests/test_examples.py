@@ -1,0 +1,38 @@
+"""Every example runs as its header says and shows what it promises."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+SHOWN = {
+    "explode.py": ["unscaled  diverged", "scaled", "max_prob"],
+    "your_own_attention.py": ["no scale", "saturated rows"],
+    "read_a_run.py": ["largest gradient", "diverged"],
+}
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory):
+    run = tmp_path_factory.mktemp("examples") / "run"
+    made = {}
+    for name in ("explode.py", "your_own_attention.py", "read_a_run.py"):
+        words = [] if name == "your_own_attention.py" else [str(run)]
+        done = subprocess.run(
+            [sys.executable, str(EXAMPLES / name), *words], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        made[name] = done.stdout
+    return made
+
+
+def test_every_example_is_tested():
+    assert {path.name for path in EXAMPLES.glob("*.py")} == set(SHOWN)
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_example(name, outputs):
+    for text in SHOWN[name]:
+        assert text in outputs[name]
