@@ -39,9 +39,12 @@ def test_config(path, tmp_path):
     for member in members_of(config):
         assert warnings_of(member.config) == ()
     short = replace(
-        config, train=replace(config.train, steps=2, sample_tokens=min(4, config.train.sample_tokens))
+        config,
+        train=replace(config.train, steps=2, sample_tokens=min(4, config.train.sample_tokens)),
     )
-    run = attnscope.train_model(replace(short, optimizer=replace(short.optimizer, warmup_steps=0)), path=tmp_path / "run")
+    run = attnscope.train_model(
+        replace(short, optimizer=replace(short.optimizer, warmup_steps=0)), path=tmp_path / "run"
+    )
     assert run.status == "finished"
     assert [member.last_step for member in run.members] == [1] * len(run.members)
     assert run.steps["loss"].notna().all()

@@ -91,8 +91,13 @@ def _measure(folder: Path, *, rounds: int) -> Overhead:
     seeds = [apply_changes(tiny, {"train.seed": seed}, where="bench") for seed in range(MEMBERS)]
     together = _Loop(seeds, tiny_data, folder / "together")
     alone = [_Loop([each], tiny_data, folder / f"alone-{i}") for i, each in enumerate(seeds)]
+
+    def one_by_one() -> None:
+        for each in alone:
+            each.step()
+
     ensemble = interleave(
-        {"together": together.step, "alone": lambda: [each.step() for each in alone]},
+        {"together": together.step, "alone": one_by_one},
         rounds=rounds,
         warmup=20,
     )

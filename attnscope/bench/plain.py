@@ -14,17 +14,16 @@ from attnscope.data import Corpus
 class PlainBlock(nn.Module):
     """Attention and MLP around a residual stream, without normalization, like the default model."""
 
+    mask: Tensor
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         d_model = config.model.d_model
         self.n_heads = config.model.n_heads
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
         self.out = nn.Linear(d_model, d_model, bias=False)
-        self.mlp = nn.Sequential(
-            nn.Linear(d_model, config.d_ff, bias=False),
-            nn.GELU(),
-            nn.Linear(config.d_ff, d_model, bias=False),
-        )
+        self.mlp_in = nn.Linear(d_model, config.d_ff, bias=False)
+        self.mlp_out = nn.Linear(config.d_ff, d_model, bias=False)
         seq_len = config.model.seq_len
         self.register_buffer("mask", torch.ones(seq_len, seq_len, dtype=torch.bool).tril())
 
@@ -38,7 +37,7 @@ class PlainBlock(nn.Module):
         z = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
         p = F.softmax(z.masked_fill(~self.mask, float("-inf")), dim=-1)
         x_BTD = x_BTD + self.out((p @ v).transpose(1, 2).reshape(n_batch, seq_len, d_model))
-        return x_BTD + self.mlp(x_BTD)
+        return x_BTD + self.mlp_out(F.gelu(self.mlp_in(x_BTD)))
 
 
 class PlainGPT(nn.Module):
@@ -84,8 +83,8 @@ class PlainLoop:
             fused = torch.cat([weights[name][layer] for name in ("q", "k", "v")], dim=-1)
             block.qkv.weight.copy_(fused.T)
             block.out.weight.copy_(weights["o"][layer].T)
-            for place, name in ((0, "mlp_in"), (2, "mlp_out")):
-                block.mlp[place].weight.copy_(weights[name][layer].T)
+            block.mlp_in.weight.copy_(weights["mlp_in"][layer].T)
+            block.mlp_out.weight.copy_(weights["mlp_out"][layer].T)
 
     def step(self) -> Tensor:
         """One update; the loss before it."""

@@ -24,8 +24,8 @@ def interleave(
     """Call the competitors in turn, in both directions alternately; seconds of each call after the warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in competitors}
     for number in range(warmup + rounds):
-        order = list(competitors) if number % 2 else list(reversed(competitors))
-        for name in order:
+        names = list(competitors)
+        for name in names if number % 2 else reversed(names):
             start = time.perf_counter()
             competitors[name]()
             if number >= warmup:

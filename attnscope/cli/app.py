@@ -216,7 +216,7 @@ def _resolve(
     for text in settings:
         config = apply_changes(config, dict([parse_assignment(text)]), where=f"--set {text}")
     if no_scale:
-        if "learned" == config.attention.scale:
+        if config.attention.scale == "learned":
             config = replace(config, attention=replace(config.attention, scale="inverse_sqrt"))
         config = without_control(config) if no_control else with_control(config)
     where = str(path) if path else "command line"

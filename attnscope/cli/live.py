@@ -60,8 +60,8 @@ def watch_training(
                 console.print(line)
             if isinstance(shown, Live):
                 shown.refresh()
-            elif line := view.plain_line():
-                console.print(line)
+            elif standing := view.plain_line():
+                console.print(standing)
 
         if config is None:
             status = resume_run(path, on_progress=on_progress, should_stop=should_stop)
@@ -166,22 +166,20 @@ class View:
         block = self._block
         if block is None:
             return
+        shown = list(enumerate(block.members))[:2]
+        names = "   ".join(self._members[member].name for _, member in shown)
+        title = "entropy ratio, max prob, max logit of "
+        yield Text(""), Text(f"{title}{names}", "dim")
         for layer in range(block.heads["entropy"].shape[2]):
             cells = []
-            for m, member in list(enumerate(block.members))[:2]:
-                mean = {
-                    name: float(block.heads[name][-1, m, layer].mean())
+            for m, _ in shown:
+                entropy_ratio, max_prob = (
+                    float(block.heads[name][-1, m, layer].mean())
                     for name in ("entropy_ratio", "max_prob")
-                }
-                largest = float(block.heads["max_logit"][-1, m, layer].max())
-                cells.append(
-                    f"{self._members[member].name}: {mean['entropy_ratio']:.2f} / "
-                    f"{mean['max_prob']:.2f} / {number(largest)}"
                 )
-            title = f"layer {layer}" + (
-                "  entropy ratio / max prob / max logit" if layer == 0 else ""
-            )
-            yield Text(title), Text("   ".join(cells))
+                max_logit = float(block.heads["max_logit"][-1, m, layer].max())
+                cells.append(f"{entropy_ratio:5.2f} {max_prob:5.2f} {number(max_logit):>6}")
+            yield Text(f"layer {layer}"), Text("   ".join(cells))
 
     def _where(self) -> str:
         part = f"part {self._part + 1}/{self._n_parts}  " if self._n_parts > 1 else ""

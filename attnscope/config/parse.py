@@ -116,7 +116,7 @@ def apply_changes(config: Config, changes: Mapping[str, object], *, where: str) 
         checked.setdefault(section, {})[name] = good
     return replace(
         config,
-        **{section: replace(getattr(config, section), **new) for section, new in checked.items()},  # type: ignore[arg-type]
+        **{section: replace(getattr(config, section), **new) for section, new in checked.items()},
     )
 
 
@@ -159,7 +159,7 @@ def to_toml(config: Config) -> str:
 
 
 def nearest(name: object, known: Iterable[str]) -> str:
-    """ " Did you mean x?" where a known name is close, else nothing."""
+    """A sentence "Did you mean x?" with a space before it where a known name is close, else nothing."""
     close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
     return f" Did you mean {close[0]}?" if close else ""
 

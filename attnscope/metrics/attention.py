@@ -111,7 +111,7 @@ def attention_stats(
         raise ShapeError(
             f"mask is {mask.dtype}, but must be boolean, True = visible. Use bias= for a float mask."
         )
-    if isinstance(rows, str) and rows != "all" or not isinstance(rows, str) and rows < 1:
+    if (isinstance(rows, str) and rows != "all") or (not isinstance(rows, str) and rows < 1):
         raise ShapeError(f'rows is {rows!r}, but must be a whole number, at least 1, or "all".')
     if k.shape[-3] != q.shape[-3]:
         k = k.repeat_interleave(q.shape[-3] // k.shape[-3], dim=-3)
@@ -264,7 +264,7 @@ def _logits(call: Call) -> Tensor:
 
 
 def _bound(call: Call) -> Tensor:
-    """scale max‖q‖ max‖k‖ over all rows, soft-capped and with the largest bias on top (Cauchy-Schwarz), (..., H)."""
+    """Scale max‖q‖ max‖k‖ over all rows, soft-capped and with the largest bias on top (Cauchy-Schwarz), (..., H)."""
     wide = _wide(call.q.dtype)
     q_norm = torch.linalg.vector_norm(call.q, dim=-1, dtype=wide).amax(dim=(-3, -1))
     k_norm = torch.linalg.vector_norm(call.k, dim=-1, dtype=wide).amax(dim=(-3, -1))

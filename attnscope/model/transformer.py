@@ -7,7 +7,7 @@ Shape key: M member, L layer, H head, B batch, T query position, S key position,
 E = n_heads x d_head, K d_head, F d_ff, V vocab.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,7 +20,11 @@ from attnscope.model.attention import BACKENDS, AttentionInputs, Dropout
 from attnscope.model.masks import visible_keys, with_padding
 from attnscope.model.position import alibi_bias, rope_angles, rotate, sinusoids
 
-ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+}
 
 
 class Observer(Protocol):
@@ -117,7 +121,7 @@ def forward(
     """
     model, attention = config.model, config.attention
     embedding_MVD = parameters["token_embedding"]
-    n_members, vocab_size, d_model = embedding_MVD.shape
+    n_members, vocab_size, _ = embedding_MVD.shape
     n_batch, seq_len = tokens_BT.shape[-2:]
     dtype = embedding_MVD.dtype
     attn_scale_ML = attn_scale_ML.to(dtype)

@@ -5,6 +5,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def train_run(
             Part(configs, vocab_size=corpora[index].vocab_size),
             corpora[index],
             alarms=Alarms(len(configs)),
-            report=lambda progress, index=index: on_progress(index, progress),
+            report=partial(on_progress, index),
             should_stop=should_stop,
         )
         if status != "finished":
@@ -122,7 +123,7 @@ def resume_run(
             state,
             data,
             alarms=alarms,
-            report=lambda progress, index=index: on_progress(index, progress),
+            report=partial(on_progress, index),
             should_stop=should_stop,
         )
         if status != "finished":

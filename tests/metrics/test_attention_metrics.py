@@ -111,7 +111,10 @@ def test_sampled_rows_estimate_the_mean():
     q, k = qk((16, 2, 128, 16))
     exact = attention_stats(q, k, mask=causal(128, 128))
     estimates = torch.stack(
-        [attention_stats(q, k, mask=causal(128, 128), rows=64, seed=s)["entropy"] for s in range(50)]
+        [
+            attention_stats(q, k, mask=causal(128, 128), rows=64, seed=s)["entropy"]
+            for s in range(50)
+        ]
     )
     error = estimates.std(dim=0) / 50**0.5
     assert ((estimates.mean(dim=0) - exact["entropy"]).abs() < 5 * error).all()
