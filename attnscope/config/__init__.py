@@ -5,7 +5,6 @@ from attnscope.config.parse import (
     apply_changes,
     get_setting,
     load_config,
-    nearest,
     parse_assignment,
     parse_table,
     parse_toml,
@@ -14,6 +13,7 @@ from attnscope.config.parse import (
 )
 from attnscope.config.schema import PER_MEMBER, SECTIONS, SETTINGS, Arm, Config, check_of
 from attnscope.config.together import check_together, warnings_of
+from attnscope.config.wording import nearest
 
 __all__ = [
     "PER_MEMBER",

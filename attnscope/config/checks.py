@@ -1,29 +1,29 @@
 """What a single setting may be: one small frozen class per kind of value.
 
-Each check turns a TOML value into the value the code uses, or raises `ValueError` with the words "must be ...".
-The caller adds file, key and value.
+Each check turns a TOML value into the value the code uses, or raises `ValueError`; `allowed` completes the sentence
+"must be ...", and the caller adds file, key and value. The text of the `ValueError`, mostly empty, is one more sentence
+where `allowed` does not say why.
 """
 
 import math
+import struct
 from dataclasses import dataclass
 from typing import TypeAlias
 
-
-def _alternatives(number: str, words: tuple[str, ...]) -> str:
-    return " or ".join([number, ", ".join(words)]) if words else number
+MAX_WHOLE = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Whole:
-    """A whole number, `low` or more (and `high` or less), or one of the words in `words`."""
+    """A whole number, `low` or more and `high` or less, or one of the words in `words`."""
 
     low: int
-    high: int = 2**31 - 1
+    high: int = MAX_WHOLE
     words: tuple[str, ...] = ()
 
     @property
     def allowed(self) -> str:
-        top = "" if self.high == 2**31 - 1 else f" and at most {self.high}"
+        top = "" if self.high == MAX_WHOLE else f" and at most {self.high}"
         return _alternatives(f"a whole number, at least {self.low}{top}", self.words)
 
     def __call__(self, value: object) -> int | str:
@@ -33,6 +33,8 @@ class Whole:
             value = int(value)
         if not isinstance(value, int) or isinstance(value, bool):
             raise ValueError
+        if value > self.high == MAX_WHOLE:
+            raise ValueError(f"The largest is {MAX_WHOLE}.")
         if not self.low <= value <= self.high:
             raise ValueError
         return value
@@ -40,7 +42,10 @@ class Whole:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Number:
-    """A finite real number above `above` (or at least `low`), or one of the words in `words`."""
+    """A finite real number within the bounds given, also after rounding to float32, or one of the words in `words`.
+
+    Training computes in float32: there 1e39 is infinite, 1e-46 is 0 and 0.999999999 is 1.
+    """
 
     low: float | None = None
     above: float | None = None
@@ -68,15 +73,19 @@ class Number:
             number = float(value)
         except OverflowError:  # a whole number of 400 digits
             raise ValueError from None
-        if not math.isfinite(number):
+        if not self._fits(number):
             raise ValueError
-        if (
-            (self.low is not None and number < self.low)
-            or (self.above is not None and number <= self.above)
-            or (self.below is not None and number >= self.below)
-        ):
-            raise ValueError
+        if not self._fits(rounded := _as_float32(number)):
+            raise ValueError(f"In float32, which training computes in, {number!r} is {rounded:g}.")
         return number
+
+    def _fits(self, number: float) -> bool:
+        return (
+            math.isfinite(number)
+            and (self.low is None or number >= self.low)
+            and (self.above is None or number > self.above)
+            and (self.below is None or number < self.below)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +120,11 @@ class Flag:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Any text on one line."""
+    """Any text on one line that shows itself: paths and names end up in terminals and file names."""
 
     @property
     def allowed(self) -> str:
-        return "a text on one line, not empty"
+        return "a text on one line, not empty and without invisible characters"
 
     def __call__(self, value: object) -> str:
         if not isinstance(value, str) or not value.strip() or not value.isprintable():
@@ -148,3 +157,15 @@ class Several:
 
 
 Check: TypeAlias = Whole | Number | Choice | Flag | Text | Several
+
+
+def _alternatives(number: str, words: tuple[str, ...]) -> str:
+    return " or ".join([number, ", ".join(words)]) if words else number
+
+
+def _as_float32(number: float) -> float:
+    try:
+        (rounded,) = struct.unpack("f", struct.pack("f", number))
+    except OverflowError:
+        return math.copysign(math.inf, number)
+    return float(rounded)

@@ -4,9 +4,10 @@ A member is one model with one fully resolved config. Members that differ in per
 together along the axis `M` of one part; any other difference makes a new part.
 """
 
+from collections import Counter
 from dataclasses import dataclass, replace
 
-from attnscope.config.parse import apply_changes, get_setting
+from attnscope.config.parse import apply_changes, get_setting, parse_table, to_table
 from attnscope.config.schema import PER_MEMBER, SETTINGS, Arm, Config
 from attnscope.config.together import check_together
 from attnscope.errors import ConfigError
@@ -45,22 +46,20 @@ def members_of(config: Config, *, where: str = "config") -> tuple[Member, ...]:
     """Resolve every arm and sort the members into parts.
 
     Raises:
-        ConfigError: an arm asks for something impossible.
+        ConfigError: the config or one of its arms asks for something impossible.
     """
+    # A config that was put together by hand is checked like a file.
+    config = parse_table(to_table(config), where=where)
     arms = config.arms or (Arm(name=_default_name(config), changes={}),)
     alone = replace(config, arms=())
-    parts: list[Config] = []
-    counts: list[int] = []
+    parts: dict[Config, int] = {}
+    counts: Counter[int] = Counter()
     members: list[Member] = []
     for arm in arms:
         place = f"{where}: arm {arm.name}" if config.arms else where
         resolved = apply_changes(alone, arm.changes, where=place)
         check_together(resolved, where=place)
-        shared = _graph_of(resolved)
-        if shared not in parts:
-            parts.append(shared)
-            counts.append(0)
-        part = parts.index(shared)
+        part = parts.setdefault(_graph_of(resolved), len(parts))
         settings = {
             key: get_setting(resolved, key)
             for key in SETTINGS
@@ -84,7 +83,9 @@ def _graph_of(config: Config) -> Config:
 
 def _only_one_arm(config: Config, flag: str) -> None:
     if config.arms:
-        names = ", ".join(arm.name for arm in config.arms)
+        names = ", ".join(
+            [*(arm.name for arm in config.arms[:3]), *["..."] * (len(config.arms) > 3)]
+        )
         raise ConfigError(
             f"{flag} makes its own two arms, but the config already has {len(config.arms)} ({names}). "
             "Drop the flag, or the [[arm]] tables."

@@ -3,19 +3,20 @@
 Every error is one line: place, setting, value, what is allowed, and the nearest name where there is one.
 """
 
-import difflib
-import json
-import math
-import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
+from attnscope.config.checks import Text
 from attnscope.config.schema import SECTIONS, SETTINGS, Arm, Config, check_of
+from attnscope.config.wording import nearest, one_line, shown, toml_of
 from attnscope.errors import ConfigError
 
 MAX_CONFIG_BYTES = 1 << 20
+MAX_ARMS = 10_000
+MAX_NAME = 60  # characters of an arm's name, which tables and legends must hold
 
 
 def load_config(path: str | Path) -> Config:
@@ -24,74 +25,104 @@ def load_config(path: str | Path) -> Config:
     Raises:
         ConfigError: the file is missing, is not TOML, or says something impossible.
     """
-    path = Path(path)
+    path, where = Path(path), one_line(path)
     try:
-        raw = path.read_bytes()
+        with path.open("rb") as file:  # never more than that: it may be a device without an end
+            raw = file.read(MAX_CONFIG_BYTES + 1)
     except IsADirectoryError:
-        raise ConfigError(f"{path} is a folder. Give the path of a TOML file.") from None
-    except FileNotFoundError:
+        raise ConfigError(f"{where} is a folder. Give the path of a TOML file.") from None
+    except (FileNotFoundError, ValueError):  # ValueError: a null character in the path
         beside = sorted(p.name for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
-        raise ConfigError(f"{path}: no such config file.{nearest(path.name, beside)}") from None
+        raise ConfigError(f"{where}: no such config file.{nearest(path.name, beside)}") from None
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
+        raise ConfigError(f"{where} cannot be read: {error.strerror}.") from None
     if len(raw) > MAX_CONFIG_BYTES:
-        raise ConfigError(f"{path} has {len(raw)} bytes; a config has at most {MAX_CONFIG_BYTES}.")
+        raise ConfigError(
+            f"{where} has more than {MAX_CONFIG_BYTES} bytes, too many for a config. Is it the right file?"
+        )
     try:
-        return parse_toml(raw.decode(), where=str(path))
+        text = raw.decode("utf-8-sig")  # some editors begin with a byte order mark
     except UnicodeDecodeError:
-        raise ConfigError(f"{path} is not text in UTF-8. Save it as UTF-8.") from None
+        raise ConfigError(f"{where} is not text in UTF-8. Save it as UTF-8.") from None
+    return parse_toml(text, where=where)
 
 
 def parse_toml(text: str, *, where: str = "config") -> Config:
     """Turn the text of a TOML file into a `Config`; `where` names it in errors."""
+    where = one_line(where)
     try:
-        table = tomllib.loads(text)
+        # With a line break at the end, errors there have a line number too.
+        table = tomllib.loads(f"{text}\n")
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{where}: not valid TOML: {error}.") from None
+        raise ConfigError(f"{where}: not valid TOML: {one_line(error)}.") from None
+    except RecursionError:
+        raise ConfigError(f"{where}: lists or tables are nested too deeply.") from None
+    except ValueError:  # the only one left that Python's TOML reader lets through
+        raise ConfigError(f"{where}: a number has thousands of digits.") from None
     return parse_table(table, where=where)
 
 
 def parse_table(table: Mapping[str, object], *, where: str = "config") -> Config:
     """Turn nested dictionaries, as TOML gives them, into a `Config`."""
-    arms: list[Arm] = []
-    raw_arms = table.get("arm", [])
-    if not isinstance(raw_arms, list) or not all(isinstance(item, dict) for item in raw_arms):
-        raise ConfigError(f"{where}: arm must be a list of tables. Write [[arm]], not [arm].")
-    for number, raw in enumerate(raw_arms):
-        place = f"{where}: arm {number + 1}"
-        name = raw.get("name")
-        if not isinstance(name, str) or not name.strip() or not name.isprintable():
-            raise ConfigError(
-                f'{place} has no name, or one that cannot be shown. Add a line like name = "rope".'
-            )
-        if name in {arm.name for arm in arms}:
-            raise ConfigError(f"{place}: the name {name!r} is taken. Give every arm its own name.")
-        rest = {key: value for key, value in raw.items() if key != "name"}
-        arms.append(_arm(name, _flatten(rest, f"{where}: arm {name}"), f"{where}: arm {name}"))
+    where = one_line(where)
     changes = _flatten({key: value for key, value in table.items() if key != "arm"}, where)
     config = apply_changes(Config(), changes, where=where)
-    return replace(config, arms=tuple(arms))
+    return replace(config, arms=_arms(table.get("arm", []), where))
 
 
-def _arm(name: str, changes: Mapping[str, object], where: str) -> Arm:
-    checked = apply_changes(Config(), changes, where=where)
-    return Arm(name=name, changes={key: get_setting(checked, key) for key in changes})
+def _arms(tables: object, where: str) -> tuple[Arm, ...]:
+    if not isinstance(tables, list) or not all(isinstance(each, Mapping) for each in tables):
+        raise ConfigError(f"{where}: arm must be a list of tables. Write [[arm]], not [arm].")
+    if len(tables) > MAX_ARMS:
+        raise ConfigError(
+            f"{where}: there are {len(tables)} arms, but at most {MAX_ARMS} fit a run."
+        )
+    arms: dict[str, Arm] = {}
+    for number, table in enumerate(tables, start=1):
+        if "name" not in table:
+            raise ConfigError(f'{where}: arm {number} has no name. Add a line like name = "rope".')
+        name = table["name"]
+        if not _is_name(name):
+            raise ConfigError(
+                f"{where}: the name of arm {number} is {shown(name)}, but must be a text on one line, not "
+                f"empty, without invisible characters, of at most {MAX_NAME} characters."
+            )
+        if name in arms:
+            raise ConfigError(
+                f"{where}: arm {number}: the name {shown(name)} is taken. Give every arm its own name."
+            )
+        place = f"{where}: arm {name}"
+        changes = _flatten({key: value for key, value in table.items() if key != "name"}, place)
+        checked = apply_changes(Config(), changes, where=place)
+        arms[name] = Arm(name=name, changes={key: get_setting(checked, key) for key in changes})
+    return tuple(arms.values())
+
+
+def _is_name(name: object) -> bool:
+    return (
+        isinstance(name, str)
+        and bool(name.strip())
+        and name.isprintable()
+        and len(name) <= MAX_NAME
+    )
 
 
 def parse_assignment(text: str) -> tuple[str, object]:
     """Split `model.d_model=128` into its setting and a TOML value; a bare word is a text."""
+    where = f"--set {one_line(text)}"
     key, equals, raw = text.partition("=")
     key, raw = key.strip(), raw.strip()
     if not equals or not key or not raw:
-        raise ConfigError(
-            f"--set {text}: write section.setting=value, for example model.d_model=64."
-        )
+        raise ConfigError(f"{where}: write section.setting=value, for example model.d_model=64.")
+    _known(key, where)
     try:
-        value: object = tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = raw
-    _known(key, "--set")
-    return key, value
+        table = tomllib.loads(f"value = {raw}")
+    except (ValueError, RecursionError):  # not TOML, or of a size that Python refuses
+        return key, raw
+    value: object = table["value"]
+    # A file may be called 2024, and a line break must not bring in a second setting.
+    is_bare = isinstance(check_of(SETTINGS[key]), Text) and not isinstance(value, str)
+    return key, raw if is_bare or len(table) > 1 else value
 
 
 def apply_changes(config: Config, changes: Mapping[str, object], *, where: str) -> Config:
@@ -100,24 +131,24 @@ def apply_changes(config: Config, changes: Mapping[str, object], *, where: str) 
     Raises:
         ConfigError: a setting that does not exist or a value that it may not have.
     """
+    where = one_line(where)
     checked: dict[str, dict[str, object]] = {}
     for key, value in changes.items():
         _known(key, where)
         check = check_of(SETTINGS[key])
+        section, name = key.split(".")
         try:
-            good = check(value)
-        except ValueError:
-            shown = _shown(value)
+            checked.setdefault(section, {})[name] = check(value)
+        except ValueError as error:
+            reason = f" {error}" if str(error) else ""
             hint = nearest(value, getattr(check, "options", getattr(check, "words", ())))
             raise ConfigError(
-                f"{where}: {key} is {shown}, but must be {check.allowed}.{hint}"
+                f"{where}: {key} is {shown(value)}, but must be {check.allowed}.{reason}{hint}"
             ) from None
-        section, name = key.split(".")
-        checked.setdefault(section, {})[name] = good
-    return replace(
-        config,
-        **{section: replace(getattr(config, section), **new) for section, new in checked.items()},
-    )
+    sections: dict[str, Any] = {
+        section: replace(getattr(config, section), **new) for section, new in checked.items()
+    }
+    return replace(config, **sections)
 
 
 def get_setting(config: Config, key: str) -> object:
@@ -149,19 +180,13 @@ def to_toml(config: Config) -> str:
     for section, kind in SECTIONS.items():
         lines.append(f"[{section}]")
         values = getattr(config, section)
-        lines += [f"{item.name} = {_toml(getattr(values, item.name))}" for item in fields(kind)]
+        lines += [f"{item.name} = {toml_of(getattr(values, item.name))}" for item in fields(kind)]
         lines.append("")
     for arm in config.arms:
-        lines += ["[[arm]]", f"name = {_toml(arm.name)}"]
-        lines += [f"{key} = {_toml(value)}" for key, value in arm.changes.items()]
+        lines += ["[[arm]]", f"name = {toml_of(arm.name)}"]
+        lines += [f"{key} = {toml_of(value)}" for key, value in arm.changes.items()]
         lines.append("")
     return "\n".join(lines)
-
-
-def nearest(name: object, known: Iterable[str]) -> str:
-    """A sentence "Did you mean x?" with a space before it where a known name is close, else nothing."""
-    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
-    return f" Did you mean {close[0]}?" if close else ""
 
 
 def _known(key: str, where: str) -> None:
@@ -169,20 +194,16 @@ def _known(key: str, where: str) -> None:
         return
     section, dot, name = key.partition(".")
     if section not in SECTIONS:
-        if not dot:
-            at = [known for known in SETTINGS if known.split(".")[1] == section]
-            hint = f" Did you mean {at[0]}?" if at else nearest(section, SECTIONS)
-        else:
-            hint = nearest(section, SECTIONS)
-        sections = ", ".join(SECTIONS)
+        at = [known for known in SETTINGS if known.split(".")[1] == section and not dot]
+        hint = f" Did you mean {at[0]}?" if at else nearest(section, SECTIONS)
         raise ConfigError(
-            f"{where}: there is no section {_shown(section)}.{hint} Sections: {sections}."
+            f"{where}: there is no section {shown(section)}.{hint} Sections: {', '.join(SECTIONS)}."
         )
     names = [entry.name for entry in fields(SECTIONS[section])]
     elsewhere = [known for known in SETTINGS if known.split(".")[1] == name]
     hint = nearest(name, names) or (f" Did you mean {elsewhere[0]}?" if elsewhere else "")
     raise ConfigError(
-        f"{where}: [{section}] has no setting {_shown(name)}.{hint} Settings: {', '.join(names)}."
+        f"{where}: [{section}] has no setting {shown(name)}.{hint} Settings: {', '.join(names)}."
     )
 
 
@@ -190,13 +211,17 @@ def _flatten(table: Mapping[str, object], where: str) -> dict[str, object]:
     changes: dict[str, object] = {}
     for section, body in table.items():
         if section not in SECTIONS:
+            if isinstance(body, list) and any(isinstance(each, Mapping) for each in body):
+                raise ConfigError(
+                    f"{where}: {shown(section)} is a list of tables, but only [[arm]] may be one."
+                )
             _known(section, where)
             raise ConfigError(
                 f"{where}: {section} must stand in its section. Write it without quotes."
             )
         if not isinstance(body, Mapping):
             raise ConfigError(
-                f"{where}: {section} is {_shown(body)}, but must be a section. Write [{section}]."
+                f"{where}: {section} is {shown(body)}, but must be a section. Write [{section}]."
             )
         for name, value in body.items():
             changes[f"{section}.{name}"] = value
@@ -206,37 +231,10 @@ def _flatten(table: Mapping[str, object], where: str) -> dict[str, object]:
 def _nest(changes: Mapping[str, object]) -> dict[str, dict[str, object]]:
     table: dict[str, dict[str, object]] = {}
     for key, value in changes.items():
-        section, name = key.split(".")
+        section, _, name = key.partition(".")
         table.setdefault(section, {})[name] = value
     return table
 
 
 def _plain(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
-
-
-def _shown(value: object) -> str:
-    """A value as it would stand in TOML; whatever is long or unprintable is cut and escaped."""
-    if isinstance(value, int) and abs(value) >= 10**60:
-        return "a whole number of more than 60 digits"
-    text = json.dumps(value) if isinstance(value, str) else _toml(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _toml(value: object) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        return _TOML_ESCAPED.sub(
-            lambda match: f"\\u{ord(match[0]):04X}", json.dumps(value, ensure_ascii=False)
-        )
-    if isinstance(value, Mapping):
-        return "a table"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(_toml(item) for item in value) + "]"
-    if isinstance(value, float) and not math.isfinite(value):
-        return "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")
-    return repr(value) if isinstance(value, int | float) else str(value)
-
-
-_TOML_ESCAPED = re.compile(r"[\x7f\u2028\u2029]")

@@ -6,11 +6,10 @@ changes shapes or the graph and makes a new part (`attnscope.config.members`).
 """
 
 from dataclasses import Field, dataclass, field, fields
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from attnscope.config.checks import Check, Choice, Flag, Number, Several, Text, Whole
 
-Scale = Literal["inverse_sqrt", "none", "inverse", "depth", "learned"]
 SCALES = ("inverse_sqrt", "none", "inverse", "depth", "learned")
 
 
@@ -27,8 +26,8 @@ class ModelConfig:
 
     kind: str = setting("decoder", Choice(("decoder", "encoder")), "decoder reads left to right")
     d_model: int = setting(128, Whole(low=1), "width of the residual stream")
-    n_layers: int = setting(4, Whole(low=1), "transformer blocks")
-    n_heads: int = setting(2, Whole(low=1), "attention heads per layer")
+    n_layers: int = setting(4, Whole(low=1, high=1024), "transformer blocks")
+    n_heads: int = setting(2, Whole(low=1, high=1024), "attention heads per layer")
     d_head: int = setting(0, Whole(low=0), "width of a head; 0 = d_model / n_heads")
     d_ff: int = setting(0, Whole(low=0), "width of the MLP; 0 = 4 x d_model")
     seq_len: int = setting(32, Whole(low=2), "tokens per sequence")
@@ -158,7 +157,9 @@ class TrainConfig:
         (1,), Several(each=Whole(low=1, high=64)), "evaluate at these multiples of seq_len"
     )
     sample_tokens: int = setting(
-        0, Whole(low=0), "tokens generated at the end from a held-out prompt; 0 = none"
+        0,
+        Whole(low=0, high=100_000),
+        "tokens generated at the end from a held-out prompt; 0 = none",
     )
     checkpoint_every: int = setting(100, Whole(low=0), "steps between checkpoints; 0 = none")
 

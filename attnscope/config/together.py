@@ -1,7 +1,14 @@
 """Settings that are each fine but not together, and settings that would have no effect."""
 
+import math
+
 from attnscope.config.schema import Config
+from attnscope.config.wording import one_line
 from attnscope.errors import ConfigError
+
+MAX_BYTES = 1 << 40  # of memory for one member
+BYTES_PER_WEIGHT = 16  # float32: the weight, its gradient, what the optimizer remembers, the update
+SHOWN_DIVISORS = 8
 
 
 def check_together(config: Config, *, where: str) -> None:
@@ -10,19 +17,18 @@ def check_together(config: Config, *, where: str) -> None:
     Raises:
         ConfigError: one line with the settings, their values and the way out.
     """
-    model, attention = config.model, config.attention
+    where = one_line(where)
+    model, attention, lengths = config.model, config.attention, config.train.eval_lengths
     if not model.d_head and model.d_model % model.n_heads:
-        divisors = [str(n) for n in range(1, model.d_model + 1) if model.d_model % n == 0]
         raise ConfigError(
             f"{where}: model.n_heads is {model.n_heads}, which does not divide model.d_model = "
-            f"{model.d_model}. Use {', '.join(divisors[:-1])} or {divisors[-1]}, or set model.d_head."
-            if len(divisors) > 1
-            else f"{where}: model.n_heads is {model.n_heads}, more than model.d_model = 1. Use 1."
+            f"{model.d_model}. Use {_divisors_near(model.n_heads, model.d_model)}, or set model.d_head."
         )
     if model.position == "rope" and config.d_head % 2:
+        width = "model.d_head" if model.d_head else "model.d_model / model.n_heads"
         raise ConfigError(
-            f"{where}: d_head is {config.d_head}, but model.position = rope rotates pairs of "
-            "dimensions. Use an even d_head."
+            f"{where}: {width} is {config.d_head}, but model.position = rope rotates pairs of "
+            "dimensions. Use an even width."
         )
     if model.position == "sinusoidal" and model.d_model % 2:
         raise ConfigError(
@@ -50,10 +56,10 @@ def check_together(config: Config, *, where: str) -> None:
             "= causal or none, or kind = encoder."
         )
     if (model.kind == "encoder") != (config.data.objective == "masked"):
-        fit = "masked" if model.kind == "encoder" else "next_token"
+        fit, other = ("masked", "decoder") if model.kind == "encoder" else ("next_token", "encoder")
         raise ConfigError(
             f"{where}: data.objective is {config.data.objective}, but model.kind = {model.kind} "
-            f"trains with {fit}. Change one of them."
+            f"trains with {fit}. Use objective = {fit}, or kind = {other}."
         )
     if config.data.objective == "masked" and config.data.source in ("recall", "modular"):
         raise ConfigError(
@@ -65,10 +71,19 @@ def check_together(config: Config, *, where: str) -> None:
             f"{where}: train.sample_tokens is {config.train.sample_tokens}, but an encoder cannot "
             "generate. Set it to 0, or use model.kind = decoder."
         )
-    if max(config.train.eval_lengths) > 1 and config.data.source in ("recall", "modular"):
+    if len(set(lengths)) < len(lengths):
+        raise ConfigError(
+            f"{where}: train.eval_lengths is {list(lengths[:16])}, which names a length twice. Name each once."
+        )
+    if max(lengths) > 1 and config.data.source in ("recall", "modular"):
         raise ConfigError(
             f"{where}: train.eval_lengths asks for longer sequences, but data.source = "
             f"{config.data.source} has tasks of one length. Use [1], or another source."
+        )
+    if 1 not in lengths and model.position == "learned":
+        raise ConfigError(
+            f"{where}: train.eval_lengths has no 1, but model.position = learned has no positions beyond "
+            "model.seq_len. Add 1, or use another position."
         )
     warmup = config.optimizer.warmup_steps
     if config.optimizer.schedule != "constant" and warmup >= config.train.steps:
@@ -76,6 +91,7 @@ def check_together(config: Config, *, where: str) -> None:
             f"{where}: optimizer.warmup_steps is {warmup}, but train.steps = {config.train.steps} "
             f"leaves nothing for the {config.optimizer.schedule} schedule. Warm up for fewer steps."
         )
+    _check_size(config, where)
 
 
 def warnings_of(config: Config) -> tuple[str, ...]:
@@ -102,11 +118,58 @@ def warnings_of(config: Config) -> tuple[str, ...]:
         (model.norm == "none" and model.norm_kind != "layernorm",
          "model.norm_kind has no effect with model.norm = none"),
         (optimizer.lr == 0, "optimizer.lr is 0: nothing will be learned"),
-        (optimizer.schedule == "constant" and optimizer.warmup_steps >= config.train.steps,
-         f"optimizer.warmup_steps = {optimizer.warmup_steps} lasts the whole run: lr is never reached"),
+        (optimizer.schedule == "constant" and optimizer.warmup_steps > config.train.steps,
+         f"optimizer.warmup_steps = {optimizer.warmup_steps} is more than train.steps = "
+         f"{config.train.steps}: lr is never reached"),
         (bool(attention.qk_clip) and attention.qk_norm,
          "attention.qk_clip has no effect with attention.qk_norm: the norm undoes it"),
-        (any(window >= model.seq_len for window in config.windows),
+        (0 < attention.logit_softcap <= attention.qk_clip,
+         f"attention.qk_clip = {attention.qk_clip:g} has no effect: attention.logit_softcap = "
+         f"{attention.logit_softcap:g} keeps logits below it"),
+        (max(config.windows) >= _longest(config),
          "attention.window reaches over the whole seq_len: it hides nothing"),
+        (1 in config.windows,
+         "attention.window = 1 shows a query nothing but itself: there is no attention to measure"),
     ]  # fmt: skip
     return tuple(text for active, text in idle if active)
+
+
+def _longest(config: Config) -> int:
+    """Tokens of the longest sequence that is trained or evaluated on; learned positions end at seq_len."""
+    learned = config.model.position == "learned"
+    return config.model.seq_len * (1 if learned else max(config.train.eval_lengths))
+
+
+def _divisors_near(wanted: int, number: int) -> str:
+    """The divisors of `number`, or those nearest to `wanted` where there are many: "1, 2 or 4"."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    divisors = sorted({*small, *(number // n for n in small)}, key=lambda n: abs(n - wanted))
+    *most, last = [str(n) for n in sorted(divisors[:SHOWN_DIVISORS])]
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def _check_size(config: Config, where: str) -> None:
+    """Refuse what no machine holds. A lower bound: vocabulary, activations of the MLP and data come on top."""
+    model, batch_size = config.model, config.data.batch_size
+    width = 4 if config.precision.dtype == "float32" else 2
+    d_attn = model.n_heads * config.d_head
+    weights = model.n_layers * model.d_model * (4 * d_attn + 2 * config.d_ff)
+    stream = model.n_layers * batch_size * model.seq_len * model.d_model
+    # Training keeps every layer's attention weights; evaluation on longer sequences only one layer's at a time.
+    rows_and_keys = max(model.n_layers * model.seq_len**2, _longest(config) ** 2)
+    eager = config.attention.backend == "eager"
+    parts = (
+        (BYTES_PER_WEIGHT * weights, "weights and optimizer", "model.d_model, d_ff or n_layers"),
+        (width * stream, "the residual stream", "data.batch_size or model.seq_len"),
+        (
+            width * batch_size * model.n_heads * rows_and_keys * eager,
+            "attention weights",
+            "data.batch_size, model.seq_len or train.eval_lengths, or attention.backend = sdpa",
+        ),
+    )
+    size, what, remedy = max(parts)
+    if size > MAX_BYTES:
+        raise ConfigError(
+            f"{where}: {what} of one member would need {size / 2**40:.3g} TiB of memory or more; the most "
+            f"allowed is 1 TiB. Use a smaller {remedy}."
+        )

@@ -31,4 +31,4 @@ def open_data(config: DataConfig, *, seq_len: int) -> Corpus:
     """
     task = TASKS.get(config.source)
     corpus: Corpus = task(config, seq_len=seq_len) if task else read_text(config, seq_len=seq_len)
-    return Masked(corpus, config, seq_len=seq_len) if config.objective == "masked" else corpus
+    return Masked(corpus, config) if config.objective == "masked" else corpus

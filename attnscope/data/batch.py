@@ -62,7 +62,11 @@ class Corpus(Protocol):
         """The batch of a step, on the CPU."""
 
     def val_batches(self, *, seq_len: int, count: int) -> list[Batch]:
-        """The same held-out batches every time; none of their tokens is trained on."""
+        """The same held-out batches every time, never trained on.
+
+        Raises:
+            DataError: too little is held out for sequences of seq_len.
+        """
 
     def prompt(self, length: int) -> Tensor:
         """The beginning of a held-out sequence, int64 (length,)."""

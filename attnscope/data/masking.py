@@ -21,11 +21,10 @@ SHORTEST = 4  # a sequence has at least seq_len / 4 tokens
 class Masked:
     """Masks what another corpus gives."""
 
-    def __init__(self, corpus: Corpus, config: DataConfig, *, seq_len: int) -> None:
+    def __init__(self, corpus: Corpus, config: DataConfig) -> None:
         self._corpus = corpus
         self._seed = config.seed
         self._base = corpus.vocab_size
-        self._seq_len = seq_len
         self.vocab_size = self._base + 2
         reference = corpus.reference
         self.reference = Reference(
@@ -47,7 +46,7 @@ class Masked:
         return self._corpus.prompt(length)
 
     def decode(self, tokens: Tensor) -> str:
-        """As the corpus does; the mask shows as its id modulo the vocabulary."""
+        """As the corpus does; in text, mask and padding show as replacement characters, elsewhere as their ids."""
         return self._corpus.decode(tokens)
 
     def _mask(self, batch: Batch, step: int, stream: str) -> Batch:

@@ -18,6 +18,7 @@ MARKOV_SPREAD = 2.0  # standard deviation of the log-odds of a transition
 
 RECALL_KEYS = 32
 RECALL_VALUES = 32
+RECALL_SIDES = 4  # one in four is held out; divides RECALL_VALUES
 
 MODULUS = 97
 PLUS, EQUALS = MODULUS, MODULUS + 1
@@ -29,7 +30,8 @@ class Markov:
     """A chain of order 1 over 64 symbols: the next symbol depends on the last one alone.
 
     Its entropy rate is -Σ π(a) Σ P(a, b) ln P(a, b) with the stationary distribution π: the optimum, and what a bigram
-    model reaches.
+    model reaches. Train and held-out sequences come from streams of their own: the chain is the same, the draws are
+    independent, so only sequences of a few symbols can come up in both.
     """
 
     vocab_size = MARKOV_SYMBOLS
@@ -90,8 +92,9 @@ class Markov:
 class Recall:
     """Associative recall: pairs of key and value, then keys again, whose values are to be named.
 
-    Keys of a sequence are distinct, so every answer stands in the sequence and the optimum is 0. A sequence is trained
-    on or held out by the sum of its values and the key of its first pair, which no model needs to solve it.
+    Keys of a sequence are distinct, so every answer stands in the sequence and the optimum is 0. The sum of its values
+    and of the key of its first pair, modulo 4, says whether a sequence is held out (0) or trained on (1, 2, 3), so none
+    is ever both; no model needs that sum to solve it. Every answer is equally likely on both sides.
     """
 
     vocab_size = RECALL_KEYS + RECALL_VALUES
@@ -110,7 +113,12 @@ class Recall:
             bigram=None,
             optimum=0.0,
         )
-        self.fingerprint = {"source": "recall", "pairs": self._pairs, "seed": config.seed}
+        self.fingerprint = {
+            "source": "recall",
+            "pairs": self._pairs,
+            "held_out_one_in": RECALL_SIDES,
+            "seed": config.seed,
+        }
 
     def train_batch(self, step: int) -> Batch:
         """Fresh sequences of the training kind."""
@@ -136,15 +144,15 @@ class Recall:
         n_batch, n_pairs = self._config.batch_size, self._pairs
         keys_BP = torch.rand(n_batch, RECALL_KEYS, generator=draw).argsort(dim=-1)[:, :n_pairs]
         values_BP = torch.randint(RECALL_VALUES, (n_batch, n_pairs), generator=draw)
-        # One in five residues is held out; shifting one value moves a sequence to the side it belongs to.
-        residue_B = (values_BP.sum(dim=-1) + keys_BP[:, 0]) % 5
+        # Turning the last value moves a sequence to its side. Values go round in a whole number of turns of
+        # RECALL_SIDES, so the turned value is still uniform.
+        residue_B = (values_BP.sum(dim=-1) + keys_BP[:, 0]) % RECALL_SIDES
         wanted_B = (
             torch.zeros(n_batch, dtype=torch.int64)
             if stream == HELD_OUT
-            else torch.randint(1, 5, (n_batch,), generator=draw)
+            else torch.randint(1, RECALL_SIDES, (n_batch,), generator=draw)
         )
-        last_B = values_BP[:, -1] + (wanted_B - residue_B) % 5
-        values_BP[:, -1] = torch.where(last_B < RECALL_VALUES, last_B, last_B - 5)
+        values_BP[:, -1] = (values_BP[:, -1] + wanted_B - residue_B) % RECALL_VALUES
         asked_BP = torch.rand(n_batch, n_pairs, generator=draw).argsort(dim=-1)
         pairs_BT = torch.stack([keys_BP, values_BP + RECALL_KEYS], dim=-1).flatten(1)
         questions_BT = torch.stack(
@@ -167,7 +175,8 @@ class Recall:
 class Modular:
     """Addition modulo 97, "a + b = c", several problems in a sequence; only c is scored (Power et al. 2022).
 
-    A fixed permutation of all 97 x 97 problems splits them: 80 % are trained on, the others held out.
+    A permutation of all 97 x 97 problems, fixed by the seed, splits them: 80 % are trained on, the others held out. A
+    problem is an ordered pair: of a + b and b + a, one may be trained on and the other held out.
     """
 
     vocab_size = MODULUS + 2
@@ -242,4 +251,5 @@ def stationary(transition_VV: Tensor) -> Tensor:
     )
     right = torch.zeros(n + 1, dtype=transition_VV.dtype)
     right[-1] = 1
-    return torch.linalg.lstsq(equations, right[:, None]).solution[:, 0]
+    solution_V: Tensor = torch.linalg.lstsq(equations, right[:, None]).solution[:, 0]
+    return solution_V

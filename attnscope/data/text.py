@@ -5,7 +5,9 @@ The first 90 % of the bytes are trained on, the last 10 % are held out; no windo
 Shape key: B batch, T position, N bytes, V vocab.
 """
 
+import contextlib
 import hashlib
+import os
 import sysconfig
 from pathlib import Path
 
@@ -14,13 +16,14 @@ from torch import Tensor
 
 from attnscope.config import nearest
 from attnscope.config.schema import DataConfig
+from attnscope.config.wording import one_line
 from attnscope.data.batch import Batch, Reference
 from attnscope.data.randomness import HELD_OUT, TRAIN, generator
 from attnscope.errors import DataError
 
 VOCAB_SIZE = 256
 TRAIN_PART = 0.9
-MAX_BYTES = 1 << 30
+MAX_BYTES = 1 << 30  # of text in all
 
 
 class Text:
@@ -51,17 +54,27 @@ class Text:
         return self._batch(self._train_N, TRAIN, step, self._seq_len)
 
     def val_batches(self, *, seq_len: int, count: int) -> list[Batch]:
-        """Windows of the held-out part; shorter than asked for where it is shorter."""
-        seq_len = min(seq_len, len(self._held_out_N) - 1)
+        """Windows of the held-out part."""
+        self._check_held_out(seq_len + 1, seq_len)  # the target of the last token, too
         return [self._batch(self._held_out_N, HELD_OUT, step, seq_len) for step in range(count)]
 
     def prompt(self, length: int) -> Tensor:
         """The first bytes of the held-out part."""
+        self._check_held_out(length, length)
         return self._held_out_N[:length].long()
 
     def decode(self, tokens: Tensor) -> str:
-        """UTF-8; whatever is not becomes a replacement character."""
-        return bytes(token % VOCAB_SIZE for token in tokens.tolist()).decode(errors="replace")
+        """UTF-8; whatever is not, ids beyond bytes included, becomes a replacement character."""
+        return bytes(min(token, VOCAB_SIZE - 1) for token in tokens.tolist()).decode(
+            errors="replace"
+        )
+
+    def _check_held_out(self, needed: int, length: int) -> None:
+        if len(self._held_out_N) < needed:
+            raise DataError(
+                f"data.source = {one_line(self._config.source)} holds out {len(self._held_out_N)} bytes, but a "
+                f"sequence of {length} tokens needs {needed}. Use more text, or smaller train.eval_lengths."
+            )
 
     def _batch(self, part_N: Tensor, stream: str, step: int, seq_len: int) -> Batch:
         starts_B1 = torch.randint(
@@ -81,25 +94,25 @@ def read_text(config: DataConfig, *, seq_len: int) -> Text:
     """Read the files that `data.source` names.
 
     Raises:
-        DataError: nothing is there, it is no text, or it is too short for seq_len.
+        DataError: nothing is there, it cannot be read, it is no text, too much, or too short for seq_len.
     """
     source = config.source
     if source == "stdlib":
         folder = Path(sysconfig.get_paths()["stdlib"])
         paths = sorted(folder.glob("*.py"), key=lambda path: path.name)
     else:
-        paths = _files_of(Path(source))
-    pieces = [piece for path in paths if (piece := _read(path, source)) is not None]
+        paths = _files_of(source)
+    pieces = _read(paths, source)
     data = b"".join(pieces)
     if not data:
         raise DataError(
-            f"data.source = {source} has no text in it. Give a file or folder with text."
+            f"data.source = {one_line(source)} has no text in it. Give a file or folder with text."
         )
     needed = 10 * (seq_len + 2)  # the held-out tenth must hold a window too
     if len(data) < needed:
         raise DataError(
-            f"data.source = {source} has {len(data)} bytes, but model.seq_len = {seq_len} needs at least "
-            f"{needed}: a tenth is held out and must hold a sequence. Use more text or a shorter seq_len."
+            f"data.source = {one_line(source)} has {len(data)} bytes, but model.seq_len = {seq_len} needs at "
+            f"least {needed}: a tenth is held out and must hold a sequence. Use more text or a shorter seq_len."
         )
     return Text(data, config, seq_len=seq_len, fingerprint={"source": source, "files": len(pieces)})
 
@@ -130,42 +143,63 @@ def _pair_counts(tokens_N: Tensor) -> Tensor:
     return counts.view(VOCAB_SIZE, VOCAB_SIZE).double()
 
 
-def _files_of(path: Path) -> list[Path]:
+def _files_of(source: str) -> list[Path]:
+    """The file named, or all files below the folder by relative path; links and what is hidden are left out."""
+    path = Path(source)
     try:
         if path.is_dir():
-            found = [
-                each
-                for each in path.rglob("*")
-                if each.is_file()
-                and not each.is_symlink()
-                and not any(part.startswith(".") for part in each.relative_to(path).parts)
-            ]
+            found = []
+            for folder, folders, names in os.walk(path, onerror=_refuse):
+                folders[:] = [name for name in folders if not name.startswith(".")]
+                visible = [Path(folder, name) for name in names if not name.startswith(".")]
+                found += [each for each in visible if each.is_file() and not each.is_symlink()]
             return sorted(found, key=lambda each: each.relative_to(path).as_posix())
         if path.is_file():
             return [path]
         exists = path.exists()
     except OSError as error:
-        raise DataError(f"data.source = {path} cannot be read: {error.strerror}.") from None
+        raise _unreadable(source, error) from None
     if exists:
-        raise DataError(f"data.source = {path} is neither a file nor a folder. Give a text file.")
-    beside = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise DataError(
+            f"data.source = {one_line(source)} is neither a file nor a folder. Give a text file."
+        )
+    beside: list[str] = []
+    with contextlib.suppress(OSError):  # no hint from a folder that is missing or cannot be listed
+        beside = [each.name for each in path.parent.iterdir() if each.name != path.name]
     hint = nearest(path.name, [*beside, "stdlib", "markov", "recall", "modular"])
     raise DataError(
-        f"data.source = {path}: no such file or folder.{hint} Sources: stdlib, markov, recall, modular, "
-        "or a path."
+        f"data.source = {one_line(source)}: no such file or folder.{hint} Sources: stdlib, markov, recall, "
+        "modular, or a path."
     )
 
 
-def _read(path: Path, source: str) -> bytes | None:
-    """The bytes of a file; None for a binary one."""
+def _read(paths: list[Path], source: str) -> list[bytes]:
+    """What stands in the files, without the binary ones."""
+    pieces, room = [], MAX_BYTES
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise DataError(
-                f"data.source = {source}: {path} has more than {MAX_BYTES} bytes. Cut it."
-            )
-        data = path.read_bytes()
+        for path in paths:
+            if path.stat().st_size > room:
+                raise DataError(
+                    f"data.source = {one_line(source)} has more than {MAX_BYTES} bytes. Use less text."
+                )
+            piece = path.read_bytes()
+            if b"\0" not in piece:
+                pieces.append(piece)
+                room -= len(piece)
     except OSError as error:
-        raise DataError(
-            f"data.source = {source}: {path} cannot be read: {error.strerror}."
-        ) from None
-    return None if b"\0" in data else data
+        raise _unreadable(source, error) from None
+    return pieces
+
+
+def _refuse(error: OSError) -> None:
+    """For os.walk, which would pass over a folder that it cannot list."""
+    raise error
+
+
+def _unreadable(source: str, error: OSError) -> DataError:
+    place = Path(error.filename or source)  # a failing read names no file
+    inside = "" if place == Path(source) else f": {one_line(place)}"
+    return DataError(
+        f"data.source = {one_line(source)}{inside} cannot be read: {error.strerror}. "
+        "Give text that can be."
+    )

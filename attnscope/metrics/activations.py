@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 
-def activation_rms(x_MND: Tensor) -> Tensor:
-    """Root mean square of a residual stream, (M,) float32."""
-    norm_M = torch.linalg.vector_norm(x_MND, dim=(1, 2), dtype=torch.float32)
-    return norm_M / x_MND[0].numel() ** 0.5
+def activation_norm(x_MND: Tensor) -> Tensor:
+    """L2 norm of a residual stream, (M,) float32; √(N D) times its root mean square."""
+    return torch.linalg.vector_norm(x_MND, dim=(1, 2), dtype=torch.float32)
 
 
 def token_cosine(x_MND: Tensor, *, n_batch: int) -> Tensor:

@@ -11,6 +11,7 @@ position, K d_head.
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -39,18 +40,23 @@ STATISTICS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
-    """Which query rows to look at: every combination of these sequences and positions, int64 indices."""
+    """Which query rows to look at: every combination of these sequences and positions (int64 indices).
 
-    sequences: Tensor
+    Sequences at equal distances are a slice, which spares a copy.
+    """
+
+    sequences: slice | Tensor
     positions: Tensor
 
 
+@lru_cache(maxsize=256)
 def sample_rows(
     *, n_batch: int, n_queries: int, rows: int, seed: int, device: torch.device
 ) -> Rows | None:
     """Draw about `rows` query rows per head from at most 4 sequences; None where that would be all of them.
 
-    Sequences and positions are drawn without replacement by a generator of their own: training numbers do not change.
+    Every row but the first of a sequence is equally likely. The generator is the draw's own: training numbers do not
+    change.
     The first position is never drawn (under a causal mask it sees one key, and one key has no softmax to speak of).
     """
     if rows >= n_batch * (n_queries - 1) or n_queries < 2:
@@ -58,12 +64,13 @@ def sample_rows(
     generator = random.Random(seed)
     n_sequences = min(n_batch, 4, rows)
     n_positions = min(-(-rows // n_sequences), n_queries - 1)
-    sequences = torch.tensor(generator.sample(range(n_batch), n_sequences))
+    distance, rest = divmod(n_batch, n_sequences)
+    sequences: slice | Tensor = slice(generator.randrange(distance), None, distance)
+    if rest:
+        chosen = generator.sample(range(n_batch), n_sequences)
+        sequences = torch.tensor(chosen).to(device, non_blocking=True)
     positions = torch.tensor(generator.sample(range(1, n_queries), n_positions))
-    return Rows(
-        sequences=sequences.to(device, non_blocking=True),
-        positions=positions.to(device, non_blocking=True),
-    )
+    return Rows(sequences=sequences, positions=positions.to(device, non_blocking=True))
 
 
 def attention_stats(
@@ -166,55 +173,69 @@ class Call:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionRows:
-    """The attention logits of the query rows to measure.
+    """Some query rows of an attention call, and what is known of all its rows.
 
     Attributes:
-        z: softmax inputs, not yet masked, (..., B, H, R, S).
-        visible: True = visible, broadcastable to z; None = everything.
-        bound: no logit of the call is larger, sampled or not, (..., H).
+        call: with the chosen rows only: q (..., B, H, R, K).
+        q_norm: max‖q‖ over all rows, (..., H).
+        k_norm: max‖k‖ over all keys, (..., H).
     """
 
-    z: Tensor
-    visible: Tensor | None
-    bound: Tensor
+    call: Call
+    q_norm: Tensor
+    k_norm: Tensor
 
 
 def rows_of(call: Call, sample: Rows) -> AttentionRows:
-    """The attention logits of the sampled rows."""
-    part = Call(
-        q=_pick(call.q, sample),
-        k=_pick(call.k, sample, positions=False),
-        attn_scale=_pick(call.attn_scale, sample),
-        visible=None if call.visible is None else _pick(call.visible, sample),
-        bias=None if call.bias is None else _pick(call.bias, sample),
-        softcap=call.softcap,
+    """Cut the sampled rows out of a call, to be measured later."""
+    return AttentionRows(
+        call=Call(
+            q=_pick(call.q, sample),
+            k=_pick(call.k, sample, positions=False).contiguous(),  # a view would keep all of k
+            attn_scale=_pick(call.attn_scale, sample).clone(),  # a learned one moves on
+            visible=None if call.visible is None else _pick(call.visible, sample),
+            bias=None if call.bias is None else _pick(call.bias, sample),
+            softcap=call.softcap,
+        ),
+        q_norm=_largest_norm(call.q),
+        k_norm=_largest_norm(call.k),
     )
-    return AttentionRows(z=_logits(part), visible=part.visible, bound=_bound(call))
 
 
 def stack_rows(rows: Sequence[AttentionRows]) -> AttentionRows:
     """Put rows of one shape behind one another along a new first axis, so that one pass measures them all.
 
-    Takes rows with z (M, B, H, R, S) and visible (R, S), (B or 1, 1, R, S) or None.
+    Takes calls with q (M, B, H, R, K), attn_scale (M, 1, 1 or H, 1, 1) and visible (R, S), (B or 1, 1, R, S) or None; the
+    same soft-cap and bias, (H, R, S) or None, in all of them.
     """
-    masks = [each.visible for each in rows if each.visible is not None]
+    calls = [each.call for each in rows]
+    masks = [call.visible for call in calls if call.visible is not None]
     visible = None
     if masks:
         shape = torch.broadcast_shapes((1, 1, 1, 1, 1), *{mask.shape for mask in masks})
         everything = torch.ones((), dtype=torch.bool, device=masks[0].device)
         visible = torch.stack(
-            [(everything if each.visible is None else each.visible).expand(shape) for each in rows]
+            [(everything if call.visible is None else call.visible).expand(shape) for call in calls]
         )
+    biases = [call.bias[None, None] for call in calls if call.bias is not None]
     return AttentionRows(
-        z=torch.stack([each.z for each in rows]),
-        visible=visible,
-        bound=torch.stack([each.bound for each in rows]),
+        call=Call(
+            q=torch.stack([call.q for call in calls]),
+            k=torch.stack([call.k for call in calls]),
+            attn_scale=torch.stack([call.attn_scale for call in calls]),
+            visible=visible,
+            bias=torch.stack(biases) if biases else None,
+            softcap=calls[0].softcap,
+        ),
+        q_norm=torch.stack([each.q_norm for each in rows]),
+        k_norm=torch.stack([each.k_norm for each in rows]),
     )
 
 
 def statistics_of(rows: AttentionRows) -> dict[str, Tensor]:
     """Measure rows: column to (..., H)."""
-    return _finish(_totals(rows.z, rows.visible), rows.bound)
+    totals = _totals(_logits(rows.call), rows.call.visible)
+    return _finish(totals, _bound(rows.call, rows.q_norm, rows.k_norm))
 
 
 def statistics_of_all(call: Call) -> dict[str, Tensor]:
@@ -243,7 +264,7 @@ def statistics_of_all(call: Call) -> dict[str, Tensor]:
                 totals[name] = torch.maximum(totals[name], value)
             else:
                 totals[name] = totals[name] + value
-    return _finish(totals, _bound(call))
+    return _finish(totals, _bound(call, _largest_norm(call.q), _largest_norm(call.k)))
 
 
 def max_attn_logit(call: Call) -> Tensor:
@@ -263,11 +284,13 @@ def _logits(call: Call) -> Tensor:
     return z if call.bias is None else z + call.bias
 
 
-def _bound(call: Call) -> Tensor:
-    """Scale max‖q‖ max‖k‖ over all rows, soft-capped and with the largest bias on top (Cauchy-Schwarz), (..., H)."""
-    wide = _wide(call.q.dtype)
-    q_norm = torch.linalg.vector_norm(call.q, dim=-1, dtype=wide).amax(dim=(-3, -1))
-    k_norm = torch.linalg.vector_norm(call.k, dim=-1, dtype=wide).amax(dim=(-3, -1))
+def _largest_norm(x: Tensor) -> Tensor:
+    """max‖x‖ over batch and positions, (..., H)."""
+    return torch.linalg.vector_norm(x, dim=-1, dtype=_wide(x.dtype)).amax(dim=(-3, -1))
+
+
+def _bound(call: Call, q_norm: Tensor, k_norm: Tensor) -> Tensor:
+    """Upper bound scale max‖q‖ max‖k‖, soft-capped and with the largest bias on top (Cauchy-Schwarz), (..., H)."""
     scale = call.attn_scale.abs()
     bound = (scale.amax(dim=(-4, -2, -1)) if scale.dim() else scale) * q_norm * k_norm
     if call.softcap:
@@ -333,10 +356,10 @@ def _finish(totals: Mapping[str, Tensor], bound: Tensor) -> dict[str, Tensor]:
 
 def _pick(x: Tensor, sample: Rows, *, positions: bool = True) -> Tensor:
     """Sampled sequences (axis -4) and positions (axis -2); an axis that is absent or broadcast is left alone."""
+    if x.dim() >= 4 and x.shape[-4] > 1:
+        x = x[..., sample.sequences, :, :, :]
     if positions and x.dim() >= 2 and x.shape[-2] > 1:
         x = x.index_select(-2, sample.positions)
-    if x.dim() >= 4 and x.shape[-4] > 1:
-        x = x.index_select(-4, sample.sequences)
     return x
 
 

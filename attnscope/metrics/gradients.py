@@ -9,6 +9,7 @@ Shape key: M member, L layer, G group, ... the axes of one parameter.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -82,16 +83,23 @@ def measure_parameter(
         update: what the optimizer adds to it.
         layered: whether the second axis is the layer.
     """
-    start = 2 if layered else 1
-    flat = gradient.flatten(start)
+    axes = tuple(range(2 if layered else 1, gradient.dim()))
+    grad_norm = torch.linalg.vector_norm(gradient, dim=axes)
     return {
-        "grad_norm": torch.linalg.vector_norm(flat, dim=-1),
-        "grad_max": flat.abs().amax(dim=-1),
-        # x - x is 0 for a number and NaN for NaN and Inf.
-        "nonfinite": (flat - flat).nan_to_num_(nan=1.0).sum(dim=-1),
-        "update_norm": torch.linalg.vector_norm(update.flatten(start), dim=-1),
-        "weight_norm": torch.linalg.vector_norm(weight.flatten(start), dim=-1),
+        "grad_norm": grad_norm,
+        "grad_max": torch.maximum(gradient.amax(dim=axes), -gradient.amin(dim=axes)),
+        "nonfinite": _count_nonfinite(gradient, grad_norm, axes),
+        "update_norm": torch.linalg.vector_norm(update, dim=axes),
+        "weight_norm": torch.linalg.vector_norm(weight, dim=axes),
     }
+
+
+def _count_nonfinite(gradient: Tensor, grad_norm: Tensor, axes: tuple[int, ...]) -> Tensor:
+    # The CPU has nobody to wait for, and a finite norm has finite terms: there is nothing to count.
+    if grad_norm.device.type == "cpu" and np.isfinite(grad_norm.numpy()).all():
+        return torch.zeros_like(grad_norm)
+    # 0 x is 0 for a number and NaN for NaN and Inf.
+    return (gradient * 0.0).nan_to_num_(nan=1.0).sum(dim=axes)
 
 
 def parameter_stats(

@@ -148,21 +148,18 @@ def forward(
         qkv_MBT3HK = qkv_MNE3.view(n_members, n_batch, seq_len, 3, model.n_heads, -1)
         return qkv_MBT3HK.permute(3, 0, 1, 4, 2, 5).contiguous().unbind(0)
 
-    # One matrix product for q, k and v; the parameters stay separate.
-    qkv_MLDE3 = torch.cat([parameters["q"], parameters["k"], parameters["v"]], dim=-1)
-    layers = zip(
-        qkv_MLDE3.unbind(1),
-        parameters["o"].unbind(1),
-        parameters["mlp_in"].unbind(1),
-        parameters["mlp_out"].unbind(1),
-        strict=True,
-    )
+    names = ("q", "k", "v", "o", "mlp_in", "mlp_out")
+    layers = zip(*(parameters[name].unbind(1) for name in names), strict=True)
     padding_BS = real_BS if attention.mask == "padding" else None
-    for layer, (qkv_MDE3, o_MED, mlp_in_MDF, mlp_out_MFD) in enumerate(layers):
+    for layer, (q_MDE, k_MDE, v_MDE, o_MED, mlp_in_MDF, mlp_out_MFD) in enumerate(layers):
         y_MND = (
             norm(x_MND, parameters["norm_attention"][:, layer]) if model.norm == "pre" else x_MND
         )
-        q_MBHTK, k_MBHTK, v_MBHTK = heads(torch.bmm(y_MND, qkv_MDE3))
+        q_MBHTK, k_MBHTK, v_MBHTK = heads(
+            torch.bmm(
+                y_MND, torch.cat([q_MDE, k_MDE, v_MDE], dim=-1)
+            )  # one product instead of three
+        )
         if attention.qk_norm:  # Henry et al. 2020; RMSNorm with a gain, as in OLMo 2
             gains = (parameters["norm_q"][:, layer], parameters["norm_k"][:, layer])
             q_MBHTK, k_MBHTK = (

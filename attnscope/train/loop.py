@@ -25,7 +25,7 @@ from attnscope.train.optimizer import optimizer_state
 from attnscope.train.recording import Block, Recorder
 from attnscope.train.step import Setup, loss_scaling_state, run_step, set_up
 
-FLUSH_SECONDS = 0.5  # a killed process loses at most this and the step it was in
+FLUSH_SECONDS = 0.75  # a killed process loses at most this and the step it was in
 CHECK_EVERY = 10  # steps; fixed, so that a resumed run drops members at the same step
 
 

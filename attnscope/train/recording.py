@@ -18,7 +18,7 @@ from torch import Tensor
 
 from attnscope.config import Config
 from attnscope.data import Batch
-from attnscope.metrics.activations import activation_rms, token_cosine
+from attnscope.metrics.activations import activation_norm, token_cosine
 from attnscope.metrics.attention import (
     STATISTICS,
     AttentionRows,
@@ -57,7 +57,8 @@ STEP_COLUMNS = (
 )
 HEAD_COLUMNS = (*STATISTICS, "rows", "rows_left_out")
 
-BLOCK_BYTES = 64 << 20  # of sampled attention logits that wait for the end of their block
+SAMPLES = 64  # different row samples, used in turn
+BLOCK_BYTES = 64 << 20  # of sampled queries and keys that wait for the end of their block
 
 Array = NDArray[Any]
 
@@ -104,7 +105,7 @@ class Seen:
     sample: Rows | None
     rows: list[AttentionRows] = field(default_factory=list)
     stats: list[dict[str, Tensor]] = field(default_factory=list)
-    residual_rms_M: list[Tensor] = field(default_factory=list)
+    residual_norm_M: list[Tensor] = field(default_factory=list)
     last_residual_MND: Tensor | None = None
     forward_M: list[Tensor] = field(default_factory=list)
     clip: Clipped | None = None
@@ -126,6 +127,7 @@ class Recorder:
         self._record = config.record
         self._n_batch = config.data.batch_size
         self._n_layers = config.model.n_layers
+        self._residual_size = config.data.batch_size * config.model.seq_len * config.model.d_model
         self._tokens_per_step = config.data.batch_size * config.model.seq_len
         self._last = time.perf_counter()
         self._block: list[Seen] = []
@@ -147,7 +149,7 @@ class Recorder:
                     n_batch=n_batch,
                     n_queries=seq_len,
                     rows=rows,
-                    seed=step,
+                    seed=step % SAMPLES,
                     device=batch.tokens_BT.device,
                 )
             ),
@@ -169,8 +171,8 @@ class Recorder:
     @torch.no_grad()
     def residual(self, layer: int, x_MND: Tensor) -> None:
         """Size of the residual stream after a layer."""
-        self._now.residual_rms_M.append(activation_rms(x_MND))
-        self._now.last_residual_MND = x_MND.detach()
+        self._now.residual_norm_M.append(activation_norm(x_MND))
+        self._now.last_residual_MND = x_MND
 
     @torch.no_grad()
     def output(self, output_logits_MNV: Tensor, losses: TokenLosses) -> None:
@@ -196,7 +198,7 @@ class Recorder:
         if self._now.measures:
             self._now.parameters[name] = measure_parameter(
                 gradient=gradient,
-                weight=weight.detach(),
+                weight=weight,
                 update=update,
                 layered=name in self._grouping.layered,
             )
@@ -211,7 +213,7 @@ class Recorder:
         self._now.step_ms = 1000 * (time_now - self._last)
         self._last = time_now
         self._block.append(self._now)
-        self._bytes += sum(rows.z.nbytes for rows in self._now.rows)
+        self._bytes += sum(rows.call.q.nbytes + rows.call.k.nbytes for rows in self._now.rows)
 
     def due(self, seconds: float) -> bool:
         """Whether the block has waited this long, or holds as much as a block should."""
@@ -252,7 +254,7 @@ class Recorder:
         for each in seen:
             assert each.clip is not None
             grad_norm_M = next(grad_norms_SM) if each.grad_norm_M is None else each.grad_norm_M
-            rms_M = torch.stack(each.residual_rms_M).amax(dim=0)
+            rms_M = torch.stack(each.residual_norm_M).amax(dim=0) / self._residual_size**0.5
             clip = each.clip
             val_loss_M = torch.full_like(rms_M, float("nan"))
             if each.val_loss_M is not None:
@@ -297,12 +299,12 @@ class Recorder:
 
 def _stacked(steps: Sequence[dict[str, dict[str, Tensor]]]) -> dict[str, dict[str, Tensor]]:
     """The same dictionaries with a leading axis S."""
-    return {
-        parameter: {
-            name: torch.stack([step[parameter][name] for step in steps]) for name in columns
-        }
-        for parameter, columns in steps[0].items()
-    }
+    stacked = {}
+    for parameter, columns in steps[0].items():
+        flat = torch.stack([x for step in steps for x in step[parameter].values()])
+        by_column = flat.unflatten(0, (len(steps), len(columns))).unbind(1)
+        stacked[parameter] = dict(zip(columns, by_column, strict=True))
+    return stacked
 
 
 def tables_of(block: Block, tokens_per_step: int) -> dict[str, dict[str, Array]]:

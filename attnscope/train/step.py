@@ -288,9 +288,9 @@ def attention_call(inputs: AttentionInputs, real_BS: Tensor | None) -> Call:
         real_B1T1 = real_BS[:, None, :, None]
         visible = real_B1T1 if visible is None else visible & real_B1T1
     return Call(
-        q=inputs.q_MBHTK.detach(),
-        k=inputs.k_MBHSK.detach(),
-        attn_scale=inputs.attn_scale.detach(),
+        q=inputs.q_MBHTK,
+        k=inputs.k_MBHSK,
+        attn_scale=inputs.attn_scale,
         visible=visible,
         bias=inputs.bias_HTS,
         softcap=inputs.softcap,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from attnscope.data import IGNORE
-from attnscope.metrics.activations import activation_rms, token_cosine
+from attnscope.metrics.activations import activation_norm, token_cosine
 from attnscope.metrics.gradients import (
     PARAMETER_STATISTICS,
     global_norm,
@@ -252,14 +252,14 @@ def test_token_cosine_is_one_for_equal_tokens_and_minus_one_for_opposite_ones():
     assert token_cosine(opposite, n_batch=1).item() == pytest.approx(-1, abs=1e-6)
 
 
-def test_activation_rms_is_the_root_mean_square():
+def test_activation_norm_is_the_root_of_the_sum_of_squares():
     x_MND = states().flatten(1, 2)
-    for m, found in enumerate(activation_rms(x_MND)):
+    for m, found in enumerate(activation_norm(x_MND)):
         numbers = x_MND[m].flatten().tolist()
-        assert found.item() == pytest.approx(math.sqrt(reference.mean([x * x for x in numbers])))
+        assert found.item() == pytest.approx(math.sqrt(sum(x * x for x in numbers)))
 
 
 def test_activation_statistics_of_half_precision_do_not_overflow():
     large = torch.full((1, 6, 4), 30_000.0, dtype=torch.float16)
-    assert activation_rms(large).item() == pytest.approx(30_000, rel=1e-3)
+    assert activation_norm(large).item() == pytest.approx(30_000 * math.sqrt(6 * 4), rel=1e-3)
     assert token_cosine(large, n_batch=2).item() == pytest.approx(1, abs=1e-5)
