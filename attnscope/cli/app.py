@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="attnscope",
-    help="Why transformer training becomes unstable, and how to see it before it does.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -27,6 +26,29 @@ app = typer.Typer(
 )
 
 INTERRUPTED = 130  # what a shell expects after Ctrl-C
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"attnscope {version('attnscope')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Say the version and stop.", callback=_say_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Why transformer training becomes unstable, and how to see it before it does.
+
+    Example: attnscope train --no-scale
+    """
 
 
 @app.command()
@@ -73,7 +95,7 @@ def train(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Errors with a traceback.")] = False,
 ) -> None:
-    """Train small transformers and record what happens inside their attention.
+    """Train small transformers and record their attention.
 
     Example: attnscope train --no-scale
     """
@@ -113,7 +135,10 @@ def report(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Errors with a traceback.")] = False,
 ) -> None:
-    """Write the report of a run: Markdown and figures, from the run directory alone.
+    """Write the report of a run: Markdown and figures.
+
+    It is made from the run directory alone: a run that is still training, was killed, or was sent by somebody else
+    will do.
 
     Example: attnscope report runs/no-scale-001
     """

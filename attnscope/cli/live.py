@@ -18,7 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from attnscope.cli.tables import number
+from attnscope.report.numbers import number
 
 if TYPE_CHECKING:
     from attnscope.config import Config, Member
@@ -110,6 +110,7 @@ class View:
         self._members = [member for member in self._all if member.part == part]
         self._steps = self._members[0].config.train.steps
         self._done = 0
+        self._said_done = False
         self._losses = [Curve() for _ in self._members]
         self._notes = ["" for _ in self._members]
         self._block: Block | None = None
@@ -134,9 +135,10 @@ class View:
     def plain_line(self) -> Text | None:
         """Now and then, where we stand."""
         now = time.monotonic()
-        if now - self._plain_at < PLAIN_SECONDS and self._done < self._steps:
+        done = self._done == self._steps
+        if self._said_done or (now - self._plain_at < PLAIN_SECONDS and not done):
             return None
-        self._plain_at = now
+        self._plain_at, self._said_done = now, done
         losses = ", ".join(
             f"{member.name} {number(curve.last)}"
             for member, curve in zip(self._members, self._losses, strict=True)
@@ -168,7 +170,7 @@ class View:
             return
         shown = list(enumerate(block.members))[:2]
         names = "   ".join(self._members[member].name for _, member in shown)
-        title = "entropy ratio, max prob, max logit of "
+        title = "entropy_ratio, max_prob, max_logit of "
         yield Text(""), Text(f"{title}{names}", "dim")
         for layer in range(block.heads["entropy"].shape[2]):
             cells = []

@@ -12,8 +12,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from attnscope.report.numbers import number
+
 if TYPE_CHECKING:
     from attnscope.bench.overhead import Overhead
+    from attnscope.report.contents import Contents
+    from attnscope.runs.reader import Run
 
 STYLES = {
     "trained": "green",
@@ -49,13 +53,14 @@ def print_result(path: Path, *, as_json: bool) -> None:
         typer.echo(json.dumps(_strict(said), indent=1))
         return
     console = Console(highlight=False)
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    gap = 1 if console.width < 100 else 2
+    table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold")
     table.add_column("member", overflow="fold")
-    table.add_column("status")
-    for title in ("at step", "first", "best", "last", "val"):
-        table.add_column(title, justify="right")
-    for title in ("entropy", "max prob", "max logit"):
-        table.add_column(title, justify="right", no_wrap=False)
+    table.add_column("status", no_wrap=True)
+    for title in ("step", "first", "best", "last", "val"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for title in ("entropy", "max_prob", "max_logit"):
+        table.add_column(title, justify="right", no_wrap=True)
     for member in found.members:
         table.add_row(
             Text(member.name),
@@ -77,7 +82,18 @@ def print_result(path: Path, *, as_json: bool) -> None:
         typer.echo(f"warning: {lost}", err=True)
     console.print()
     console.print(Text(f"Report: {report}"))
-    console.print(Text(f"Next:   attnscope report {shlex.quote(str(path))}"))
+    console.print(Text(f"Next:   {_next_command(run, found)}"))
+
+
+def _next_command(run: "Run", found: "Contents") -> str:
+    """What diverged is tried again with clipping; of anything else there may be more to see."""
+    diverged = any(member.status == "diverged" for member in found.members)
+    typed = run.command[:2] == ("attnscope", "train") and not {"--clip", "--resume"} & set(
+        run.command
+    )
+    if diverged and typed and "--name" not in run.command:
+        return f"{shlex.join(run.command)} --clip 1.0"
+    return f"attnscope runs {shlex.quote(str(run.path.parent))}"
 
 
 def print_runs(folder: Path, *, as_json: bool) -> None:
@@ -131,20 +147,8 @@ def print_overhead(found: "Overhead", *, as_json: bool) -> None:
         typer.echo(line)
 
 
-def number(value: float | None) -> str:
-    """Four characters or a few more: 3.02, 18.1, 647, 7.3e9, nan."""
-    if value is None:
-        return "-"
-    if not math.isfinite(value) or value == 0:
-        return f"{value:g}"
-    if 0.01 <= abs(value) < 1000:
-        return f"{value:.3g}" if abs(value) >= 1 else f"{value:.2f}"
-    mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa}e{int(exponent)}"
-
-
 def _from_to(start: float | None, end: float | None) -> str:
-    return f"{number(start)} → {number(end)}"
+    return f"{number(start)}→{number(end)}"
 
 
 def _strict(value: object) -> object:

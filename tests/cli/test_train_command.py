@@ -132,6 +132,7 @@ def wait_for_records_from(run, process, name):
     raise AssertionError(f"no {name}: {process.communicate()}")
 
 
+@pytest.mark.slow
 def test_killed_at_20_random_moments_it_opens_reports_and_resumes(tmp_path):
     """Each run is killed with -9 somewhere, then read; every fifth is resumed and must finish."""
     draw = random.Random(0)
@@ -187,7 +188,7 @@ def test_a_full_disk_gives_one_line_and_keeps_what_was_recorded(tmp_path):
     )  # fmt: skip
     assert done.returncode == 1
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert "File too large" in line and "attnscope train --resume runs/r" in line
+    assert "file too large" in line and "attnscope train --resume runs/r" in line
     assert "Traceback" not in done.stderr
     run = open_run(tmp_path / "runs" / "r")
     assert run.status == "failed"

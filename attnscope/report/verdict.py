@@ -1,0 +1,147 @@
+"""Two sentences on a run: how its members ended, and what their attention was like.
+
+They say what was measured and nothing else. That members differ in one setting alone is a fact of the run; that it was
+the cause is for the reader to conclude.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from attnscope.report.numbers import number
+
+MOST_NAMED = 4  # members that a sentence names one by one
+ALIKE = 0.05  # max_prob closer than that is called alike
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Softmax:
+    """A member's attention at one step: means over layers and heads, `max_logit` the largest; None = not measured."""
+
+    step: int | None = None
+    entropy: float | None = None
+    entropy_ratio: float | None = None
+    max_prob: float | None = None
+    logit_std: float | None = None
+    max_logit: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemberRow:
+    """One member of a run in the report.
+
+    Attributes:
+        name: of the member.
+        status: trained, stalled, diverged, interrupted, killed or running.
+        step: where it diverged, or the last one recorded.
+        nonfinite_at: the first step whose loss is not finite.
+        first_loss: nats per token, as the two below.
+        best_loss: the smallest.
+        final_loss: mean over the last 20 steps.
+        val_loss: held-out, at the length it was trained with.
+        start: attention at the first step measured.
+        end: attention at the last step measured at which it was still finite.
+        settings: those in which members differ.
+    """
+
+    name: str
+    status: str
+    step: int | None
+    nonfinite_at: int | None
+    first_loss: float | None
+    best_loss: float | None
+    final_loss: float | None
+    val_loss: float | None
+    start: Softmax
+    end: Softmax
+    settings: Mapping[str, str]
+
+
+def verdict_of(
+    members: Sequence[MemberRow],
+    differing: Mapping[str, Sequence[str]],
+    *,
+    unigram: float | None,
+) -> tuple[str, str]:
+    """How the members ended; what their attention was like."""
+    return _outcomes(members, unigram), _attention(members, differing)
+
+
+def _outcomes(members: Sequence[MemberRow], unigram: float | None) -> str:
+    if len(members) <= MOST_NAMED:
+        return "; ".join(_outcome(member, unigram) for member in members) + "."
+    counts = Counter(member.status for member in members)
+    listed = _and([f"{count} {status}" for status, count in counts.most_common()])
+    best = min(
+        (m for m in members if m.status in ("trained", "stalled") and m.final_loss is not None),
+        key=lambda m: m.final_loss or 0.0,
+        default=None,
+    )
+    lowest = f"; the lowest final loss is {number(best.final_loss)} ({best.name})" if best else ""
+    return f"Of {len(members)} members, {listed}{lowest}."
+
+
+def _outcome(member: MemberRow, unigram: float | None) -> str:
+    name, loss = member.name, number(member.final_loss)
+    against = "" if unigram is None else f" the unigram loss {number(unigram)}"
+    if member.step is None:
+        return f"{name} recorded nothing ({member.status})"
+    if member.status == "diverged":
+        first = f"{name} diverged at step {member.step}: its loss was {number(member.first_loss)} at first"
+        if member.nonfinite_at is None:
+            return f"{first} and {loss} at the end"
+        return f"{first} and is not finite from step {member.nonfinite_at} on"
+    if member.status == "stalled":
+        return f"{name} stalled: its final loss {loss} is above{against}"
+    if member.status == "trained":
+        below = f", below{against}" if against else ""
+        return f"{name} trained to a loss of {loss}{below}"
+    halted = {"running": "is still training"}.get(member.status, f"was {member.status}")
+    return f"{name} {halted} after step {member.step} at a loss of {loss}"
+
+
+def _attention(members: Sequence[MemberRow], differing: Mapping[str, Sequence[str]]) -> str:
+    seen = [member for member in members if member.start.max_prob is not None]
+    if not seen:
+        return "Nothing was recorded of their attention."
+    if len(seen) == 1:
+        return _of_one(seen[0])
+    sharp = max(seen, key=lambda member: member.start.max_prob or 0.0)
+    flat = min(seen, key=lambda member: member.start.max_prob or 0.0)
+    top, bottom = sharp.start.max_prob or 0.0, flat.start.max_prob or 0.0
+    step = sharp.start.step
+    where = f"at step {step}"
+    if top - bottom > ALIKE:
+        found = (
+            f"{where} the softmax of {sharp.name} puts {number(top)} of a query's weight on one key on average, "
+            f"that of {flat.name} {number(bottom)}; largest logits {number(sharp.start.max_logit)} and "
+            f"{number(flat.start.max_logit)}"
+        )
+    else:
+        found = f"{where} their attention is alike (max_prob {number(bottom)} to {number(top)})"
+        last = [member for member in seen if member.end.max_prob is not None]
+        ends = [
+            f"{member.name} {number(member.end.max_prob)} (step {member.end.step})"
+            for member in last[:MOST_NAMED]
+        ]
+        more = f" and {len(last) - MOST_NAMED} more" if len(last) > MOST_NAMED else ""
+        found += f", when last finite it is {', '.join(ends)}{more}"
+    if 1 <= len(differing) <= 3:
+        alone = " alone" if len(differing) == 1 else ""
+        return f"They differ in {_and(list(differing))}{alone}: {found}."
+    return f"{found[0].upper()}{found[1:]}."
+
+
+def _of_one(member: MemberRow) -> str:
+    start, end = member.start, member.end
+    found = (
+        f"At step {start.step} its softmax puts {number(start.max_prob)} of a query's weight on one key on average, "
+        f"with a largest logit of {number(start.max_logit)}"
+    )
+    if end.step != start.step:
+        found += f"; at step {end.step} {number(end.max_prob)} and {number(end.max_logit)}"
+    return f"{found}."
+
+
+def _and(words: Sequence[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
