@@ -73,6 +73,9 @@ def train(
     precision: Annotated[
         str | None, typer.Option(help="precision.dtype", show_default=False)
     ] = None,
+    compile_model: Annotated[
+        bool, typer.Option("--compile", help="train.compile: run the model through torch.compile.")
+    ] = False,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -114,6 +117,8 @@ def train(
             "precision.dtype": precision,
         }
         changes = {key: value for key, value in typed.items() if value is not None}
+        if compile_model:
+            changes["train.compile"] = "true"
         if resume is not None:
             _refuse_with_resume(config, no_scale, name, [*changes, *(settings or [])])
             path, status = watch_training(None, resume, command=_command())

@@ -8,6 +8,7 @@ Shape key: M member.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ class Part:
     ) -> None:
         self.configs = configs
         self.device = device_of(configs[0])
-        self._forward = torch.compile(forward) if configs[0].train.compile else forward
+        self._forward = _compiled() if configs[0].train.compile else forward
         self.alive = list(range(len(configs)))
         self.step = 0
         if resume_from is None:
@@ -252,6 +253,25 @@ def last_look(part: Part, setup: Setup, data: Corpus) -> list[Event]:
             )
         ]
     return events
+
+
+def _compiled() -> Callable[..., Tensor]:
+    """The forward pass through torch.compile, which fails when it is first called."""
+    from torch._dynamo.exc import TorchDynamoException  # heavy, and has no public name
+
+    compiled = torch.compile(forward)
+
+    def run(*args: Any, **kwargs: Any) -> Tensor:
+        try:
+            return compiled(*args, **kwargs)
+        except TorchDynamoException as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(
+                f"train.compile: PyTorch cannot compile the model here: {reason}. Train without it, or put that right "
+                "(on a CPU it needs a C++ compiler)."
+            ) from error
+
+    return run
 
 
 def device_of(config: Config) -> torch.device:

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from attnscope.runs.reader import open_run
@@ -25,9 +27,9 @@ FAST = [
 ]
 
 
-def attnscope(*words, cwd, **options):
+def attnscope(*words, cwd, environment=None, **options):
     """Run the command line in a process of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80", **(environment or {})}
     return subprocess.run(
         [sys.executable, "-m", "attnscope", *words],
         cwd=cwd,
@@ -236,3 +238,35 @@ def test_runs_lists_what_is_there(tmp_path, folder):
     assert "r " in done.stdout and "finished" in done.stdout and "scaled" in done.stdout
     (row,) = json.loads(attnscope("runs", folder, "--json", cwd=tmp_path).stdout)
     assert row["name"] == "r" and row["status"] == "finished"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_training_records_the_same_first_steps(tmp_path):
+    for name, flags in (("plain", []), ("compiled", ["--compile"])):
+        done = attnscope(
+            "train", "--no-scale", *FAST, *flags, "--steps", "4", "--name", name, cwd=tmp_path
+        )
+        assert done.returncode == 0, done.stderr
+    plain, compiled = (open_run(tmp_path / "runs" / name) for name in ("plain", "compiled"))
+    assert compiled.config.train.compile
+    for table, columns in (("steps", ["loss", "grad_norm"]), ("heads", ["entropy", "max_logit"])):
+        np.testing.assert_allclose(
+            getattr(plain, table)[columns], getattr(compiled, table)[columns], rtol=1e-3
+        )
+
+
+def test_without_a_compiler_compile_gives_one_line(tmp_path):
+    environment = {
+        "CXX": "nowhere/g++",
+        "PATH": "",
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+    }
+    done = attnscope(
+        "train", *FAST, "--steps", "2", "--compile", cwd=tmp_path, environment=environment
+    )
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: train.compile: PyTorch cannot compile the model here: ")
+    assert last.endswith("Train without it, or put that right (on a CPU it needs a C++ compiler).")
+    assert "Traceback" not in done.stderr
