@@ -6,9 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 
+TOGETHER = 20  # rounds
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ratio:
-    """How many times as long A takes as B: median over rounds, and the middle half of the rounds."""
+    """How many times as long A takes as B: over groups of rounds, the median and the middle half."""
 
     median: float
     low: float
@@ -34,6 +37,12 @@ def interleave(
 
 
 def ratio(a: Sequence[float], b: Sequence[float]) -> Ratio:
-    """Median of a over median of b; the spread is that of the ratios round by round."""
-    low, _, high = statistics.quantiles([x / y for x, y in zip(a, b, strict=True)], n=4)
-    return Ratio(median=statistics.median(a) / statistics.median(b), low=low, high=high)
+    """Sum of a over sum of b in each group of TOGETHER rounds.
+
+    Sums, so that what happens now and then, such as writing a block to disk, counts; groups, so that a disturbance
+    spoils only one of them.
+    """
+    starts = range(0, len(a) - TOGETHER + 1, TOGETHER)
+    found = [sum(a[i : i + TOGETHER]) / sum(b[i : i + TOGETHER]) for i in starts]
+    low, median, high = statistics.quantiles(found, n=4, method="inclusive")
+    return Ratio(median=median, low=low, high=high)

@@ -179,7 +179,7 @@ app.add_typer(bench_app, name="bench")
 
 @bench_app.command()
 def overhead(
-    rounds: Annotated[int, typer.Option(min=4, help="Interleaved rounds.")] = 200,
+    rounds: Annotated[int, typer.Option(min=40, help="Interleaved rounds.")] = 400,
     json_output: Annotated[bool, typer.Option("--json", help="As JSON on stdout.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Errors with a traceback.")] = False,
 ) -> None:

@@ -201,7 +201,9 @@ class View:
         name = self._members[event.member].name
         if event.kind == "nonfinite":
             where = event.fields.get("where")
-            place = f" ({', '.join(where[:4])})" if isinstance(where, list) else ""
+            place = ""
+            if isinstance(where, list):
+                place = f" ({', '.join([*where[:3], *['...'] * (len(where) > 3)])})"
             tensor = event.fields["tensor"]
             verb = "are" if tensor == "attention logits" else "is"
             self._notes[event.member] = self._notes[event.member] or f"✗ step {event.step}"

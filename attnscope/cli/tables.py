@@ -87,13 +87,15 @@ def print_result(path: Path, *, as_json: bool) -> None:
 
 def _next_command(run: "Run", found: "Contents") -> str:
     """What diverged is tried again with clipping; of anything else there may be more to see."""
+    words = [word for word in run.command if word != "--json"]
+    if "--name" in words:  # the name is taken
+        at = words.index("--name")
+        del words[at : at + 2]
     diverged = any(member.status == "diverged" for member in found.members)
-    typed = run.command[:2] == ("attnscope", "train") and not {"--clip", "--resume"} & set(
-        run.command
-    )
-    if diverged and typed and "--name" not in run.command:
-        return f"{shlex.join(run.command)} --clip 1.0"
-    return f"attnscope runs {shlex.quote(str(run.path.parent))}"
+    if diverged and words[:2] == ["attnscope", "train"] and not {"--clip", "--resume"} & {*words}:
+        return f"{shlex.join(words)} --clip 1.0"
+    folder = str(run.path.parent)
+    return "attnscope runs" + ("" if folder == "runs" else f" {shlex.quote(folder)}")
 
 
 def print_runs(folder: Path, *, as_json: bool) -> None:
@@ -135,7 +137,7 @@ def print_overhead(found: "Overhead", *, as_json: bool) -> None:
         typer.echo(json.dumps(_strict(asdict(found)), indent=1))
         return
     for line in (
-        "Ratios of step times: median (middle half of the rounds); d_model 128, 4 layers, seq_len 64, batch 16.",
+        "Ratios of step times: median (middle half); d_model 128, 4 layers, seq_len 64, batch 16.",
         f"recording on / off                    {found.recording}",
         f"tokens/s, recording on / plain loop   {found.plain}",
         f"plain loop / itself                   {found.plain_twice}",

@@ -9,7 +9,6 @@ Shape key: M member, L layer, G group, ... the axes of one parameter.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -75,7 +74,7 @@ def global_norm(norm_MG: Tensor) -> Tensor:
 def measure_parameter(
     *, gradient: Tensor, weight: Tensor, update: Tensor, layered: bool
 ) -> dict[str, Tensor]:
-    """One parameter's share in the params table: (M, L) where it is layered, else (M,).
+    """What `parameter_stats` needs of one parameter: (M, L) where it is layered, else (M,).
 
     Args:
         gradient: before clipping.
@@ -83,34 +82,45 @@ def measure_parameter(
         update: what the optimizer adds to it.
         layered: whether the second axis is the layer.
     """
-    axes = tuple(range(2 if layered else 1, gradient.dim()))
-    grad_norm = torch.linalg.vector_norm(gradient, dim=axes)
+    axes = _entries(gradient, layered=layered)
     return {
-        "grad_norm": grad_norm,
-        "grad_max": torch.maximum(gradient.amax(dim=axes), -gradient.amin(dim=axes)),
-        "nonfinite": _count_nonfinite(gradient, grad_norm, axes),
+        "grad_norm": torch.linalg.vector_norm(gradient, dim=axes),
+        "grad_highest": gradient.amax(dim=axes),
+        "grad_lowest": gradient.amin(dim=axes),
         "update_norm": torch.linalg.vector_norm(update, dim=axes),
         "weight_norm": torch.linalg.vector_norm(weight, dim=axes),
     }
 
 
-def _count_nonfinite(gradient: Tensor, grad_norm: Tensor, axes: tuple[int, ...]) -> Tensor:
-    # The CPU has nobody to wait for, and a finite norm has finite terms: there is nothing to count.
-    if grad_norm.device.type == "cpu" and np.isfinite(grad_norm.numpy()).all():
-        return torch.zeros_like(grad_norm)
+def count_nonfinite(gradient: Tensor, *, layered: bool) -> Tensor:
+    """NaN and Inf in a gradient: (M, L) where it is layered, else (M,)."""
     # 0 x is 0 for a number and NaN for NaN and Inf.
-    return (gradient * 0.0).nan_to_num_(nan=1.0).sum(dim=axes)
+    broken = (gradient * 0.0).nan_to_num_(nan=1.0)
+    return broken.sum(dim=_entries(gradient, layered=layered))
+
+
+def _entries(x: Tensor, *, layered: bool) -> tuple[int, ...]:
+    return tuple(range(2 if layered else 1, x.dim()))
 
 
 def parameter_stats(
     measured: Mapping[str, Mapping[str, Tensor]], grouping: Grouping
 ) -> dict[str, Tensor]:
-    """The params table, column to (..., M, G), from `measure_parameter` of every parameter, (..., M) or (..., M, L)."""
+    """The params table, column to (..., M, G).
+
+    Args:
+        measured: `measure_parameter` of every parameter and, as `nonfinite`, `count_nonfinite`, (..., M) or (..., M, L).
+        grouping: of the parameters.
+    """
     columns = {}
-    for name in PARAMETER_STATISTICS:
-        if name != "update_ratio":
-            values = {parameter: stats[name] for parameter, stats in measured.items()}
-            columns[name] = _join(values, grouping, COMBINE[name])
+    for name, combine in COMBINE.items():
+        values = {
+            parameter: torch.maximum(stats["grad_highest"], -stats["grad_lowest"])
+            if name == "grad_max"
+            else stats[name]
+            for parameter, stats in measured.items()
+        }
+        columns[name] = _join(values, grouping, combine)
     columns["update_ratio"] = columns["update_norm"] / columns["weight_norm"]
     return {name: columns[name] for name in PARAMETER_STATISTICS}
 

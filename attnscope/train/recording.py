@@ -32,6 +32,7 @@ from attnscope.metrics.attention import (
 from attnscope.metrics.gradients import (
     PARAMETER_STATISTICS,
     Grouping,
+    count_nonfinite,
     global_norm,
     group_norms,
     measure_parameter,
@@ -111,6 +112,8 @@ class Seen:
     clip: Clipped | None = None
     grad_norm_M: Tensor | None = None
     parameters: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    gradients: Mapping[str, Tensor] = field(default_factory=dict)
+    nonfinite: dict[str, Tensor] = field(default_factory=dict)
     val_loss_M: Tensor | None = None
     step_ms: float = 0.0
 
@@ -190,7 +193,9 @@ class Recorder:
     def gradients(self, gradients: Mapping[str, Tensor], clip: Clipped) -> None:
         """What clipping did; the norm of gradients, where no parameter will be measured."""
         self._now.clip = clip
-        if not self._now.measures:
+        if self._now.measures:
+            self._now.gradients = gradients
+        else:
             self._now.grad_norm_M = global_norm(group_norms(gradients, self._grouping))
 
     def parameter(self, name: str, gradient: Tensor, weight: Tensor, update: Tensor) -> None:
@@ -209,11 +214,26 @@ class Recorder:
 
     def end(self) -> None:
         """The step is done: it belongs to the block now."""
+        self._count_nonfinite(self._now)
         time_now = time.perf_counter()
         self._now.step_ms = 1000 * (time_now - self._last)
         self._last = time_now
         self._block.append(self._now)
         self._bytes += sum(rows.call.q.nbytes + rows.call.k.nbytes for rows in self._now.rows)
+
+    @torch.no_grad()
+    def _count_nonfinite(self, now: Seen) -> None:
+        """Count NaN and Inf, where there may be any, and let the gradients go."""
+        gradients, now.gradients = now.gradients, {}
+        norms = [stats["grad_norm"].flatten() for stats in now.parameters.values()]
+        # The CPU has nobody to wait for, and a finite norm has finite terms: there is nothing to count.
+        if norms and norms[0].device.type == "cpu" and np.isfinite(torch.cat(norms).numpy()).all():
+            return
+        layered = self._grouping.layered
+        now.nonfinite = {
+            name: count_nonfinite(gradient, layered=name in layered)
+            for name, gradient in gradients.items()
+        }
 
     def due(self, seconds: float) -> bool:
         """Whether the block has waited this long, or holds as much as a block should."""
@@ -244,9 +264,7 @@ class Recorder:
             stats = self._heads(measured)
             heads_CSMLH = torch.stack([stats[name].float() for name in HEAD_COLUMNS]).cpu().numpy()
             heads = dict(zip(HEAD_COLUMNS, heads_CSMLH, strict=True))
-            found = parameter_stats(
-                _stacked([each.parameters for each in measured]), self._grouping
-            )
+            found = parameter_stats(_parameters(measured), self._grouping)
             grad_norms_SM = iter(global_norm(found["grad_norm"]))
             params_CSMG = torch.stack([found[name] for name in PARAMETER_STATISTICS]).cpu().numpy()
             params = dict(zip(PARAMETER_STATISTICS, params_CSMG, strict=True))
@@ -297,13 +315,26 @@ class Recorder:
         }
 
 
-def _stacked(steps: Sequence[dict[str, dict[str, Tensor]]]) -> dict[str, dict[str, Tensor]]:
-    """The same dictionaries with a leading axis S."""
+def _parameters(measured: Sequence[Seen]) -> dict[str, dict[str, Tensor]]:
+    """What was measured of each parameter, with a leading axis S."""
+    broken = any(seen.nonfinite for seen in measured)
     stacked = {}
-    for parameter, columns in steps[0].items():
-        flat = torch.stack([x for step in steps for x in step[parameter].values()])
-        by_column = flat.unflatten(0, (len(steps), len(columns))).unbind(1)
-        stacked[parameter] = dict(zip(columns, by_column, strict=True))
+    for name, columns in measured[0].parameters.items():
+        flat = torch.stack([x for seen in measured for x in seen.parameters[name].values()])
+        by_column = flat.unflatten(0, (len(measured), len(columns))).unbind(1)
+        stats = dict(zip(columns, by_column, strict=True))
+        nothing = torch.zeros_like(stats["grad_norm"])
+        stats["nonfinite"] = (
+            torch.stack(
+                [
+                    seen.nonfinite.get(name, zero)
+                    for seen, zero in zip(measured, nothing, strict=True)
+                ]
+            )
+            if broken
+            else nothing
+        )
+        stacked[name] = stats
     return stacked
 
 

@@ -9,6 +9,7 @@ from attnscope.data import IGNORE
 from attnscope.metrics.activations import activation_norm, token_cosine
 from attnscope.metrics.gradients import (
     PARAMETER_STATISTICS,
+    count_nonfinite,
     global_norm,
     group_norms,
     group_parameters,
@@ -94,6 +95,7 @@ def measured_in(order, gradients, weights, updates):
             update=updates[name],
             layered=name in LAYERED,
         )
+        | {"nonfinite": count_nonfinite(gradients[name], layered=name in LAYERED)}
         for name in order
     }
 
