@@ -40,13 +40,13 @@ STATISTICS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
-    """Which query rows to look at: every combination of these sequences and positions (int64 indices).
+    """Which query rows to look at: every combination of these sequences and positions.
 
-    Sequences at equal distances are a slice, which spares a copy.
+    At equal distances they are slices, which costs less than int64 indices.
     """
 
     sequences: slice | Tensor
-    positions: Tensor
+    positions: slice | Tensor
 
 
 @lru_cache(maxsize=256)
@@ -55,22 +55,25 @@ def sample_rows(
 ) -> Rows | None:
     """Draw about `rows` query rows per head from at most 4 sequences; None where that would be all of them.
 
-    Every row but the first of a sequence is equally likely. The generator is the draw's own: training numbers do not
-    change.
-    The first position is never drawn (under a causal mask it sees one key, and one key has no softmax to speak of).
+    Sequences are equally likely, and so are positions (where they cannot stand at equal distances, all but the first,
+    which under a causal mask sees one key and has no softmax to speak of). The generator is the draw's own: training
+    numbers do not change.
     """
     if rows >= n_batch * (n_queries - 1) or n_queries < 2:
         return None
     generator = random.Random(seed)
+
+    def draw(size: int, wanted: int, first: int) -> slice | Tensor:
+        distance, rest = divmod(size, wanted)
+        if rest == 0:
+            return slice(generator.randrange(distance), None, distance)
+        return torch.tensor(generator.sample(range(first, size), wanted)).to(
+            device, non_blocking=True
+        )
+
     n_sequences = min(n_batch, 4, rows)
     n_positions = min(-(-rows // n_sequences), n_queries - 1)
-    distance, rest = divmod(n_batch, n_sequences)
-    sequences: slice | Tensor = slice(generator.randrange(distance), None, distance)
-    if rest:
-        chosen = generator.sample(range(n_batch), n_sequences)
-        sequences = torch.tensor(chosen).to(device, non_blocking=True)
-    positions = torch.tensor(generator.sample(range(1, n_queries), n_positions))
-    return Rows(sequences=sequences, positions=positions.to(device, non_blocking=True))
+    return Rows(sequences=draw(n_batch, n_sequences, 0), positions=draw(n_queries, n_positions, 1))
 
 
 def attention_stats(
@@ -190,8 +193,9 @@ def rows_of(call: Call, sample: Rows) -> AttentionRows:
     """Cut the sampled rows out of a call, to be measured later."""
     return AttentionRows(
         call=Call(
-            q=_pick(call.q, sample),
-            k=_pick(call.k, sample, positions=False).contiguous(),  # a view would keep all of k
+            # Views would keep all of q and k.
+            q=_pick(call.q, sample).contiguous(),
+            k=_pick(call.k, sample, positions=False).contiguous(),
             attn_scale=_pick(call.attn_scale, sample).clone(),  # a learned one moves on
             visible=None if call.visible is None else _pick(call.visible, sample),
             bias=None if call.bias is None else _pick(call.bias, sample),
@@ -359,7 +363,8 @@ def _pick(x: Tensor, sample: Rows, *, positions: bool = True) -> Tensor:
     if x.dim() >= 4 and x.shape[-4] > 1:
         x = x[..., sample.sequences, :, :, :]
     if positions and x.dim() >= 2 and x.shape[-2] > 1:
-        x = x.index_select(-2, sample.positions)
+        at = sample.positions
+        x = x[..., at, :] if isinstance(at, slice) else x.index_select(-2, at)
     return x
 
 

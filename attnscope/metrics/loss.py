@@ -5,6 +5,7 @@ Shape key: M member, N tokens of a batch, V vocab.
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -24,8 +25,17 @@ class TokenLosses:
     log_z_square_M: Tensor
 
 
-def token_losses(output_logits_MNV: Tensor, targets_N: Tensor, *, ignore: int) -> TokenLosses:
-    """Cross-entropy of every member on the same targets; positions equal to `ignore` are not scored."""
+def token_losses(
+    output_logits_MNV: Tensor, targets_N: Tensor, *, ignore: int, regularizes: bool = True
+) -> TokenLosses:
+    """Cross-entropy of every member on the same targets.
+
+    Args:
+        output_logits_MNV: any floating dtype.
+        targets_N: token ids; positions equal to `ignore` are not scored.
+        ignore: see there.
+        regularizes: whether anybody needs gradients of log_z.
+    """
     output_logits_MNV = output_logits_MNV.float()
     n_members = len(output_logits_MNV)
     scored_N = targets_N != ignore
@@ -36,14 +46,15 @@ def token_losses(output_logits_MNV: Tensor, targets_N: Tensor, *, ignore: int) -
         ignore_index=ignore,
         reduction="none",
     ).unflatten(0, (n_members, -1))
-    # loss = log_z - target logit, so log_z needs no second pass over the vocabulary.
-    index_MN1 = targets_N.where(scored_N, 0).expand(n_members, -1)[..., None]
-    target_logit_MN = output_logits_MNV.gather(-1, index_MN1).squeeze(-1)
-    log_z_MN = (loss_MN + target_logit_MN).where(scored_N, 0)
+    with torch.set_grad_enabled(regularizes and torch.is_grad_enabled()):
+        # loss = log_z - target logit, so log_z needs no second pass over the vocabulary.
+        index_MN1 = targets_N.where(scored_N, 0).expand(n_members, -1)[..., None]
+        target_logit_MN = output_logits_MNV.gather(-1, index_MN1).squeeze(-1)
+        log_z_MN = (loss_MN + target_logit_MN).where(scored_N, 0)
+        log_z_M = log_z_MN.sum(dim=-1) / n_scored
+        log_z_square_M = log_z_MN.square().sum(dim=-1) / n_scored
     return TokenLosses(
-        loss_M=loss_MN.sum(dim=-1) / n_scored,
-        log_z_M=log_z_MN.sum(dim=-1) / n_scored,
-        log_z_square_M=log_z_MN.square().sum(dim=-1) / n_scored,
+        loss_M=loss_MN.sum(dim=-1) / n_scored, log_z_M=log_z_M, log_z_square_M=log_z_square_M
     )
 
 

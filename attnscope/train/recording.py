@@ -9,7 +9,7 @@ Shape key: S steps of a block, C column, M member, L layer, H head, G group.
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from attnscope.config import Config
 from attnscope.data import Batch
-from attnscope.metrics.activations import activation_norm, token_cosine
+from attnscope.metrics.activations import activation_norm, token_cosine, token_total
 from attnscope.metrics.attention import (
     STATISTICS,
     AttentionRows,
@@ -35,7 +35,8 @@ from attnscope.metrics.gradients import (
     count_nonfinite,
     global_norm,
     group_norms,
-    measure_parameter,
+    measure_gradients,
+    measure_updates,
     parameter_stats,
 )
 from attnscope.metrics.loss import TokenLosses, output_logit_max
@@ -62,6 +63,7 @@ SAMPLES = 64  # different row samples, used in turn
 BLOCK_BYTES = 64 << 20  # of sampled queries and keys that wait for the end of their block
 
 Array = NDArray[Any]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,11 +110,12 @@ class Seen:
     stats: list[dict[str, Tensor]] = field(default_factory=list)
     residual_norm_M: list[Tensor] = field(default_factory=list)
     last_residual_MND: Tensor | None = None
+    token_total_MBD: Tensor | None = None
     forward_M: list[Tensor] = field(default_factory=list)
     clip: Clipped | None = None
     grad_norm_M: Tensor | None = None
     parameters: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    gradients: Mapping[str, Tensor] = field(default_factory=dict)
+    update_norms: dict[str, Tensor] = field(default_factory=dict)
     nonfinite: dict[str, Tensor] = field(default_factory=dict)
     val_loss_M: Tensor | None = None
     step_ms: float = 0.0
@@ -130,11 +133,15 @@ class Recorder:
         self._record = config.record
         self._n_batch = config.data.batch_size
         self._n_layers = config.model.n_layers
+        self._seq_len = config.model.seq_len
         self._residual_size = config.data.batch_size * config.model.seq_len * config.model.d_model
         self._tokens_per_step = config.data.batch_size * config.model.seq_len
         self._last = time.perf_counter()
         self._block: list[Seen] = []
         self._bytes = 0
+        if config.train.compile:  # what looks at a graph is no part of it
+            self.attention = torch.compiler.disable(self.attention)  # type: ignore[method-assign]
+            self.residual = torch.compiler.disable(self.residual)  # type: ignore[method-assign]
 
     def begin(self, step: int, batch: Batch, grouping: Grouping) -> None:
         """The next step starts: choose the rows to look at."""
@@ -158,7 +165,6 @@ class Recorder:
             ),
         )
 
-    @torch.compiler.disable
     @torch.no_grad()
     def attention(self, layer: int, inputs: AttentionInputs) -> None:
         """Cut the sampled rows out of a layer's attention."""
@@ -170,7 +176,6 @@ class Recorder:
         else:
             self._now.rows.append(rows_of(call, self._now.sample))
 
-    @torch.compiler.disable
     @torch.no_grad()
     def residual(self, layer: int, x_MND: Tensor) -> None:
         """Size of the residual stream after a layer."""
@@ -186,27 +191,26 @@ class Recorder:
             losses.loss_M.detach(),
             losses.log_z_M.detach(),
             output_logit_max(output_logits_MNV),
-            token_cosine(now.last_residual_MND, n_batch=self._n_batch),
         ]
+        now.token_total_MBD = token_total(now.last_residual_MND, n_batch=self._n_batch)
         now.last_residual_MND = None
 
-    def gradients(self, gradients: Mapping[str, Tensor], clip: Clipped) -> None:
-        """What clipping did; the norm of gradients, where no parameter will be measured."""
+    def gradients(
+        self, gradients: Mapping[str, Tensor], weights: Mapping[str, Tensor], clip: Clipped
+    ) -> None:
+        """What clipping did; the sizes of gradients and weights."""
         self._now.clip = clip
         if self._now.measures:
-            self._now.gradients = gradients
+            measured = measure_gradients(gradients, weights, self._grouping)
+            self._now.parameters = measured
+            self._now.nonfinite = count_nonfinite(gradients, measured, self._grouping)
         else:
             self._now.grad_norm_M = global_norm(group_norms(gradients, self._grouping))
 
-    def parameter(self, name: str, gradient: Tensor, weight: Tensor, update: Tensor) -> None:
-        """Norms of one parameter."""
+    def updates(self, updates: Mapping[str, Tensor]) -> None:
+        """The sizes of updates."""
         if self._now.measures:
-            self._now.parameters[name] = measure_parameter(
-                gradient=gradient,
-                weight=weight,
-                update=update,
-                layered=name in self._grouping.layered,
-            )
+            self._now.update_norms = measure_updates(updates, self._grouping)
 
     def evaluated(self, val_loss_M: Tensor) -> None:
         """The held-out loss of every member at the weights that this step starts from."""
@@ -214,26 +218,11 @@ class Recorder:
 
     def end(self) -> None:
         """The step is done: it belongs to the block now."""
-        self._count_nonfinite(self._now)
         time_now = time.perf_counter()
         self._now.step_ms = 1000 * (time_now - self._last)
         self._last = time_now
         self._block.append(self._now)
         self._bytes += sum(rows.call.q.nbytes + rows.call.k.nbytes for rows in self._now.rows)
-
-    @torch.no_grad()
-    def _count_nonfinite(self, now: Seen) -> None:
-        """Count NaN and Inf, where there may be any, and let the gradients go."""
-        gradients, now.gradients = now.gradients, {}
-        norms = [stats["grad_norm"].flatten() for stats in now.parameters.values()]
-        # The CPU has nobody to wait for, and a finite norm has finite terms: there is nothing to count.
-        if norms and norms[0].device.type == "cpu" and np.isfinite(torch.cat(norms).numpy()).all():
-            return
-        layered = self._grouping.layered
-        now.nonfinite = {
-            name: count_nonfinite(gradient, layered=name in layered)
-            for name, gradient in gradients.items()
-        }
 
     def due(self, seconds: float) -> bool:
         """Whether the block has waited this long, or holds as much as a block should."""
@@ -259,48 +248,44 @@ class Recorder:
     def _on_host(self, seen: Sequence[Seen], members: Sequence[int]) -> Block:
         """Compute what follows from the reductions and bring it to the host, one copy per table."""
         measured = [each for each in seen if each.measures]
-        heads, params, grad_norms_SM = {}, {}, iter(())
+        heads, params = {}, {}
         if measured:
             stats = self._heads(measured)
             heads_CSMLH = torch.stack([stats[name].float() for name in HEAD_COLUMNS]).cpu().numpy()
             heads = dict(zip(HEAD_COLUMNS, heads_CSMLH, strict=True))
             found = parameter_stats(_parameters(measured), self._grouping)
-            grad_norms_SM = iter(global_norm(found["grad_norm"]))
+            for each, grad_norm_M in zip(measured, global_norm(found["grad_norm"]), strict=True):
+                each.grad_norm_M = grad_norm_M
             params_CSMG = torch.stack([found[name] for name in PARAMETER_STATISTICS]).cpu().numpy()
             params = dict(zip(PARAMETER_STATISTICS, params_CSMG, strict=True))
-        rows = []
-        for each in seen:
-            assert each.clip is not None
-            grad_norm_M = next(grad_norms_SM) if each.grad_norm_M is None else each.grad_norm_M
-            rms_M = torch.stack(each.residual_norm_M).amax(dim=0) / self._residual_size**0.5
-            clip = each.clip
-            val_loss_M = torch.full_like(rms_M, float("nan"))
-            if each.val_loss_M is not None:
-                val_loss_M = each.val_loss_M
-            rows.append(
-                torch.stack(
-                    [
-                        *each.forward_M,
-                        rms_M,
-                        grad_norm_M,
-                        clip.factor_M,
-                        clip.lr_M,
-                        clip.loss_scale_M,
-                        val_loss_M,
-                    ]
-                )
-            )
-        rows_SCM = torch.stack(rows).cpu().numpy()
+        columns_CSM = torch.stack(self._steps(seen)).cpu().numpy()
         return Block(
             members=tuple(members),
             steps=np.array([each.step for each in seen]),
             step_ms=np.array([each.step_ms for each in seen]),
-            columns={name: rows_SCM[:, c] for c, name in enumerate(STEP_COLUMNS)},
+            columns=dict(zip(STEP_COLUMNS, columns_CSM, strict=True)),
             head_steps=np.array([each.step for each in measured], dtype=np.int64),
             heads=heads,
             params=params,
             groups=self._grouping.rows,
         )
+
+    def _steps(self, seen: Sequence[Seen]) -> list[Tensor]:
+        """STEP_COLUMNS, each (S, M)."""
+        forward_CSM = _stacked(*(each.forward_M for each in seen))
+        norm_LSM = _stacked(*(each.residual_norm_M for each in seen))
+        total_SMBD = torch.stack([_there(each.token_total_MBD) for each in seen])
+        clips = [_there(each.clip) for each in seen]
+        unknown_M = torch.full_like(forward_CSM[0, 0], float("nan"))
+        val_losses = [each.val_loss_M for each in seen]
+        return [
+            *forward_CSM,
+            token_cosine(total_SMBD, seq_len=self._seq_len),
+            norm_LSM.amax(dim=0) / self._residual_size**0.5,
+            torch.stack([_there(each.grad_norm_M) for each in seen]),
+            *_stacked(*([clip.factor_M, clip.lr_M, clip.loss_scale_M] for clip in clips)),
+            torch.stack([unknown_M if x is None else x for x in val_losses]),
+        ]
 
     def _heads(self, measured: Sequence[Seen]) -> dict[str, Tensor]:
         """Column to (S, M, L, H)."""
@@ -320,22 +305,26 @@ def _parameters(measured: Sequence[Seen]) -> dict[str, dict[str, Tensor]]:
     broken = any(seen.nonfinite for seen in measured)
     stacked = {}
     for name, columns in measured[0].parameters.items():
-        flat = torch.stack([x for seen in measured for x in seen.parameters[name].values()])
-        by_column = flat.unflatten(0, (len(measured), len(columns))).unbind(1)
-        stats = dict(zip(columns, by_column, strict=True))
-        nothing = torch.zeros_like(stats["grad_norm"])
-        stats["nonfinite"] = (
-            torch.stack(
-                [
-                    seen.nonfinite.get(name, zero)
-                    for seen, zero in zip(measured, nothing, strict=True)
-                ]
-            )
-            if broken
-            else nothing
-        )
+        rows = [[*seen.parameters[name].values(), seen.update_norms[name]] for seen in measured]
+        stats = dict(zip([*columns, "update_norm"], _stacked(*rows), strict=True))
+        stats["nonfinite"] = torch.zeros_like(stats["grad_norm"])
+        if broken:
+            for s, seen in enumerate(measured):
+                stats["nonfinite"][s] = seen.nonfinite.get(name, 0)
         stacked[name] = stats
     return stacked
+
+
+def _stacked(*rows: Sequence[Tensor]) -> Tensor:
+    """The same C tensors of each of S steps as one, (C, S, ...)."""
+    flat = torch.stack([x for row in rows for x in row])
+    return flat.unflatten(0, (len(rows), -1)).transpose(0, 1)
+
+
+def _there(x: _T | None) -> _T:
+    """What every whole step has."""
+    assert x is not None
+    return x
 
 
 def tables_of(block: Block, tokens_per_step: int) -> dict[str, dict[str, Array]]:

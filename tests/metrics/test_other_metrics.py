@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from attnscope.data import IGNORE
-from attnscope.metrics.activations import activation_norm, token_cosine
+from attnscope.metrics.activations import activation_norm, token_cosine, token_total
 from attnscope.metrics.gradients import (
     PARAMETER_STATISTICS,
     count_nonfinite,
     global_norm,
     group_norms,
     group_parameters,
-    measure_parameter,
+    measure_gradients,
+    measure_updates,
     parameter_stats,
 )
 from attnscope.metrics.loss import output_logit_max, token_losses
@@ -88,15 +89,17 @@ def test_the_global_norm_is_that_of_torch():
 
 
 def measured_in(order, gradients, weights, updates):
+    gradients, updates = ({name: x[name] for name in order} for x in (gradients, updates))
+    measured = measure_gradients(gradients, weights, GROUPING)
+    update_norms = measure_updates(updates, GROUPING)
+    nonfinite = count_nonfinite(gradients, measured, GROUPING)
     return {
-        name: measure_parameter(
-            gradient=gradients[name],
-            weight=weights[name],
-            update=updates[name],
-            layered=name in LAYERED,
-        )
-        | {"nonfinite": count_nonfinite(gradients[name], layered=name in LAYERED)}
-        for name in order
+        name: stats
+        | {
+            "update_norm": update_norms[name],
+            "nonfinite": nonfinite.get(name, torch.zeros_like(stats["grad_norm"])),
+        }
+        for name, stats in measured.items()
     }
 
 
@@ -238,10 +241,15 @@ def states(correlation=0.0):
     return x_MBTD + correlation * torch.randn(4, generator=generator)
 
 
+def cosine(x_MBTD):
+    total = token_total(x_MBTD.flatten(1, 2), n_batch=x_MBTD.shape[1])
+    return token_cosine(total, seq_len=x_MBTD.shape[2])
+
+
 @pytest.mark.parametrize("correlation", [0.0, 3.0])
 def test_token_cosine_equals_a_loop_over_all_pairs(correlation):
     x_MBTD = states(correlation)
-    found = token_cosine(x_MBTD.flatten(1, 2), n_batch=3)
+    found = cosine(x_MBTD)
     for m in range(2):
         assert found[m].item() == pytest.approx(reference.token_cosine(x_MBTD[m]), abs=1e-5)
 
@@ -249,9 +257,9 @@ def test_token_cosine_equals_a_loop_over_all_pairs(correlation):
 def test_token_cosine_is_one_for_equal_tokens_and_minus_one_for_opposite_ones():
     x_D = torch.tensor([3.0, -4.0])
     alike = torch.stack([x_D, 2 * x_D, x_D / 9])[None]
-    assert token_cosine(alike, n_batch=1).item() == pytest.approx(1, abs=1e-6)
+    assert cosine(alike[None]).item() == pytest.approx(1, abs=1e-6)
     opposite = torch.stack([x_D, -x_D])[None]
-    assert token_cosine(opposite, n_batch=1).item() == pytest.approx(-1, abs=1e-6)
+    assert cosine(opposite[None]).item() == pytest.approx(-1, abs=1e-6)
 
 
 def test_activation_norm_is_the_root_of_the_sum_of_squares():
@@ -262,6 +270,8 @@ def test_activation_norm_is_the_root_of_the_sum_of_squares():
 
 
 def test_activation_statistics_of_half_precision_do_not_overflow():
-    large = torch.full((1, 6, 4), 30_000.0, dtype=torch.float16)
-    assert activation_norm(large).item() == pytest.approx(30_000 * math.sqrt(6 * 4), rel=1e-3)
-    assert token_cosine(large, n_batch=2).item() == pytest.approx(1, abs=1e-5)
+    large = torch.full((1, 2, 3, 4), 30_000.0, dtype=torch.float16)
+    assert activation_norm(large.flatten(1, 2)).item() == pytest.approx(
+        30_000 * math.sqrt(6 * 4), rel=1e-3
+    )
+    assert cosine(large).item() == pytest.approx(1, abs=1e-5)
