@@ -196,7 +196,7 @@ def rows_of(call: Call, sample: Rows) -> AttentionRows:
             # Views would keep all of q and k.
             q=_pick(call.q, sample).contiguous(),
             k=_pick(call.k, sample, positions=False).contiguous(),
-            attn_scale=_pick(call.attn_scale, sample).clone(),  # a learned one moves on
+            attn_scale=_kept(_pick(call.attn_scale, sample)),
             visible=None if call.visible is None else _pick(call.visible, sample),
             bias=None if call.bias is None else _pick(call.bias, sample),
             softcap=call.softcap,
@@ -204,6 +204,11 @@ def rows_of(call: Call, sample: Rows) -> AttentionRows:
         q_norm=_largest_norm(call.q),
         k_norm=_largest_norm(call.k),
     )
+
+
+def _kept(attn_scale: Tensor) -> Tensor:
+    """A scale that is learned moves on before it is looked at."""
+    return attn_scale.clone() if attn_scale.requires_grad else attn_scale
 
 
 def stack_rows(rows: Sequence[AttentionRows]) -> AttentionRows:

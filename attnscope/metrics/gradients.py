@@ -72,30 +72,24 @@ def global_norm(norm_MG: Tensor) -> Tensor:
     return torch.linalg.vector_norm(norm_MG, dim=-1)
 
 
-def measure_gradients(
-    gradients: Mapping[str, Tensor], weights: Mapping[str, Tensor], grouping: Grouping
-) -> dict[str, dict[str, Tensor]]:
-    """Reductions of gradients (before clipping) and of the weights they are for: each (M, L) where layered, else (M,).
+def measure_parameter(
+    *, gradient: Tensor, weight: Tensor, update: Tensor, layered: bool
+) -> dict[str, Tensor]:
+    """What `parameter_stats` needs of one parameter: (M, L) where it is layered, else (M,).
 
-    One tight loop over all of them: between other work every call finds the instruction cache cold.
+    Args:
+        gradient: before clipping.
+        weight: before the update.
+        update: what the optimizer adds to it.
+        layered: whether the second axis is the layer.
     """
-    found = {}
-    for name, gradient in gradients.items():
-        axes = _entries(name, gradient, grouping)
-        found[name] = {
-            "grad_norm": torch.linalg.vector_norm(gradient, dim=axes),
-            "grad_highest": gradient.amax(dim=axes),
-            "grad_lowest": gradient.amin(dim=axes),
-            "weight_norm": torch.linalg.vector_norm(weights[name], dim=axes),
-        }
-    return found
-
-
-def measure_updates(updates: Mapping[str, Tensor], grouping: Grouping) -> dict[str, Tensor]:
-    """L2 norm of what was added to each parameter: (M, L) where layered, else (M,)."""
+    axes = _entries(gradient, layered=layered)
     return {
-        name: torch.linalg.vector_norm(update, dim=_entries(name, update, grouping))
-        for name, update in updates.items()
+        "grad_norm": torch.linalg.vector_norm(gradient, dim=axes),
+        "grad_highest": gradient.amax(dim=axes),
+        "grad_lowest": gradient.amin(dim=axes),
+        "update_norm": torch.linalg.vector_norm(update, dim=axes),
+        "weight_norm": torch.linalg.vector_norm(weight, dim=axes),
     }
 
 
@@ -110,14 +104,14 @@ def count_nonfinite(
     if norms[0].device.type == "cpu" and np.isfinite(torch.cat(norms).numpy()).all():
         return {}
     return {  # 0 x is 0 for a number and NaN for NaN and Inf
-        name: (x * 0.0).nan_to_num_(nan=1.0).sum(dim=_entries(name, x, grouping))
+        name: (x * 0.0).nan_to_num_(nan=1.0).sum(dim=_entries(x, layered=name in grouping.layered))
         for name, x in gradients.items()
     }
 
 
-def _entries(name: str, x: Tensor, grouping: Grouping) -> tuple[int, ...]:
+def _entries(x: Tensor, *, layered: bool) -> tuple[int, ...]:
     """The axes of one parameter, without those that name members and layers."""
-    return tuple(range(2 if name in grouping.layered else 1, x.dim()))
+    return tuple(range(2 if layered else 1, x.dim()))
 
 
 def parameter_stats(
@@ -126,8 +120,7 @@ def parameter_stats(
     """The params table, column to (..., M, G).
 
     Args:
-        measured: every parameter's entries of `measure_gradients`, `update_norm` and `nonfinite`, (..., M) or
-            (..., M, L).
+        measured: `measure_parameter` and, as `nonfinite`, `count_nonfinite` of every parameter, (..., M) or (..., M, L).
         grouping: of the parameters.
     """
     columns = {}

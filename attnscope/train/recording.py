@@ -35,8 +35,7 @@ from attnscope.metrics.gradients import (
     count_nonfinite,
     global_norm,
     group_norms,
-    measure_gradients,
-    measure_updates,
+    measure_parameter,
     parameter_stats,
 )
 from attnscope.metrics.loss import TokenLosses, output_logit_max
@@ -115,7 +114,7 @@ class Seen:
     clip: Clipped | None = None
     grad_norm_M: Tensor | None = None
     parameters: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    update_norms: dict[str, Tensor] = field(default_factory=dict)
+    gradients: Mapping[str, Tensor] = field(default_factory=dict)
     nonfinite: dict[str, Tensor] = field(default_factory=dict)
     val_loss_M: Tensor | None = None
     step_ms: float = 0.0
@@ -195,22 +194,23 @@ class Recorder:
         now.token_total_MBD = token_total(now.last_residual_MND, n_batch=self._n_batch)
         now.last_residual_MND = None
 
-    def gradients(
-        self, gradients: Mapping[str, Tensor], weights: Mapping[str, Tensor], clip: Clipped
-    ) -> None:
-        """What clipping did; the sizes of gradients and weights."""
+    def gradients(self, gradients: Mapping[str, Tensor], clip: Clipped) -> None:
+        """What clipping did; the norm of gradients, where no parameter will be measured."""
         self._now.clip = clip
         if self._now.measures:
-            measured = measure_gradients(gradients, weights, self._grouping)
-            self._now.parameters = measured
-            self._now.nonfinite = count_nonfinite(gradients, measured, self._grouping)
+            self._now.gradients = gradients
         else:
             self._now.grad_norm_M = global_norm(group_norms(gradients, self._grouping))
 
-    def updates(self, updates: Mapping[str, Tensor]) -> None:
-        """The sizes of updates."""
+    def parameter(self, name: str, gradient: Tensor, weight: Tensor, update: Tensor) -> None:
+        """Sizes of one parameter, its gradient and its update."""
         if self._now.measures:
-            self._now.update_norms = measure_updates(updates, self._grouping)
+            self._now.parameters[name] = measure_parameter(
+                gradient=gradient,
+                weight=weight,
+                update=update,
+                layered=name in self._grouping.layered,
+            )
 
     def evaluated(self, val_loss_M: Tensor) -> None:
         """The held-out loss of every member at the weights that this step starts from."""
@@ -218,6 +218,10 @@ class Recorder:
 
     def end(self) -> None:
         """The step is done: it belongs to the block now."""
+        now = self._now
+        if now.measures:
+            now.nonfinite = count_nonfinite(now.gradients, now.parameters, self._grouping)
+            now.gradients = {}
         time_now = time.perf_counter()
         self._now.step_ms = 1000 * (time_now - self._last)
         self._last = time_now
@@ -305,8 +309,8 @@ def _parameters(measured: Sequence[Seen]) -> dict[str, dict[str, Tensor]]:
     broken = any(seen.nonfinite for seen in measured)
     stacked = {}
     for name, columns in measured[0].parameters.items():
-        rows = [[*seen.parameters[name].values(), seen.update_norms[name]] for seen in measured]
-        stats = dict(zip([*columns, "update_norm"], _stacked(*rows), strict=True))
+        rows = [[*seen.parameters[name].values()] for seen in measured]
+        stats = dict(zip(columns, _stacked(*rows), strict=True))
         stats["nonfinite"] = torch.zeros_like(stats["grad_norm"])
         if broken:
             for s, seen in enumerate(measured):

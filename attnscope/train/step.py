@@ -132,13 +132,11 @@ class StepObserver(Observer, Protocol):
     def output(self, output_logits_MNV: Tensor, losses: TokenLosses) -> None:
         """Called after the forward pass."""
 
-    def gradients(
-        self, gradients: Mapping[str, Tensor], weights: Mapping[str, Tensor], clip: Clipped
-    ) -> None:
-        """Called before the update, with the gradients before clipping, loss scale divided out."""
+    def gradients(self, gradients: Mapping[str, Tensor], clip: Clipped) -> None:
+        """Called with the gradients before clipping, loss scale divided out."""
 
-    def updates(self, updates: Mapping[str, Tensor]) -> None:
-        """Called after the update, with what was added to each weight."""
+    def parameter(self, name: str, gradient: Tensor, weight: Tensor, update: Tensor) -> None:
+        """Called for each parameter before the update is added to it; the gradient is that before clipping."""
 
 
 def run_step(
@@ -239,7 +237,7 @@ def _update(
     if observer is not None:
         scale_M = setup.ones_M if loss_scale_M is None else loss_scale_M
         observer.gradients(
-            gradients, parameters, Clipped(factor_M=factor_M, lr_M=hyper.lr_M, loss_scale_M=scale_M)
+            gradients, Clipped(factor_M=factor_M, lr_M=hyper.lr_M, loss_scale_M=scale_M)
         )
     optimizer = OPTIMIZERS[config.optimizer.name]
     for name in optimizer(clipped, state, hyper, setup.updates):
@@ -248,9 +246,9 @@ def _update(
             add_decay(name, update, parameter, hyper)
         if sound_M is not None:
             update.masked_fill_(~_fit(sound_M, update), 0.0)
+        if observer is not None:
+            observer.parameter(name, gradients[name], parameter, update)
         parameter.add_(update)
-    if observer is not None:
-        observer.updates(setup.updates)
     if sound_M is not None:
         _after_scaling(state, before, sound_M)
 

@@ -13,8 +13,7 @@ from attnscope.metrics.gradients import (
     global_norm,
     group_norms,
     group_parameters,
-    measure_gradients,
-    measure_updates,
+    measure_parameter,
     parameter_stats,
 )
 from attnscope.metrics.loss import output_logit_max, token_losses
@@ -89,16 +88,18 @@ def test_the_global_norm_is_that_of_torch():
 
 
 def measured_in(order, gradients, weights, updates):
-    gradients, updates = ({name: x[name] for name in order} for x in (gradients, updates))
-    measured = measure_gradients(gradients, weights, GROUPING)
-    update_norms = measure_updates(updates, GROUPING)
+    measured = {
+        name: measure_parameter(
+            gradient=gradients[name],
+            weight=weights[name],
+            update=updates[name],
+            layered=name in LAYERED,
+        )
+        for name in order
+    }
     nonfinite = count_nonfinite(gradients, measured, GROUPING)
     return {
-        name: stats
-        | {
-            "update_norm": update_norms[name],
-            "nonfinite": nonfinite.get(name, torch.zeros_like(stats["grad_norm"])),
-        }
+        name: stats | {"nonfinite": nonfinite.get(name, torch.zeros_like(stats["grad_norm"]))}
         for name, stats in measured.items()
     }
 
