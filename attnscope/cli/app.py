@@ -55,7 +55,9 @@ def main(
 def train(
     config: Annotated[
         Path | None,
-        typer.Argument(help="TOML file; without one, the defaults.", show_default=False),
+        typer.Argument(
+            metavar="[CONFIG]", help="TOML file; without one, the defaults.", show_default=False
+        ),
     ] = None,
     no_scale: Annotated[
         bool, typer.Option("--no-scale", help="Leave out 1/sqrt(d_head), beside a scaled twin.")
@@ -134,7 +136,7 @@ def train(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="Run directory.", show_default=False)],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.", show_default=False)],
     json_output: Annotated[
         bool, typer.Option("--json", help="What the report says as JSON on stdout.")
     ] = False,
@@ -155,7 +157,9 @@ def report(
 
 @app.command()
 def runs(
-    folder: Annotated[Path, typer.Argument(help="Folder with run directories.")] = Path("runs"),
+    folder: Annotated[
+        Path, typer.Argument(metavar="[FOLDER]", help="With run directories in it.")
+    ] = Path("runs"),
     json_output: Annotated[bool, typer.Option("--json", help="As JSON on stdout.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Errors with a traceback.")] = False,
 ) -> None:
