@@ -56,7 +56,7 @@ def train(
     config: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[CONFIG]", help="TOML file; without one, the defaults.", show_default=False
+            metavar="CONFIG", help="TOML file; without one, the defaults.", show_default=False
         ),
     ] = None,
     no_scale: Annotated[
@@ -158,7 +158,7 @@ def report(
 @app.command()
 def runs(
     folder: Annotated[
-        Path, typer.Argument(metavar="[FOLDER]", help="With run directories in it.")
+        Path, typer.Argument(metavar="FOLDER", help="With run directories in it.")
     ] = Path("runs"),
     json_output: Annotated[bool, typer.Option("--json", help="As JSON on stdout.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Errors with a traceback.")] = False,
@@ -187,7 +187,10 @@ def overhead(
     json_output: Annotated[bool, typer.Option("--json", help="As JSON on stdout.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Errors with a traceback.")] = False,
 ) -> None:
-    """Time recording against no recording, our loop against a plain one, an ensemble against single runs.
+    """Time what recording costs and an ensemble saves.
+
+    Recording against no recording, the loop against a plain one, sixteen members against sixteen runs; about three
+    minutes.
 
     Example: attnscope bench overhead
     """

@@ -100,6 +100,7 @@ class View:
 
     def __init__(self, members: "Sequence[Member]") -> None:
         self._all = members
+        self._seen_at = time.monotonic()
         self._n_parts = 1 + max(member.part for member in members)
         self._begin(0)
         self._plain_at = time.monotonic()
@@ -115,7 +116,7 @@ class View:
         self._notes = ["" for _ in self._members]
         self._block: Block | None = None
         self._speeds: deque[tuple[float, int]] = deque(maxlen=8)
-        self._speeds.append((time.monotonic(), 0))
+        self._speeds.append((self._seen_at, 0))  # a part begins when the one before it ends
 
     def update(self, part: int, progress: "Progress") -> list[Text]:
         """Take in a block; returns the lines to print at once, for what broke."""
@@ -124,8 +125,9 @@ class View:
             self._begin(part)
         block = progress.block
         self._done = progress.steps_done
+        self._seen_at = time.monotonic()
         if block is not None:
-            self._speeds.append((time.monotonic(), self._done))
+            self._speeds.append((self._seen_at, self._done))
             for m, member in enumerate(block.members):
                 self._losses[member].add(block.columns["loss"][:, m])
             if len(block.head_steps):

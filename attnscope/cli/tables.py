@@ -86,13 +86,17 @@ def print_result(path: Path, *, as_json: bool) -> None:
 
 
 def _next_command(run: "Run", found: "Contents") -> str:
-    """What diverged is tried again with clipping; of anything else there may be more to see."""
+    """What diverged without the scale is tried again with clipping; of anything else there may be more to see."""
     words = [word for word in run.command if word != "--json"]
     if "--name" in words:  # the name is taken
         at = words.index("--name")
         del words[at : at + 2]
     diverged = any(member.status == "diverged" for member in found.members)
-    if diverged and words[:2] == ["attnscope", "train"] and not {"--clip", "--resume"} & {*words}:
+    if (
+        diverged
+        and words[:2] == ["attnscope", "train"]
+        and {"--no-scale", "--clip"} & {*words} == {"--no-scale"}
+    ):
         return f"{shlex.join(words)} --clip 1.0"
     folder = str(run.path.parent)
     return "attnscope runs" + ("" if folder == "runs" else f" {shlex.quote(folder)}")

@@ -144,7 +144,7 @@ def contents(run: Run) -> Contents:
     )
     differing = _differing(run)
     reference = _reference(run)
-    members = tuple(_members(run, evaluations, differing))
+    members = tuple(_members(run, evaluations, generations, differing))
     return Contents(
         name=run.name,
         status=run.status,
@@ -172,8 +172,12 @@ def rows_of_member(table: "pd.DataFrame", name: str) -> NDArray[np.int64]:
 
 
 def _members(
-    run: Run, evaluations: Sequence[Evaluation], differing: Mapping[str, tuple[str, ...]]
+    run: Run,
+    evaluations: Sequence[Evaluation],
+    generations: Sequence[Generation],
+    differing: Mapping[str, tuple[str, ...]],
 ) -> list[MemberRow]:
+    prefix_loss = {each.member: each.loss_from_prefixes for each in generations}
     shortest: dict[str, Evaluation] = {}
     for each in evaluations:  # the first of a member is at the length it was trained with
         shortest.setdefault(each.member, each)
@@ -191,6 +195,7 @@ def _members(
                 best_loss=member.best_loss,
                 final_loss=member.final_loss,
                 val_loss=evaluation.val_loss if evaluation else _last_val_loss(run, member),
+                prefix_loss=prefix_loss.get(member.name),
                 start=start,
                 end=end,
                 settings={key: values[place] for key, values in differing.items()},

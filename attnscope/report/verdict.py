@@ -39,6 +39,7 @@ class MemberRow:
         best_loss: the smallest.
         final_loss: mean over the last 20 steps.
         val_loss: held-out, at the length it was trained with.
+        prefix_loss: held-out, where no token that is to be predicted is seen; None where it was not measured.
         start: attention at the first step measured.
         end: attention at the last step measured at which it was still finite.
         settings: those in which members differ.
@@ -52,6 +53,7 @@ class MemberRow:
     best_loss: float | None
     final_loss: float | None
     val_loss: float | None
+    prefix_loss: float | None
     start: Softmax
     end: Softmax
     settings: Mapping[str, str]
@@ -95,9 +97,19 @@ def _outcome(member: MemberRow, unigram: float | None) -> str:
         return f"{name} stalled: its final loss {loss} is above{against}"
     if member.status == "trained":
         below = f", below{against}" if against else ""
-        return f"{name} trained to a loss of {loss}{below}"
+        return f"{name} trained to a loss of {loss}{below}{_leak(member, unigram)}"
     halted = {"running": "is still training"}.get(member.status, f"was {member.status}")
     return f"{name} {halted} after step {member.step} at a loss of {loss}"
+
+
+def _leak(member: MemberRow, unigram: float | None) -> str:
+    """A model that predicts better than token frequencies only while it sees what it predicts."""
+    val_loss, prefix_loss = member.val_loss, member.prefix_loss
+    if unigram is None or val_loss is None or prefix_loss is None:
+        return ""
+    if not val_loss < unigram < prefix_loss:
+        return ""
+    return f", but to {number(prefix_loss)} where it does not see the token that it predicts"
 
 
 def _attention(members: Sequence[MemberRow], differing: Mapping[str, Sequence[str]]) -> str:

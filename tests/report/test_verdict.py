@@ -22,6 +22,7 @@ def member(name="a", status="trained", **changes):
         best_loss=2.5,
         final_loss=3.04,
         val_loss=3.1,
+        prefix_loss=None,
         start=FLAT,
         end=replace(FLAT, step=299, max_prob=0.6, max_logit=34),
         settings={},
@@ -86,6 +87,23 @@ def test_two_train_and_one_was_saturated_all_along():
 )
 def test_how_a_single_member_ended(row, sentence):
     assert verdict_of([row], {}, unigram=3.15)[0] == sentence
+
+
+@pytest.mark.parametrize(
+    ("prefix_loss", "sentence"),
+    [
+        (
+            9.1,
+            "a trained to a loss of 0.10, below the unigram loss 3.15, but to 9.10 where it does not see the token that "
+            "it predicts.",
+        ),
+        (2.35, "a trained to a loss of 0.10, below the unigram loss 3.15."),
+    ],
+)
+def test_a_loss_that_comes_from_reading_the_answer_is_called_out(prefix_loss, sentence):
+    row = member(final_loss=0.1, val_loss=0.095, prefix_loss=prefix_loss)
+    assert verdict_of([row], {}, unigram=3.15)[0] == sentence
+    assert "but to" not in verdict_of([row], {}, unigram=None)[0]
 
 
 def test_without_a_unigram_loss_nothing_is_said_of_it():
