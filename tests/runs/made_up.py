@@ -1,0 +1,48 @@
+"""Small run directories with numbers that tell where they come from."""
+
+from pathlib import Path
+
+import numpy as np
+
+from attnscope.config import Config, members_of, with_control
+from attnscope.runs.layout import COLUMNS
+from attnscope.runs.writer import PartWriter, RunWriter
+
+GROUPS = ("embedding", "q", "k")
+
+
+def new_run(path: Path, *, twins: bool = True, unigram: object = 3.0) -> RunWriter:
+    config = with_control(Config()) if twins else Config()
+    return RunWriter.create(
+        path,
+        command=["attnscope", "train", "--no-scale"],
+        config=config,
+        members=members_of(config),
+        environment={"python": "3.11"},
+        data={"source": "stdlib", "sha256": "ab", "reference": {"unigram": unigram}},
+    )
+
+
+def columns(table: str, steps, *, members=(0,), value: float = 1.0, seed: int = 0):
+    """All columns of a table, one row per step, member and (heads: 2 layers x 2 heads; params: 3 groups)."""
+    each = {"steps": 1, "heads": 4, "params": len(GROUPS)}[table]
+    steps = np.asarray(steps)
+    n = len(steps) * len(members) * each
+    noise = np.random.default_rng(seed).normal(size=(len(COLUMNS[table]), n))
+    made = {name: value + 0.1 * noise[i] for i, name in enumerate(COLUMNS[table])}
+    made["step"] = np.repeat(steps, len(members) * each)
+    made["member"] = np.tile(np.repeat(np.array(members), each), len(steps))
+    places = np.arange(n) % each
+    if table == "heads":
+        made |= {"layer": places // 2, "head": places % 2}
+    if table == "params":
+        made |= {
+            "layer": np.minimum(places, 1) - 1,
+            "group": np.array(GROUPS, dtype=object)[places],
+        }
+    return made
+
+
+def fill(part: PartWriter, steps, *, members=(0, 1), value: float = 1.0, seed: int = 0) -> None:
+    for table in COLUMNS:
+        part.append(table, columns(table, steps, members=members, value=value, seed=seed))
