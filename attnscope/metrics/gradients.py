@@ -22,6 +22,8 @@ PARAMETER_STATISTICS = (
     "grad_max",
     "nonfinite",
 )
+# What is taken of every parameter at every step; the table follows from it.
+REDUCTIONS = ("grad_norm", "grad_highest", "grad_lowest", "update_norm", "weight_norm")
 # How parameters of one group come together.
 COMBINE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "grad_norm": torch.hypot,
@@ -72,46 +74,60 @@ def global_norm(norm_MG: Tensor) -> Tensor:
     return torch.linalg.vector_norm(norm_MG, dim=-1)
 
 
-def measure_parameter(
-    *, gradient: Tensor, weight: Tensor, update: Tensor, layered: bool
-) -> dict[str, Tensor]:
-    """What `parameter_stats` needs of one parameter: (M, L) where it is layered, else (M,).
+class Sheet:
+    """Where the reductions of a step's parameters go: one tensor, so that a step is checked and copied at once.
 
-    Args:
-        gradient: before clipping.
-        weight: before the update.
-        update: what the optimizer adds to it.
-        layered: whether the second axis is the layer.
+    Attributes:
+        values: (R, X) float32, R in the order of REDUCTIONS; X goes through members and layers of every parameter.
     """
-    axes = _entries(gradient, layered=layered)
-    return {
-        "grad_norm": torch.linalg.vector_norm(gradient, dim=axes),
-        "grad_highest": gradient.amax(dim=axes),
-        "grad_lowest": gradient.amin(dim=axes),
-        "update_norm": torch.linalg.vector_norm(update, dim=axes),
-        "weight_norm": torch.linalg.vector_norm(weight, dim=axes),
-    }
 
+    def __init__(self, parameters: Mapping[str, Tensor], grouping: Grouping) -> None:
+        """Lay out X for tensors shaped like `parameters`."""
+        self._shapes = {
+            name: x.shape[: 2 if name in grouping.layered else 1] for name, x in parameters.items()
+        }
+        self._axes = {
+            name: tuple(range(len(self._shapes[name]), x.dim())) for name, x in parameters.items()
+        }
+        sizes = [shape.numel() for shape in self._shapes.values()]
+        device = next(iter(parameters.values())).device
+        self.values = torch.empty(len(REDUCTIONS), sum(sizes), device=device)
+        self._places = {
+            name: tuple(columns.values()) for name, columns in self.read(self.values).items()
+        }
+        self._host_norms = self.values[0].numpy() if device.type == "cpu" else None
 
-def count_nonfinite(
-    gradients: Mapping[str, Tensor],
-    measured: Mapping[str, Mapping[str, Tensor]],
-    grouping: Grouping,
-) -> dict[str, Tensor]:
-    """NaN and Inf in each gradient: (M, L) where layered, else (M,); empty where `measured` says there are none."""
-    norms = [stats["grad_norm"].flatten() for stats in measured.values()]
-    # The CPU has nobody to wait for, and a finite norm has finite terms: there is nothing to count.
-    if norms[0].device.type == "cpu" and np.isfinite(torch.cat(norms).numpy()).all():
-        return {}
-    return {  # 0 x is 0 for a number and NaN for NaN and Inf
-        name: (x * 0.0).nan_to_num_(nan=1.0).sum(dim=_entries(x, layered=name in grouping.layered))
-        for name, x in gradients.items()
-    }
+    def measure(self, name: str, *, gradient: Tensor, weight: Tensor, update: Tensor) -> None:
+        """Reduce one parameter: its gradient before clipping, its weight before the update, the update."""
+        axes = self._axes[name]
+        grad_norm, highest, lowest, update_norm, weight_norm = self._places[name]
+        torch.linalg.vector_norm(gradient, dim=axes, out=grad_norm)
+        torch.amax(gradient, dim=axes, out=highest)
+        torch.amin(gradient, dim=axes, out=lowest)
+        torch.linalg.vector_norm(update, dim=axes, out=update_norm)
+        torch.linalg.vector_norm(weight, dim=axes, out=weight_norm)
 
+    def count_nonfinite(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """NaN and Inf in each gradient, (M, L) or (M,); empty where the norms say that there are none.
 
-def _entries(x: Tensor, *, layered: bool) -> tuple[int, ...]:
-    """The axes of one parameter, without those that name members and layers."""
-    return tuple(range(2 if layered else 1, x.dim()))
+        Only the CPU may look at its norms: it has nobody to wait for. A finite norm has finite terms.
+        """
+        if self._host_norms is not None and np.isfinite(self._host_norms).all():
+            return {}
+        return {  # 0 x is 0 for a number and NaN for NaN and Inf
+            name: (x * 0.0).nan_to_num_(nan=1.0).sum(dim=self._axes[name])
+            for name, x in gradients.items()
+        }
+
+    def read(self, values: Tensor) -> dict[str, dict[str, Tensor]]:
+        """Parameter to REDUCTIONS, each (..., M, L) or (..., M), from values (..., R, X)."""
+        pieces = values.split([shape.numel() for shape in self._shapes.values()], dim=-1)
+        return {
+            name: dict(
+                zip(REDUCTIONS, piece.unflatten(-1, shape).unbind(values.dim() - 2), strict=True)
+            )
+            for (name, shape), piece in zip(self._shapes.items(), pieces, strict=True)
+        }
 
 
 def parameter_stats(
@@ -120,7 +136,7 @@ def parameter_stats(
     """The params table, column to (..., M, G).
 
     Args:
-        measured: `measure_parameter` and, as `nonfinite`, `count_nonfinite` of every parameter, (..., M) or (..., M, L).
+        measured: what `Sheet.read` gives and, as `nonfinite`, counts, (..., M, L) or (..., M).
         grouping: of the parameters.
     """
     columns = {}

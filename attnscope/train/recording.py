@@ -32,10 +32,9 @@ from attnscope.metrics.attention import (
 from attnscope.metrics.gradients import (
     PARAMETER_STATISTICS,
     Grouping,
-    count_nonfinite,
+    Sheet,
     global_norm,
     group_norms,
-    measure_parameter,
     parameter_stats,
 )
 from attnscope.metrics.loss import TokenLosses, output_logit_max
@@ -113,7 +112,7 @@ class Seen:
     forward_M: list[Tensor] = field(default_factory=list)
     clip: Clipped | None = None
     grad_norm_M: Tensor | None = None
-    parameters: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    reductions_RX: Tensor | None = None
     gradients: Mapping[str, Tensor] = field(default_factory=dict)
     nonfinite: dict[str, Tensor] = field(default_factory=dict)
     val_loss_M: Tensor | None = None
@@ -138,6 +137,7 @@ class Recorder:
         self._last = time.perf_counter()
         self._block: list[Seen] = []
         self._bytes = 0
+        self._sheet: Sheet | None = None
         if config.train.compile:  # what looks at a graph is no part of it
             self.attention = torch.compiler.disable(self.attention)  # type: ignore[method-assign]
             self.residual = torch.compiler.disable(self.residual)  # type: ignore[method-assign]
@@ -199,18 +199,15 @@ class Recorder:
         self._now.clip = clip
         if self._now.measures:
             self._now.gradients = gradients
+            if self._sheet is None:
+                self._sheet = Sheet(gradients, self._grouping)
         else:
             self._now.grad_norm_M = global_norm(group_norms(gradients, self._grouping))
 
     def parameter(self, name: str, gradient: Tensor, weight: Tensor, update: Tensor) -> None:
         """Sizes of one parameter, its gradient and its update."""
         if self._now.measures:
-            self._now.parameters[name] = measure_parameter(
-                gradient=gradient,
-                weight=weight,
-                update=update,
-                layered=name in self._grouping.layered,
-            )
+            _there(self._sheet).measure(name, gradient=gradient, weight=weight, update=update)
 
     def evaluated(self, val_loss_M: Tensor) -> None:
         """The held-out loss of every member at the weights that this step starts from."""
@@ -220,7 +217,9 @@ class Recorder:
         """The step is done: it belongs to the block now."""
         now = self._now
         if now.measures:
-            now.nonfinite = count_nonfinite(now.gradients, now.parameters, self._grouping)
+            sheet = _there(self._sheet)
+            now.reductions_RX = sheet.values.clone()
+            now.nonfinite = sheet.count_nonfinite(now.gradients)
             now.gradients = {}
         time_now = time.perf_counter()
         self._now.step_ms = 1000 * (time_now - self._last)
@@ -244,6 +243,7 @@ class Recorder:
             return None
         seen, self._block, self._bytes = self._block, [], 0
         block = self._on_host(seen, members)
+        self._sheet = None  # members may leave now
         for table, columns in tables_of(block, self._tokens_per_step).items():
             self._writer.append(table, columns)
         return block
@@ -257,7 +257,7 @@ class Recorder:
             stats = self._heads(measured)
             heads_CSMLH = torch.stack([stats[name].float() for name in HEAD_COLUMNS]).cpu().numpy()
             heads = dict(zip(HEAD_COLUMNS, heads_CSMLH, strict=True))
-            found = parameter_stats(_parameters(measured), self._grouping)
+            found = parameter_stats(self._parameters(measured), self._grouping)
             for each, grad_norm_M in zip(measured, global_norm(found["grad_norm"]), strict=True):
                 each.grad_norm_M = grad_norm_M
             params_CSMG = torch.stack([found[name] for name in PARAMETER_STATISTICS]).cpu().numpy()
@@ -291,6 +291,16 @@ class Recorder:
             torch.stack([unknown_M if x is None else x for x in val_losses]),
         ]
 
+    def _parameters(self, measured: Sequence[Seen]) -> dict[str, dict[str, Tensor]]:
+        """What was measured of each parameter, with a leading axis S."""
+        stacked = _there(self._sheet).read(torch.stack([_there(x.reductions_RX) for x in measured]))
+        for name, stats in stacked.items():
+            stats["nonfinite"] = torch.zeros_like(stats["grad_norm"])
+            for s, seen in enumerate(measured):
+                if seen.nonfinite:
+                    stats["nonfinite"][s] = seen.nonfinite[name]
+        return stacked
+
     def _heads(self, measured: Sequence[Seen]) -> dict[str, Tensor]:
         """Column to (S, M, L, H)."""
         if measured[0].sample is None:
@@ -302,21 +312,6 @@ class Recorder:
             name: x.unflatten(0, (len(measured), self._n_layers)).transpose(1, 2)
             for name, x in found.items()
         }
-
-
-def _parameters(measured: Sequence[Seen]) -> dict[str, dict[str, Tensor]]:
-    """What was measured of each parameter, with a leading axis S."""
-    broken = any(seen.nonfinite for seen in measured)
-    stacked = {}
-    for name, columns in measured[0].parameters.items():
-        rows = [[*seen.parameters[name].values()] for seen in measured]
-        stats = dict(zip(columns, _stacked(*rows), strict=True))
-        stats["nonfinite"] = torch.zeros_like(stats["grad_norm"])
-        if broken:
-            for s, seen in enumerate(measured):
-                stats["nonfinite"][s] = seen.nonfinite.get(name, 0)
-        stacked[name] = stats
-    return stacked
 
 
 def _stacked(*rows: Sequence[Tensor]) -> Tensor:

@@ -9,11 +9,10 @@ from attnscope.data import IGNORE
 from attnscope.metrics.activations import activation_norm, token_cosine, token_total
 from attnscope.metrics.gradients import (
     PARAMETER_STATISTICS,
-    count_nonfinite,
+    Sheet,
     global_norm,
     group_norms,
     group_parameters,
-    measure_parameter,
     parameter_stats,
 )
 from attnscope.metrics.loss import output_logit_max, token_losses
@@ -88,19 +87,13 @@ def test_the_global_norm_is_that_of_torch():
 
 
 def measured_in(order, gradients, weights, updates):
-    measured = {
-        name: measure_parameter(
-            gradient=gradients[name],
-            weight=weights[name],
-            update=updates[name],
-            layered=name in LAYERED,
-        )
-        for name in order
-    }
-    nonfinite = count_nonfinite(gradients, measured, GROUPING)
+    sheet = Sheet(gradients, GROUPING)
+    for name in order:
+        sheet.measure(name, gradient=gradients[name], weight=weights[name], update=updates[name])
+    counts = sheet.count_nonfinite(gradients)
     return {
-        name: stats | {"nonfinite": nonfinite.get(name, torch.zeros_like(stats["grad_norm"]))}
-        for name, stats in measured.items()
+        name: stats | {"nonfinite": counts.get(name, torch.zeros_like(stats["grad_norm"]))}
+        for name, stats in sheet.read(sheet.values).items()
     }
 
 
