@@ -17,12 +17,12 @@ class TokenLosses:
     Attributes:
         loss_M: cross-entropy, nats per token.
         log_z_M: log-partition of the output softmax.
-        log_z_square_M: mean of its square (z-loss, Chowdhery et al. 2022, section 5).
+        log_z_square_M: mean of its square (z-loss, Chowdhery et al. 2022, section 5); None where nobody regularizes.
     """
 
     loss_M: Tensor
     log_z_M: Tensor
-    log_z_square_M: Tensor
+    log_z_square_M: Tensor | None
 
 
 def token_losses(
@@ -52,7 +52,7 @@ def token_losses(
         target_logit_MN = output_logits_MNV.gather(-1, index_MN1).squeeze(-1)
         log_z_MN = (loss_MN + target_logit_MN).where(scored_N, 0)
         log_z_M = log_z_MN.sum(dim=-1) / n_scored
-        log_z_square_M = log_z_MN.square().sum(dim=-1) / n_scored
+        log_z_square_M = log_z_MN.square().sum(dim=-1) / n_scored if regularizes else None
     return TokenLosses(
         loss_M=loss_MN.sum(dim=-1) / n_scored, log_z_M=log_z_M, log_z_square_M=log_z_square_M
     )

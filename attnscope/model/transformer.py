@@ -127,8 +127,11 @@ def forward(
     attn_scale_ML = attn_scale_ML.to(dtype)
 
     # One lookup in the members' stacked tables: member m's rows start at m x vocab_size.
-    first_row_M11 = torch.arange(n_members, device=tokens_BT.device)[:, None, None] * vocab_size
-    x_MBTD = F.embedding(tokens_BT + first_row_M11, embedding_MVD.flatten(0, 1))
+    row_MBT = tokens_BT.expand(n_members, n_batch, seq_len)
+    if n_members > 1:
+        first_row_M = torch.arange(n_members, device=tokens_BT.device) * vocab_size
+        row_MBT = row_MBT + first_row_M[:, None, None]
+    x_MBTD = F.embedding(row_MBT, embedding_MVD.flatten(0, 1))
     if model.position == "learned":
         x_MBTD = x_MBTD + parameters["position_embedding"][:, None, :seq_len]
     elif place.positions_TD is not None:

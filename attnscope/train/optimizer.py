@@ -41,10 +41,11 @@ Optimizer = Callable[[Tensors, State, Hyper, Tensors], Iterator[str]]
 
 def sgd(gradients: Tensors, state: State, hyper: Hyper, updates: Tensors) -> Iterator[str]:
     """Heavy ball: b ← µ b + g, update -lr b (as `torch.optim.SGD`)."""
+    down_M = -hyper.lr_M
     for name, gradient in gradients.items():
         momentum = state[f"momentum.{name}"]
         momentum.mul_(_fit(hyper.momentum_M, momentum)).add_(gradient)
-        torch.mul(momentum, _fit(-hyper.lr_M, momentum), out=updates[name])
+        torch.mul(momentum, _fit(down_M, momentum), out=updates[name])
         yield name
 
 

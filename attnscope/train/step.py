@@ -44,6 +44,7 @@ class Setup:
         forward: `attnscope.model.forward`, compiled or not.
         clips: whether any member has a clipping threshold.
         decays: whether any member has weight decay.
+        schedules: whether any member's learning rate changes.
         regularizes: whether any member has a z-loss.
         updates: where the optimizer writes; valid until the next step.
     """
@@ -63,6 +64,7 @@ class Setup:
     ones_M: Tensor
     clips: bool
     decays: bool
+    schedules: bool
     regularizes: bool
     updates: dict[str, Tensor]
 
@@ -110,6 +112,8 @@ def set_up(
         ones_M=numbers([1.0] * len(configs)),
         clips=config.clip.mode != "none" and min(limits) < float("inf"),
         decays=any(o.weight_decay for o in optimizers),
+        schedules=config.optimizer.schedule != "constant"
+        or any(o.warmup_steps for o in optimizers),
         regularizes=any(o.z_loss for o in optimizers),
         updates={
             name: torch.zeros_like(value, requires_grad=False) for name, value in parameters.items()
@@ -182,7 +186,7 @@ def run_step(
     if observer is not None:
         observer.output(output_logits_MNV.detach(), losses)
     objective_M = losses.loss_M
-    if setup.regularizes:
+    if losses.log_z_square_M is not None:
         objective_M = objective_M + setup.z_loss_M * losses.log_z_square_M
     loss_scale_M = state["loss_scale"].clone() if "loss_scale" in state else None
     if loss_scale_M is not None:
@@ -210,16 +214,16 @@ def _update(
 ) -> None:
     """Clip, let the optimizer speak, and add what it says."""
     config = setup.config
-    hyper = replace(
-        setup.peak,
-        lr_M=lr_at(
+    hyper = setup.peak
+    if setup.schedules:
+        lr_M = lr_at(
             step,
-            lr_M=setup.peak.lr_M,
+            lr_M=hyper.lr_M,
             warmup_M=setup.warmup_M,
             schedule=config.optimizer.schedule,
             steps=config.train.steps,
-        ),
-    )
+        )
+        hyper = replace(hyper, lr_M=lr_M)
     before, sound_M = {}, None
     if loss_scale_M is not None:  # adaptive clipping must forget an overflow too
         before = {name: value.clone() for name, value in state.items()}
