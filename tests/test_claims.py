@@ -26,10 +26,10 @@ def members_by_seed(path, **changes):
     unigram = run.data["reference"]["unigram"]
     print(f"\n{changes or 'default'} (unigram loss {unigram:.3f})")
     for member in run.members:
-        print(
-            f"{member.name}: {member.status}, first loss {member.first_loss:.1f}, final loss {member.final_loss:.2f}, "
-            f"diverged at {member.diverged_at}, not finite from {member.nonfinite_at}"
-        )
+        said = f"{member.name}: {member.status}, first loss {member.first_loss:.1f}, final loss {member.final_loss:.2f}"
+        if member.diverged_at is not None:
+            said += f", diverged at {member.diverged_at}, non-finite at {member.nonfinite_at}"
+        print(said)
     return run.members, unigram
 
 

@@ -1,7 +1,7 @@
 """The figures of a report, as PNG in memory: one visual language, readable in print and by the colour-blind.
 
-Colours are Okabe and Ito's; where they run out, dashes tell members apart. Dark cells of a heat map are a saturated softmax in both
-columns. A line ends where its values are not finite; a cross says where.
+Colours are Okabe and Ito's; where they run out, dashes tell members apart. Dark cells of a heat map are a saturated softmax in
+both columns. A line has gaps where its values are not finite; a cross stands before the first.
 """
 
 import io
@@ -115,7 +115,7 @@ def _loss(run: Run, found: Contents) -> Figure | None:
         name="loss",
         title="Loss",
         alt="Training loss of every member over steps, logarithmic",
-        caption="Training loss; a cross marks the last finite loss of a member, dotted lines are what a model without "
+        caption="Training loss; a cross marks the last loss of a member before one that is not finite, dotted lines are what a model without "
         "context reaches." + _of_many(found, MOST_LINES),
     )
 
@@ -261,7 +261,7 @@ def _curve(run: Run, member: MemberRow, column: str) -> tuple[Array, Array]:
 
 
 def _line(axes: "Axes", place: int, member: MemberRow, steps: Array, values: Array) -> None:
-    """A curve up to where it is not finite, and a cross there."""
+    """A curve with gaps where it is not finite, and a cross before the first of them."""
     colour = COLOURS[place % len(COLOURS)]
     finite = np.isfinite(values)
     axes.plot(
@@ -272,9 +272,10 @@ def _line(axes: "Axes", place: int, member: MemberRow, steps: Array, values: Arr
         marker="." if finite.sum() < 3 else "",
         label=_text(member.name),
     )
-    # Whether it broke is decided by what was recorded, not by the logarithm: values that are 0 are no break.
-    if member.nonfinite_at is not None and finite.any():
-        at = int(np.flatnonzero(finite)[-1])
+    # Whether it broke is decided by the loss that was recorded, not by the logarithm: values that are 0 are no break.
+    before = finite & (steps < (0 if member.nonfinite_at is None else member.nonfinite_at))
+    if before.any():
+        at = int(np.flatnonzero(before)[-1])
         axes.plot(
             steps[at],
             values[at],
@@ -285,7 +286,7 @@ def _line(axes: "Axes", place: int, member: MemberRow, steps: Array, values: Arr
             label="_cross",
         )
         axes.annotate(
-            f"not finite from step {member.nonfinite_at}",
+            f"non-finite at step {member.nonfinite_at}",
             (steps[at], values[at]),
             xytext=(7, -3),
             textcoords="offset points",

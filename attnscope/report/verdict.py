@@ -92,7 +92,7 @@ def _outcome(member: MemberRow, unigram: float | None) -> str:
         first = f"{name} diverged at step {member.step}: its loss was {number(member.first_loss)} at first"
         if member.nonfinite_at is None:
             return f"{first} and {loss} at the end"
-        return f"{first} and is not finite from step {member.nonfinite_at} on"
+        return f"{first} and became non-finite at step {member.nonfinite_at}"
     if member.status == "stalled":
         return f"{name} stalled: its final loss {loss} is above{against}"
     if member.status == "trained":

@@ -139,7 +139,7 @@ def test_a_run_of_nothing_but_nan_is_reported(tmp_path):
     part.finish("finished")
     run = open_run(tmp_path / "r")
     assert [m.status for m in contents(run).members] == ["diverged", "diverged"]
-    assert "not finite from step 0 on" in write_report(run).read_text()
+    assert "became non-finite at step 0" in write_report(run).read_text()
 
 
 KEYS = ("step", "member", "layer", "head", "rows", "rows_left_out", "tokens", "nonfinite")

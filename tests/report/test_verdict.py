@@ -44,7 +44,7 @@ def test_one_diverges_beside_its_twin():
         [unscaled, member("scaled")], {"attention.scale": ("none", "inverse_sqrt")}, unigram=3.15
     )
     assert said == (
-        "unscaled diverged at step 6: its loss was 21.1 at first and is not finite from step 10 on; scaled trained to "
+        "unscaled diverged at step 6: its loss was 21.1 at first and became non-finite at step 10; scaled trained to "
         "a loss of 3.04, below the unigram loss 3.15.",
         "They differ in attention.scale alone: at step 0 the softmax of unscaled puts 0.96 of a query's weight on one "
         "key on average, that of scaled 0.68; largest logits 986 and 123.",
