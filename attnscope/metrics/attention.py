@@ -337,7 +337,7 @@ def _totals(z: Tensor, visible: Tensor | None) -> dict[str, Tensor]:
         "max_prob": max_prob,
         "saturated": max_prob > SATURATED_ABOVE,
         "logit_std": square.sum(dim=-1) / n,
-        "logits_over_5": (square > FLAT_BEYOND**2).sum(dim=-1),
+        "logits_over_5": square.gt_(FLAT_BEYOND**2).sum(dim=-1),  # the sum of booleans is slow
         "softmax_gain": 1 - torch.linalg.vector_norm(p, dim=-1).square(),
         "sink": sink,
         "visible": n,

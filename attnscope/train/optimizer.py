@@ -44,7 +44,8 @@ def sgd(gradients: Tensors, state: State, hyper: Hyper, updates: Tensors) -> Ite
     down_M = -hyper.lr_M
     for name, gradient in gradients.items():
         momentum = state[f"momentum.{name}"]
-        momentum.mul_(_fit(hyper.momentum_M, momentum)).add_(gradient)
+        factor = _fit(hyper.momentum_M, momentum)
+        torch.addcmul(gradient, momentum, factor, out=momentum)
         torch.mul(momentum, _fit(down_M, momentum), out=updates[name])
         yield name
 
