@@ -136,7 +136,8 @@ class Recorder:
         self._tokens_per_step = config.data.batch_size * config.model.seq_len
         self._last = time.perf_counter()
         self._block: list[Seen] = []
-        self._bytes = 0
+        self._block_ms = 0.0
+        self._step_bytes = 0
         self._sheet: Sheet | None = None
         if config.train.compile:  # what looks at a graph is no part of it
             self.attention = torch.compiler.disable(self.attention)  # type: ignore[method-assign]
@@ -222,16 +223,16 @@ class Recorder:
             now.nonfinite = sheet.count_nonfinite(now.gradients)
             now.gradients = {}
         time_now = time.perf_counter()
-        self._now.step_ms = 1000 * (time_now - self._last)
+        now.step_ms = 1000 * (time_now - self._last)
         self._last = time_now
-        self._block.append(self._now)
-        self._bytes += sum(rows.call.q.nbytes + rows.call.k.nbytes for rows in self._now.rows)
+        self._block.append(now)
+        self._block_ms += now.step_ms
+        if not self._step_bytes:  # the same at every step of a block
+            self._step_bytes = sum(rows.call.q.nbytes + rows.call.k.nbytes for rows in now.rows)
 
     def due(self, seconds: float) -> bool:
         """Whether the block has waited this long, or holds as much as a block should."""
-        return (
-            self._bytes > BLOCK_BYTES or sum(seen.step_ms for seen in self._block) >= 1000 * seconds
-        )
+        return self._step_bytes * len(self._block) > BLOCK_BYTES or self._block_ms >= 1000 * seconds
 
     def flush(self, members: Sequence[int]) -> Block | None:
         """Write the block and forget it; None if it is empty.
@@ -241,7 +242,7 @@ class Recorder:
         """
         if not self._block:
             return None
-        seen, self._block, self._bytes = self._block, [], 0
+        seen, self._block, self._block_ms, self._step_bytes = self._block, [], 0.0, 0
         block = self._on_host(seen, members)
         self._sheet = None  # members may leave now
         for table, columns in tables_of(block, self._tokens_per_step).items():
