@@ -61,7 +61,7 @@ class Overhead:
 
 
 def measure_overhead(*, rounds: int = 400) -> Overhead:
-    """Measure; takes about three minutes for 400 rounds. Sets the number of threads of this process to two."""
+    """Measure; takes about two minutes for 400 rounds. Sets the number of threads of this process to two."""
     torch.set_num_threads(THREADS)
     with tempfile.TemporaryDirectory() as folder:
         return _measure(Path(folder), rounds=rounds)

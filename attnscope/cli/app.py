@@ -189,7 +189,7 @@ def overhead(
 ) -> None:
     """Time what recording costs and an ensemble saves.
 
-    Recording against no recording, the loop against a plain one, sixteen members against sixteen runs; about three
+    Recording against no recording, the loop against a plain one, sixteen members against sixteen runs; about two
     minutes.
 
     Example: attnscope bench overhead

@@ -143,17 +143,16 @@ def contents(run: Run) -> Contents:
         key=lambda each: each.step,
     )
     differing = _differing(run)
-    reference = _reference(run)
     members = tuple(_members(run, evaluations, generations, differing))
     return Contents(
         name=run.name,
         status=run.status,
         created=run.created,
         command=printable(" ".join(run.command), 400),
-        verdict=verdict_of(members, differing, unigram=reference.get("unigram")),
+        verdict=verdict_of(members, differing),
         members=members,
         differing=differing,
-        reference=reference,
+        reference=_reference(run),
         events=tuple(happenings[:MOST_EVENTS]),
         events_left_out=max(0, len(happenings) - MOST_EVENTS),
         evaluations=evaluations,
@@ -196,6 +195,7 @@ def _members(
                 final_loss=member.final_loss,
                 val_loss=evaluation.val_loss if evaluation else _last_val_loss(run, member),
                 prefix_loss=prefix_loss.get(member.name),
+                unigram=run.unigram_of(member.part),
                 start=start,
                 end=end,
                 settings={key: values[place] for key, values in differing.items()},

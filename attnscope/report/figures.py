@@ -115,8 +115,8 @@ def _loss(run: Run, found: Contents) -> Figure | None:
         name="loss",
         title="Loss",
         alt="Training loss of every member over steps, logarithmic",
-        caption="Training loss; a cross marks the last loss of a member before one that is not finite, dotted lines are what a model without "
-        "context reaches." + _of_many(found, MOST_LINES),
+        caption="Training loss; a cross marks the last loss of a member before one that is not finite, dotted lines are "
+        "what a model without context reaches." + _of_many(found, MOST_LINES),
     )
 
 

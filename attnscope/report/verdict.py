@@ -40,6 +40,7 @@ class MemberRow:
         final_loss: mean over the last 20 steps.
         val_loss: held-out, at the length it was trained with.
         prefix_loss: held-out, where no token that is to be predicted is seen; None where it was not measured.
+        unigram: loss of predicting from token frequencies alone, on this member's data; None = unknown.
         start: attention at the first step measured.
         end: attention at the last step measured at which it was still finite.
         settings: those in which members differ.
@@ -54,24 +55,22 @@ class MemberRow:
     final_loss: float | None
     val_loss: float | None
     prefix_loss: float | None
+    unigram: float | None
     start: Softmax
     end: Softmax
     settings: Mapping[str, str]
 
 
 def verdict_of(
-    members: Sequence[MemberRow],
-    differing: Mapping[str, Sequence[str]],
-    *,
-    unigram: float | None,
+    members: Sequence[MemberRow], differing: Mapping[str, Sequence[str]]
 ) -> tuple[str, str]:
     """How the members ended; what their attention was like."""
-    return _outcomes(members, unigram), _attention(members, differing)
+    return _outcomes(members), _attention(members, differing)
 
 
-def _outcomes(members: Sequence[MemberRow], unigram: float | None) -> str:
+def _outcomes(members: Sequence[MemberRow]) -> str:
     if len(members) <= MOST_NAMED:
-        return "; ".join(_outcome(member, unigram) for member in members) + "."
+        return "; ".join(_outcome(member) for member in members) + "."
     counts = Counter(member.status for member in members)
     listed = _and([f"{count} {status}" for status, count in counts.most_common()])
     best = min(
@@ -83,9 +82,9 @@ def _outcomes(members: Sequence[MemberRow], unigram: float | None) -> str:
     return f"Of {len(members)} members, {listed}{lowest}."
 
 
-def _outcome(member: MemberRow, unigram: float | None) -> str:
+def _outcome(member: MemberRow) -> str:
     name, loss = member.name, number(member.final_loss)
-    against = "" if unigram is None else f" the unigram loss {number(unigram)}"
+    against = "" if member.unigram is None else f" the unigram loss {number(member.unigram)}"
     if member.step is None:
         return f"{name} recorded nothing ({member.status})"
     if member.status == "diverged":
@@ -97,14 +96,14 @@ def _outcome(member: MemberRow, unigram: float | None) -> str:
         return f"{name} stalled: its final loss {loss} is above{against}"
     if member.status == "trained":
         below = f", below{against}" if against else ""
-        return f"{name} trained to a loss of {loss}{below}{_leak(member, unigram)}"
+        return f"{name} trained to a loss of {loss}{below}{_leak(member)}"
     halted = {"running": "is still training"}.get(member.status, f"was {member.status}")
     return f"{name} {halted} after step {member.step} at a loss of {loss}"
 
 
-def _leak(member: MemberRow, unigram: float | None) -> str:
+def _leak(member: MemberRow) -> str:
     """A model that predicts better than token frequencies only while it sees what it predicts."""
-    val_loss, prefix_loss = member.val_loss, member.prefix_loss
+    val_loss, prefix_loss, unigram = member.val_loss, member.prefix_loss, member.unigram
     if unigram is None or val_loss is None or prefix_loss is None:
         return ""
     if not val_loss < unigram < prefix_loss:

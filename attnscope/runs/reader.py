@@ -201,7 +201,7 @@ class Run:
                 losses_N[mine],
                 end_status=ends[entry.part],
                 planned_steps=self._planned_steps(entry.settings),
-                unigram=self._unigram(entry.part),
+                unigram=self.unigram_of(entry.part),
             )
             records.append(
                 MemberRecord(
@@ -220,6 +220,14 @@ class Run:
         for name in ("steps", "heads", "params", "events"):
             getattr(self, name)
         return tuple(sorted(set(self._notes)))
+
+    def unigram_of(self, part: int) -> float | None:
+        """Unigram loss of what a part was trained on, nats per token; None = unknown."""
+        others = self.data.get("parts")
+        data = others.get(str(part)) if isinstance(others, dict) else None
+        reference = (data if isinstance(data, dict) else self.data).get("reference")
+        unigram = reference.get("unigram") if isinstance(reference, dict) else None
+        return unigram if isinstance(unigram, float) else None
 
     def _read(self, table: str) -> "pd.DataFrame":
         import pandas as pd
@@ -307,14 +315,6 @@ class Run:
         if part.segments:
             return "running" if is_recent(part) else None
         return None if self.status == "killed" else self.status
-
-    def _unigram(self, part: int) -> float | None:
-        """Of the part's own data where it differs from that of the others."""
-        others = self.data.get("parts")
-        data = others.get(str(part)) if isinstance(others, dict) else None
-        reference = (data if isinstance(data, dict) else self.data).get("reference")
-        unigram = reference.get("unigram") if isinstance(reference, dict) else None
-        return unigram if isinstance(unigram, float) else None
 
     def _planned_steps(self, settings: Mapping[str, object]) -> int:
         train = self._manifest.config.get("train")

@@ -23,11 +23,16 @@ def member(name="a", status="trained", **changes):
         final_loss=3.04,
         val_loss=3.1,
         prefix_loss=None,
+        unigram=None,
         start=FLAT,
         end=replace(FLAT, step=299, max_prob=0.6, max_logit=34),
         settings={},
     )
     return replace(row, **changes)
+
+
+def verdict(rows, differing, *, unigram):
+    return verdict_of([replace(row, unigram=unigram) for row in rows], differing)
 
 
 def test_one_diverges_beside_its_twin():
@@ -40,7 +45,7 @@ def test_one_diverges_beside_its_twin():
         final_loss=math.nan,
         start=SHARP,
     )
-    said = verdict_of(
+    said = verdict(
         [unscaled, member("scaled")], {"attention.scale": ("none", "inverse_sqrt")}, unigram=3.15
     )
     assert said == (
@@ -53,7 +58,7 @@ def test_one_diverges_beside_its_twin():
 
 def test_two_train_and_one_was_saturated_all_along():
     unscaled = member("unscaled", final_loss=2.46, start=SHARP)
-    first, second = verdict_of(
+    first, second = verdict(
         [unscaled, member("scaled", final_loss=2.23)],
         {"attention.scale": ("none", "inverse_sqrt")},
         unigram=3.15,
@@ -86,7 +91,7 @@ def test_two_train_and_one_was_saturated_all_along():
     ],
 )
 def test_how_a_single_member_ended(row, sentence):
-    assert verdict_of([row], {}, unigram=3.15)[0] == sentence
+    assert verdict([row], {}, unigram=3.15)[0] == sentence
 
 
 @pytest.mark.parametrize(
@@ -102,26 +107,34 @@ def test_how_a_single_member_ended(row, sentence):
 )
 def test_a_loss_that_comes_from_reading_the_answer_is_called_out(prefix_loss, sentence):
     row = member(final_loss=0.1, val_loss=0.095, prefix_loss=prefix_loss)
-    assert verdict_of([row], {}, unigram=3.15)[0] == sentence
-    assert "but to" not in verdict_of([row], {}, unigram=None)[0]
+    assert verdict([row], {}, unigram=3.15)[0] == sentence
+    assert "but to" not in verdict([row], {}, unigram=None)[0]
+
+
+def test_every_member_is_held_against_its_own_data():
+    easy, hard = replace(member("a"), unigram=3.47), replace(member("b", "stalled"), unigram=2.5)
+    assert verdict_of([easy, hard], {})[0] == (
+        "a trained to a loss of 3.04, below the unigram loss 3.47; b stalled: its final loss 3.04 is above the unigram "
+        "loss 2.50."
+    )
 
 
 def test_without_a_unigram_loss_nothing_is_said_of_it():
-    assert verdict_of([member()], {}, unigram=None)[0] == "a trained to a loss of 3.04."
+    assert verdict([member()], {}, unigram=None)[0] == "a trained to a loss of 3.04."
 
 
 def test_attention_of_a_single_member():
-    assert verdict_of([member()], {}, unigram=None)[1] == (
+    assert verdict([member()], {}, unigram=None)[1] == (
         "At step 0 its softmax puts 0.68 of a query's weight on one key on average, with a largest logit of 123; at "
         "step 299 0.60 and 34.0."
     )
     only_one_step = member(end=FLAT)
-    assert verdict_of([only_one_step], {}, unigram=None)[1].endswith("largest logit of 123.")
+    assert verdict([only_one_step], {}, unigram=None)[1].endswith("largest logit of 123.")
 
 
 def test_members_that_begin_alike_are_told_apart_at_the_end():
     rope = member("rope", end=replace(FLAT, step=299, max_prob=0.31))
-    assert verdict_of([rope, member("alibi")], {"model.position": ("rope", "alibi")}, unigram=None)[
+    assert verdict([rope, member("alibi")], {"model.position": ("rope", "alibi")}, unigram=None)[
         1
     ] == (
         "They differ in model.position alone: at step 0 their attention is alike (max_prob 0.68 to 0.68), when last "
@@ -135,7 +148,7 @@ def test_many_members_are_counted():
         *(member(f"d{i}", "diverged", start=SHARP, final_loss=math.nan) for i in range(3)),
     ]
     differing = dict.fromkeys(("a", "b", "c", "d"), ())
-    first, second = verdict_of(rows, differing, unigram=3.15)
+    first, second = verdict(rows, differing, unigram=3.15)
     assert first == "Of 8 members, 5 trained and 3 diverged; the lowest final loss is 2.60 (t4)."
     assert second.startswith("At step 0 the softmax of d0 puts 0.96")
 
@@ -145,7 +158,7 @@ def test_nothing_recorded_of_attention():
         member("a", start=Softmax(), end=Softmax()),
         member("b", start=Softmax(), end=Softmax()),
     ]
-    assert verdict_of(rows, {}, unigram=None)[1] == "Nothing was recorded of their attention."
+    assert verdict(rows, {}, unigram=None)[1] == "Nothing was recorded of their attention."
 
 
 @pytest.mark.parametrize(
