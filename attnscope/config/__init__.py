@@ -1,9 +1,8 @@
-"""What a run is asked to do. Reading order: schema (every setting), parse, together, members."""
+"""What a run is asked to do. Reading order: schema (every setting), change, parse, sweep, together, members."""
 
+from attnscope.config.change import apply_changes, get_setting
 from attnscope.config.members import Member, members_of, with_control, without_control
 from attnscope.config.parse import (
-    apply_changes,
-    get_setting,
     load_config,
     parse_assignment,
     parse_table,
@@ -11,29 +10,46 @@ from attnscope.config.parse import (
     to_table,
     to_toml,
 )
-from attnscope.config.schema import PER_MEMBER, SECTIONS, SETTINGS, Arm, Config, check_of
+from attnscope.config.schema import (
+    PER_MEMBER,
+    SECTIONS,
+    SETTINGS,
+    Arm,
+    Axis,
+    Config,
+    Sweep,
+    check_of,
+)
+from attnscope.config.sweep import SEED, make_sweep, parse_vary, short_names, value_text
 from attnscope.config.together import check_together, warnings_of
 from attnscope.config.wording import nearest
 
 __all__ = [
     "PER_MEMBER",
     "SECTIONS",
+    "SEED",
     "SETTINGS",
     "Arm",
+    "Axis",
     "Config",
     "Member",
+    "Sweep",
     "apply_changes",
     "check_of",
     "check_together",
     "get_setting",
     "load_config",
+    "make_sweep",
     "members_of",
     "nearest",
     "parse_assignment",
     "parse_table",
     "parse_toml",
+    "parse_vary",
+    "short_names",
     "to_table",
     "to_toml",
+    "value_text",
     "warnings_of",
     "with_control",
     "without_control",

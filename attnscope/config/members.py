@@ -7,8 +7,10 @@ together along the axis `M` of one part; any other difference makes a new part.
 from collections import Counter
 from dataclasses import dataclass, replace
 
-from attnscope.config.parse import apply_changes, get_setting, parse_table, to_table
+from attnscope.config.change import apply_changes, get_setting
+from attnscope.config.parse import parse_table, to_table
 from attnscope.config.schema import PER_MEMBER, SETTINGS, Arm, Config
+from attnscope.config.sweep import arms_of
 from attnscope.config.together import check_together
 from attnscope.errors import ConfigError
 
@@ -50,13 +52,13 @@ def members_of(config: Config, *, where: str = "config") -> tuple[Member, ...]:
     """
     # A config that was put together by hand is checked like a file.
     config = parse_table(to_table(config), where=where)
-    arms = config.arms or (Arm(name=_default_name(config), changes={}),)
-    alone = replace(config, arms=())
+    arms = arms_of(config) or (Arm(name=_default_name(config), changes={}),)
+    alone = replace(config, arms=(), sweep=None)
     parts: dict[Config, int] = {}
     counts: Counter[int] = Counter()
     members: list[Member] = []
     for arm in arms:
-        place = f"{where}: arm {arm.name}" if config.arms else where
+        place = f"{where}: arm {arm.name}" if config.arms or config.sweep else where
         resolved = apply_changes(alone, arm.changes, where=place)
         check_together(resolved, where=place)
         part = parts.setdefault(_graph_of(resolved), len(parts))
@@ -82,6 +84,10 @@ def _graph_of(config: Config) -> Config:
 
 
 def _only_one_arm(config: Config, flag: str) -> None:
+    if config.sweep:
+        raise ConfigError(
+            f"{flag} makes two arms, but the config has a [sweep]. Vary attention.scale in it."
+        )
     if config.arms:
         names = ", ".join(
             [*(arm.name for arm in config.arms[:3]), *["..."] * (len(config.arms) > 3)]

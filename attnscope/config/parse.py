@@ -7,15 +7,21 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
-from attnscope.config.checks import Text
-from attnscope.config.schema import SECTIONS, SETTINGS, Arm, Config, check_of
+from attnscope.config.change import (
+    apply_changes,
+    check_name,
+    flatten,
+    get_setting,
+    nest,
+    plain,
+)
+from attnscope.config.schema import SECTIONS, Arm, Config
+from attnscope.config.sweep import MAX_MEMBERS, parse_sweep, parse_value
 from attnscope.config.wording import nearest, one_line, shown, toml_of
 from attnscope.errors import ConfigError
 
 MAX_CONFIG_BYTES = 1 << 20
-MAX_ARMS = 10_000
 MAX_NAME = 60  # characters of an arm's name, which tables and legends must hold
 
 
@@ -65,17 +71,18 @@ def parse_toml(text: str, *, where: str = "config") -> Config:
 def parse_table(table: Mapping[str, object], *, where: str = "config") -> Config:
     """Turn nested dictionaries, as TOML gives them, into a `Config`."""
     where = one_line(where)
-    changes = _flatten({key: value for key, value in table.items() if key != "arm"}, where)
-    config = apply_changes(Config(), changes, where=where)
-    return replace(config, arms=_arms(table.get("arm", []), where))
+    settings = {key: value for key, value in table.items() if key not in ("arm", "sweep")}
+    config = apply_changes(Config(), flatten(settings, where), where=where)
+    config = replace(config, arms=_arms(table.get("arm", []), where))
+    return parse_sweep(config, table["sweep"], where=where) if "sweep" in table else config
 
 
 def _arms(tables: object, where: str) -> tuple[Arm, ...]:
     if not isinstance(tables, list) or not all(isinstance(each, Mapping) for each in tables):
         raise ConfigError(f"{where}: arm must be a list of tables. Write [[arm]], not [arm].")
-    if len(tables) > MAX_ARMS:
+    if len(tables) > MAX_MEMBERS:
         raise ConfigError(
-            f"{where}: there are {len(tables)} arms, but at most {MAX_ARMS} fit a run."
+            f"{where}: there are {len(tables)} arms, but at most {MAX_MEMBERS} fit a run."
         )
     arms: dict[str, Arm] = {}
     for number, table in enumerate(tables, start=1):
@@ -92,7 +99,7 @@ def _arms(tables: object, where: str) -> tuple[Arm, ...]:
                 f"{where}: arm {number}: the name {shown(name)} is taken. Give every arm its own name."
             )
         place = f"{where}: arm {name}"
-        changes = _flatten({key: value for key, value in table.items() if key != "name"}, place)
+        changes = flatten({key: value for key, value in table.items() if key != "name"}, place)
         checked = apply_changes(Config(), changes, where=place)
         arms[name] = Arm(name=name, changes={key: get_setting(checked, key) for key in changes})
     return tuple(arms.values())
@@ -114,63 +121,30 @@ def parse_assignment(text: str) -> tuple[str, object]:
     key, raw = key.strip(), raw.strip()
     if not equals or not key or not raw:
         raise ConfigError(f"{where}: write section.setting=value, for example model.d_model=64.")
-    _known(key, where)
-    try:
-        table = tomllib.loads(f"value = {raw}")
-    except (ValueError, RecursionError):  # not TOML, or of a size that Python refuses
-        return key, raw
-    value: object = table["value"]
-    # A file may be called 2024, and a line break must not bring in a second setting.
-    is_bare = isinstance(check_of(SETTINGS[key]), Text) and not isinstance(value, str)
-    return key, raw if is_bare or len(table) > 1 else value
-
-
-def apply_changes(config: Config, changes: Mapping[str, object], *, where: str) -> Config:
-    """A copy of `config` with `{"section.setting": value}` checked and applied.
-
-    Raises:
-        ConfigError: a setting that does not exist or a value that it may not have.
-    """
-    where = one_line(where)
-    checked: dict[str, dict[str, object]] = {}
-    for key, value in changes.items():
-        _known(key, where)
-        check = check_of(SETTINGS[key])
-        section, name = key.split(".")
-        try:
-            checked.setdefault(section, {})[name] = check(value)
-        except ValueError as error:
-            reason = f" {error}" if str(error) else ""
-            hint = nearest(value, getattr(check, "options", getattr(check, "words", ())))
-            raise ConfigError(
-                f"{where}: {key} is {shown(value)}, but must be {check.allowed}.{reason}{hint}"
-            ) from None
-    sections: dict[str, Any] = {
-        section: replace(getattr(config, section), **new) for section, new in checked.items()
-    }
-    return replace(config, **sections)
-
-
-def get_setting(config: Config, key: str) -> object:
-    """The value of "section.setting"."""
-    section, name = key.split(".")
-    return getattr(getattr(config, section), name)
+    check_name(key, where)
+    return key, parse_value(key, raw)
 
 
 def to_table(config: Config) -> dict[str, object]:
     """The whole config as nested dictionaries that JSON and `parse_table` understand."""
     table: dict[str, object] = {
         section: {
-            entry.name: _plain(getattr(getattr(config, section), entry.name))
+            entry.name: plain(getattr(getattr(config, section), entry.name))
             for entry in fields(kind)
         }
         for section, kind in SECTIONS.items()
     }
     if config.arms:
         table["arm"] = [
-            {"name": arm.name, **_nest({key: _plain(value) for key, value in arm.changes.items()})}
+            {"name": arm.name, **nest({key: plain(value) for key, value in arm.changes.items()})}
             for arm in config.arms
         ]
+    if config.sweep:
+        table["sweep"] = {
+            "seeds": list(config.sweep.seeds),
+            "vary": nest({axis.key: plain(axis.values) for axis in config.sweep.vary}),
+            "baseline": nest({key: plain(value) for key, value in config.sweep.baseline.items()}),
+        }
     return table
 
 
@@ -186,55 +160,9 @@ def to_toml(config: Config) -> str:
         lines += ["[[arm]]", f"name = {toml_of(arm.name)}"]
         lines += [f"{key} = {toml_of(value)}" for key, value in arm.changes.items()]
         lines.append("")
+    if sweep := config.sweep:
+        lines += ["[sweep]", f"seeds = {toml_of(sweep.seeds)}"]
+        lines += [f"vary.{axis.key} = {toml_of(axis.values)}" for axis in sweep.vary]
+        lines += [f"baseline.{key} = {toml_of(value)}" for key, value in sweep.baseline.items()]
+        lines.append("")
     return "\n".join(lines)
-
-
-def _known(key: str, where: str) -> None:
-    if key in SETTINGS:
-        return
-    section, dot, name = key.partition(".")
-    if section not in SECTIONS:
-        at = [known for known in SETTINGS if known.split(".")[1] == section and not dot]
-        hint = f" Did you mean {at[0]}?" if at else nearest(section, SECTIONS)
-        raise ConfigError(
-            f"{where}: there is no section {shown(section)}.{hint} Sections: {', '.join(SECTIONS)}."
-        )
-    names = [entry.name for entry in fields(SECTIONS[section])]
-    elsewhere = [known for known in SETTINGS if known.split(".")[1] == name]
-    hint = nearest(name, names) or (f" Did you mean {elsewhere[0]}?" if elsewhere else "")
-    raise ConfigError(
-        f"{where}: [{section}] has no setting {shown(name)}.{hint} Settings: {', '.join(names)}."
-    )
-
-
-def _flatten(table: Mapping[str, object], where: str) -> dict[str, object]:
-    changes: dict[str, object] = {}
-    for section, body in table.items():
-        if section not in SECTIONS:
-            if isinstance(body, list) and any(isinstance(each, Mapping) for each in body):
-                raise ConfigError(
-                    f"{where}: {shown(section)} is a list of tables, but only [[arm]] may be one."
-                )
-            _known(section, where)
-            raise ConfigError(
-                f"{where}: {section} must stand in its section. Write it without quotes."
-            )
-        if not isinstance(body, Mapping):
-            raise ConfigError(
-                f"{where}: {section} is {shown(body)}, but must be a section. Write [{section}]."
-            )
-        for name, value in body.items():
-            changes[f"{section}.{name}"] = value
-    return changes
-
-
-def _nest(changes: Mapping[str, object]) -> dict[str, dict[str, object]]:
-    table: dict[str, dict[str, object]] = {}
-    for key, value in changes.items():
-        section, _, name = key.partition(".")
-        table.setdefault(section, {})[name] = value
-    return table
-
-
-def _plain(value: object) -> object:
-    return list(value) if isinstance(value, tuple) else value

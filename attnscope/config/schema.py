@@ -183,8 +183,31 @@ class Arm:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Axis:
+    """A setting that varies in a sweep, and its values."""
+
+    key: str
+    values: tuple[object, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sweep:
+    """A grid. A cell is one combination of values along the axes; each of its seeds is one member.
+
+    Attributes:
+        vary: the axes, the slowest first.
+        seeds: values of train.seed.
+        baseline: setting to value of the cell that others are compared with, for every axis.
+    """
+
+    vary: tuple[Axis, ...]
+    seeds: tuple[int, ...]
+    baseline: dict[str, object]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """Everything that decides what a run does. `arms` empty means one member, trained as configured."""
+    """Everything that decides what a run does. Without `arms` and `sweep` that is one member, trained as configured."""
 
     model: ModelConfig = ModelConfig()
     attention: AttentionConfig = AttentionConfig()
@@ -196,6 +219,7 @@ class Config:
     train: TrainConfig = TrainConfig()
     record: RecordConfig = RecordConfig()
     arms: tuple[Arm, ...] = ()
+    sweep: Sweep | None = None
 
     @property
     def d_head(self) -> int:
