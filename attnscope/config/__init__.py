@@ -17,6 +17,7 @@ from attnscope.config.schema import (
     Arm,
     Axis,
     Config,
+    DataConfig,
     Sweep,
     check_of,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "Arm",
     "Axis",
     "Config",
+    "DataConfig",
     "Member",
     "Sweep",
     "apply_changes",

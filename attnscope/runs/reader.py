@@ -88,6 +88,7 @@ class Run:
         command: the command line, word by word.
         environment: versions and device.
         data: fingerprint; `reference` has the losses to compare with; `parts`, by number, what is different in a part.
+        entries: who was to be trained, in which part; `members` also says how it went.
         status: finished, interrupted, failed, killed or running.
         ends: part to what its end.json says; parts without one are missing.
     """
@@ -102,6 +103,7 @@ class Run:
         self.environment = manifest.environment
         self.data = manifest.data
         self._manifest = manifest
+        self.entries = manifest.members
         self._names = [entry.name for entry in manifest.members]
         self._parts = _parts_of(path, manifest)
         self.status = status_of(self._parts)
@@ -220,6 +222,10 @@ class Run:
         for name in ("steps", "heads", "params", "events"):
             getattr(self, name)
         return tuple(sorted(set(self._notes)))
+
+    def name_of(self, part: int, index: int) -> str:
+        """The name of the member at position `index` along the axis M of a part."""
+        return self._names[self._numbers[part][index]]
 
     def unigram_of(self, part: int) -> float | None:
         """Unigram loss of what a part was trained on, nats per token; None = unknown."""

@@ -11,6 +11,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from io import FileIO
 from pathlib import Path
@@ -28,6 +29,7 @@ from attnscope.runs.layout import (
     END_FILE,
     END_STATUSES,
     EVENTS_FILE,
+    MAX_PART,
     RUN_FILE,
     SCHEMA_VERSION,
     TABLE_FILE,
@@ -133,6 +135,44 @@ class RunWriter:
                 "Go on with the attnscope that made it, or start a new run."
             )
         return cls(path)
+
+    def divide_part(self, index: int) -> tuple[int, int]:
+        """Move the members of a part into two new ones, half each, and delete what it recorded.
+
+        For a part that was too large for the machine. run.json is replaced, so nobody else may do the same meanwhile.
+
+        Raises:
+            RunError: run.json cannot be used, or the part has one member only.
+            RunWriteError: the folder cannot be written.
+        """
+        manifest = read_manifest(self.path)
+        mine = [entry for entry in manifest.members if entry.part == index]
+        new = 1 + max(entry.part for entry in manifest.members)
+        if len(mine) < 2 or new + 1 > MAX_PART:
+            raise RunError(f"{self.path}: {part_folder(index)} cannot be divided further.")
+        half = -(-len(mine) // 2)
+        place = {entry.index: at for at, entry in enumerate(mine)}
+        members = tuple(
+            replace(entry, part=new + (at >= half), index=at - half * (at >= half))
+            if entry.part == index and (at := place[entry.index]) >= 0
+            else entry
+            for entry in manifest.members
+        )
+        data = dict(manifest.data)
+        others = data.get("parts")
+        if isinstance(others, dict) and str(index) in others:
+            data["parts"] = {**others, str(new): others[str(index)], str(new + 1): others[str(index)]}
+        try:
+            replace_file(
+                self.path / RUN_FILE, encode_manifest(replace(manifest, members=members, data=data))
+            )
+        except OSError as error:
+            raise RunWriteError(
+                f"{self.path / RUN_FILE}: {reason_of(error)}. {remedy_of(error)} and resume the run."
+            ) from None
+        # From here on nobody looks into the old folder; what cannot be deleted is only in the way.
+        shutil.rmtree(self.path / part_folder(index), ignore_errors=True)
+        return new, new + 1
 
     def part(self, index: int, *, first_step: int = 0) -> "PartWriter":
         """Start a new segment of a part; from `first_step` on it replaces what earlier segments recorded.

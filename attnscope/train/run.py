@@ -4,17 +4,18 @@ import contextlib
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from attnscope.config import Config, Member, members_of
+from attnscope.config import Config, DataConfig, Member, members_of
 from attnscope.data import Corpus, open_data
 from attnscope.errors import RunError
 from attnscope.runs.checkpoint import load_checkpoint
+from attnscope.runs.foreign import printable
 from attnscope.runs.layout import part_folder
 from attnscope.runs.reader import Run, open_run
 from attnscope.runs.writer import PartWriter, RunWriter
@@ -47,32 +48,8 @@ def train_run(
     Raises:
         AttnscopeError: the config, the data or the directory cannot be used, or the disk is full.
     """
-    members = members_of(config)
-    parts = by_part(members)
-    corpora = {index: _open(part) for index, part in parts.items()}
-    for part in parts.values():
-        device_of(part[0].config)  # says now, not in an hour, that a part has no device
-    writer = RunWriter.create(
-        path,
-        command=command,
-        config=config,
-        members=members,
-        environment=environment(device_of(members[0].config)),
-        data=_describe(corpora),
-    )
-    for index, part in parts.items():
-        configs = [member.config for member in part]
-        status = _train(
-            writer.part(index),
-            Part(configs, vocab_size=corpora[index].vocab_size),
-            corpora[index],
-            alarms=Alarms(len(configs)),
-            report=partial(on_progress, index),
-            should_stop=should_stop,
-        )
-        if status != "finished":
-            return status
-    return "finished"
+    create_run(config, members_of(config), path, command=command)
+    return _train_parts(path, on_progress, should_stop)
 
 
 def resume_run(
@@ -94,35 +71,112 @@ def resume_run(
     Raises:
         RunError: there is nothing left to do, or the data is not what the run began with.
     """
-    run = open_run(path)
-    parts = by_part(members_of(run.config))
-    open_parts = {
-        index: part
-        for index, part in parts.items()
-        if run.ends.get(index, {}).get("status") != "finished"
-    }
-    if not open_parts:
+    if not parts_left(open_run(path)):
         raise RunError(
             f"{path} is finished: there is nothing to resume. Read it: attnscope report {path}"
         )
-    writer = RunWriter.resume(path)
-    for index, part in open_parts.items():
-        configs = [member.config for member in part]
-        data = _open(part)
-        _same_data(run, index, data)
-        checkpoint = load_checkpoint(path / part_folder(index))
-        state = Part(configs, vocab_size=data.vocab_size, resume_from=checkpoint)
-        alarms = Alarms(len(configs))
-        for member in part:
-            before = run.steps[
-                (run.steps["member"] == member.name) & (run.steps["step"] < state.step)
-            ]
+    return _train_parts(path, on_progress, should_stop)
+
+
+def create_run(
+    config: Config, members: Sequence[Member], path: Path, *, command: Sequence[str]
+) -> None:
+    """Make the run directory of `members`, whose parts are trained with `train_part_of`.
+
+    Raises:
+        AttnscopeError: a part has no data or no device, or the directory cannot be made.
+    """
+    parts = by_part(members)
+    corpora: dict[tuple[DataConfig, int], Corpus] = {}
+    described = {}
+    for index, part in parts.items():
+        first = part[0].config
+        device_of(first)  # says now, not in an hour, that a part has no device
+        key = (first.data, first.model.seq_len)
+        if key not in corpora:
+            corpora[key] = _open(part)
+        described[index] = corpora[key]
+    RunWriter.create(
+        path,
+        command=command,
+        config=config,
+        members=members,
+        environment=environment(device_of(members[0].config)),
+        data=_describe(described),
+    )
+
+
+def members_in(run: Run) -> tuple[Member, ...]:
+    """The members of a run with their configs, in the parts that run.json puts them into."""
+    resolved = members_of(run.config)
+    if len(resolved) != len(run.entries):
+        raise RunError(
+            f"{printable(run.path, 400)}: its config describes {len(resolved)} members, but run.json lists "
+            f"{len(run.entries)}. Restore run.json, or start a new run."
+        )
+    return tuple(
+        replace(member, part=entry.part, index=entry.index)
+        for member, entry in zip(resolved, run.entries, strict=True)
+    )
+
+
+def parts_left(run: Run) -> list[int]:
+    """The parts that have not been trained to the end."""
+    parts = sorted({entry.part for entry in run.entries})
+    return [index for index in parts if run.ends.get(index, {}).get("status") != "finished"]
+
+
+def train_part_of(
+    run: Run,
+    index: int,
+    members: Sequence[Member],
+    *,
+    report: Callable[[Progress], None] = lambda _progress: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> str:
+    """Train one part of a run, from its last checkpoint if there is one.
+
+    Args:
+        run: opened before this part was last written to, or never since.
+        index: of the part.
+        members: all of the part's, from `members_in`.
+        report: called after every block of steps.
+        should_stop: asked between steps; True ends the part with a checkpoint.
+
+    Returns:
+        "finished" or "interrupted".
+
+    Raises:
+        AttnscopeError: the data is not what the run began with, or the disk is full.
+    """
+    configs = [member.config for member in members]
+    data = _open(members)
+    _same_data(run, index, data)
+    checkpoint = load_checkpoint(run.path / part_folder(index))
+    part = Part(configs, vocab_size=data.vocab_size, resume_from=checkpoint)
+    alarms = Alarms(len(configs))
+    if part.step:
+        for member in members:
+            name = run.name_of(index, member.index)
+            before = run.steps[(run.steps["member"] == name) & (run.steps["step"] < part.step)]
             alarms.feed(member.index, before["step"].to_numpy(), before["loss"].to_numpy())
-        status = _train(
-            writer.part(index, first_step=state.step),
-            state,
-            data,
-            alarms=alarms,
+    writer = RunWriter.resume(run.path).part(index, first_step=part.step)
+    with _said_how_it_ended(writer):
+        status = train_part(
+            part, data, writer=writer, alarms=alarms, on_progress=report, should_stop=should_stop
+        )
+        writer.finish(status)
+        return status
+
+
+def _train_parts(path: Path, on_progress: OnProgress, should_stop: Callable[[], bool]) -> str:
+    run = open_run(path)
+    parts = by_part(members_in(run))
+    for index in parts_left(run):
+        status = train_part_of(
+            run,
+            index,
+            parts[index],
             report=partial(on_progress, index),
             should_stop=should_stop,
         )
@@ -158,28 +212,6 @@ def environment(device: torch.device) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
     }
-
-
-def _train(
-    writer: PartWriter,
-    part: Part,
-    data: Corpus,
-    *,
-    alarms: Alarms,
-    report: Callable[[Progress], None],
-    should_stop: Callable[[], bool],
-) -> str:
-    with _said_how_it_ended(writer):
-        status = train_part(
-            part,
-            data,
-            writer=writer,
-            alarms=alarms,
-            on_progress=report,
-            should_stop=should_stop,
-        )
-        writer.finish(status)
-        return status
 
 
 @contextlib.contextmanager
