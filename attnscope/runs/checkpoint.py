@@ -6,7 +6,7 @@ The JSON file is put into place last: without it, or beside tensors that do not 
 import contextlib
 import hashlib
 import shlex
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,11 +78,16 @@ def save_checkpoint(
             f"{path}: {reason_of(error)}. The checkpoint before it and all records are kept. "
             f"{remedy_of(error)}, then: attnscope train --resume {shlex.quote(str(part_dir.parent))}"
         ) from None
+    remove_checkpoints(part_dir, keep=keep)
+    return path
+
+
+def remove_checkpoints(part_dir: Path, *, keep: Collection[str] = ()) -> None:
+    """Delete the checkpoints of a part but for the files in `keep`; what cannot be deleted stays."""
     with contextlib.suppress(OSError):
         for entry in sorted(part_dir.iterdir()):  # "json" goes before "safetensors"
             if CHECKPOINT_FILE.fullmatch(entry.name) and entry.name not in keep:
                 entry.unlink()
-    return path
 
 
 def load_checkpoint(part_dir: Path) -> Checkpoint | None:

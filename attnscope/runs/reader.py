@@ -9,7 +9,7 @@ Shape key: N rows.
 
 import stat
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -329,8 +329,12 @@ class Run:
         return planned if isinstance(planned, int) else _NEVER
 
 
-def open_run(path: str | Path) -> Run:
+def open_run(path: str | Path, *, part: int | None = None) -> Run:
     """Open a run directory.
+
+    Args:
+        path: of the directory.
+        part: look at the members and tables of this part only; None = all.
 
     Raises:
         RunError: there is none at `path`, or its run.json cannot be used.
@@ -351,7 +355,11 @@ def open_run(path: str | Path) -> Run:
         inside = _runs_in(path)
         hint = f" It holds runs, for example {printable(inside[0], 400)}." if inside else ""
         raise RunError(f"{shown} is not a run directory: it has no {RUN_FILE}.{hint}")
-    return Run(path, read_manifest(path))
+    manifest = read_manifest(path)
+    if part is not None:
+        members = tuple(entry for entry in manifest.members if entry.part == part)
+        manifest = replace(manifest, members=members)
+    return Run(path, manifest)
 
 
 def list_runs(folder: str | Path) -> list[RunSummary]:

@@ -161,7 +161,11 @@ class RunWriter:
         data = dict(manifest.data)
         others = data.get("parts")
         if isinstance(others, dict) and str(index) in others:
-            data["parts"] = {**others, str(new): others[str(index)], str(new + 1): others[str(index)]}
+            data["parts"] = {
+                **others,
+                str(new): others[str(index)],
+                str(new + 1): others[str(index)],
+            }
         try:
             replace_file(
                 self.path / RUN_FILE, encode_manifest(replace(manifest, members=members, data=data))

@@ -1,0 +1,48 @@
+"""How a part is doing, read from the run directory: the same wherever it is trained."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from attnscope.runs.reader import open_run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """One part at one moment.
+
+    Attributes:
+        part: its number.
+        n_members: trained in it.
+        steps_done: by its members that are furthest.
+        steps: planned.
+        outcomes: status to number of members (`attnscope.runs.outcome` says what the words mean).
+        ended: finished, interrupted or failed; None while it is trained or waits.
+    """
+
+    part: int
+    n_members: int
+    steps_done: int
+    steps: int
+    outcomes: Mapping[str, int]
+    ended: str | None
+
+
+def standing_of(path: Path, part: int, *, steps: int) -> Standing:
+    """Look at one part; `steps` are planned.
+
+    Raises:
+        RunError: the run cannot be opened.
+    """
+    run = open_run(path, part=part)
+    last = [member.last_step for member in run.members if member.last_step is not None]
+    end = run.ends.get(part)
+    return Standing(
+        part=part,
+        n_members=len(run.members),
+        steps_done=1 + max(last, default=-1),
+        steps=steps,
+        outcomes=Counter(member.status for member in run.members),
+        ended=str(end["status"]) if end else None,
+    )
