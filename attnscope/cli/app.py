@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,6 +27,15 @@ app = typer.Typer(
 )
 
 INTERRUPTED = 130  # what a shell expects after Ctrl-C
+FOUND = 3  # diagnose --fail-on
+
+
+class FailOn(StrEnum):
+    """Which findings make `diagnose` fail."""
+
+    cause = "cause"
+    symptom = "symptom"
+    any = "any"
 
 
 def _say_version(wanted: bool) -> None:
@@ -153,6 +163,32 @@ def report(
         from attnscope.cli.tables import print_result
 
         print_result(run, as_json=json_output)
+
+
+@app.command()
+def diagnose(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.", show_default=False)],
+    fail_on: Annotated[
+        FailOn | None,
+        typer.Option(help="Exit with code 3 if there is such a finding.", show_default=False),
+    ] = None,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="The findings as JSON on stdout.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Errors with a traceback.")] = False,
+) -> None:
+    """Say what went wrong in a run, with the numbers behind it.
+
+    Causes come before symptoms.
+
+    Example: attnscope diagnose runs/no-scale-001
+    """
+    with one_line_errors(debug=debug):
+        from attnscope.cli.findings import print_findings
+
+        kinds = print_findings(run, as_json=json_output)
+        if kinds and (fail_on is FailOn.any or fail_on in kinds):
+            raise typer.Exit(FOUND)
 
 
 @app.command()

@@ -61,6 +61,7 @@ CASES = {
         "a path."
     ),
     ("report", "nowhere"): "error: nowhere: no such run. List them: attnscope runs",
+    ("diagnose", "nowhere"): "error: nowhere: no such run. List them: attnscope runs",
     ("runs", "nowhere"): (
         "error: nowhere: no such folder. Make a run first: attnscope train --no-scale"
     ),

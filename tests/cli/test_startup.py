@@ -9,18 +9,27 @@ import pytest
 HEAVY = {"torch", "pandas", "matplotlib", "numpy", "pyarrow"}
 
 
-def imported_by(code):
-    """Which heavy modules a fresh interpreter has loaded after running `code`, and its CPU seconds."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(
-        [sys.executable, "-c", f"{code}\nimport sys; print(sorted({HEAVY!r} & set(sys.modules)))"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return set(eval(done.stdout.splitlines()[-1], {})), seconds
+def imported_by(code, times=1):
+    """Which heavy modules a fresh interpreter has loaded after running `code`, and its CPU seconds.
+
+    The least of several times: a neighbour on the machine adds CPU time (shared caches, clock), never takes any away.
+    """
+    took = []
+    for _ in range(times):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                f"{code}\nimport sys; print(sorted({HEAVY!r} & set(sys.modules)))",
+            ],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        took.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return set(eval(done.stdout.splitlines()[-1], {})), min(took)
 
 
 def calling(*words):
@@ -31,15 +40,17 @@ def calling(*words):
     )
 
 
-@pytest.mark.parametrize("words", [(), ("train",), ("report",), ("runs",), ("bench", "overhead")])
+@pytest.mark.parametrize(
+    "words", [(), ("train",), ("report",), ("diagnose",), ("runs",), ("bench", "overhead")]
+)
 def test_help_is_quick_and_imports_nothing_heavy(words):
-    heavy, seconds = imported_by(calling(*words, "--help"))
+    heavy, seconds = imported_by(calling(*words, "--help"), times=5)
     assert heavy == set()
     assert seconds < 0.25
 
 
 def test_the_import_test_can_fail():
-    heavy, seconds = imported_by("import torch")
+    heavy, seconds = imported_by("import torch", times=2)
     assert "torch" in heavy and seconds > 0.25
 
 

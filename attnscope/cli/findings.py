@@ -1,0 +1,115 @@
+"""`attnscope diagnose` on stdout: findings as text for people, as JSON for machines."""
+
+import shlex
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from attnscope.diagnose import Evidence, Finding
+    from attnscope.runs.reader import Run
+
+STYLES = {"cause": "bold red", "symptom": "bold yellow"}
+INDENT = 2
+
+
+def print_findings(path: Path, *, as_json: bool) -> frozenset[str]:
+    """Diagnose a run, print what was found, or what was looked at, and where to look next.
+
+    Returns:
+        The kinds of the findings.
+    """
+    from attnscope.diagnose import RULES, diagnose, to_table
+    from attnscope.runs.layout import to_json
+    from attnscope.runs.reader import open_run
+
+    run = open_run(path)
+    findings = diagnose(run)
+    kinds = frozenset(str(finding.kind) for finding in findings)
+    if as_json:
+        said = {
+            "run": str(path),
+            "status": run.status,
+            "rules": [rule.__name__ for rule in RULES],
+            "findings": [to_table(finding) for finding in findings],
+            "lost": run.lost,
+        }
+        typer.echo(to_json(said, indent=1))
+        return kinds
+    console = Console(highlight=False)
+    for finding in findings:
+        _print_finding(console, finding)
+    _print_paragraph(console, _looked_at(run, [rule.__name__ for rule in RULES], len(findings)))
+    for lost in run.lost:
+        typer.echo(f"warning: {lost}", err=True)
+    console.print()
+    console.print(Text(f"Next: attnscope report {shlex.quote(str(path))}"), soft_wrap=True)
+    return kinds
+
+
+def _print_finding(console: Console, finding: "Finding") -> None:
+    console.print(
+        Text.assemble((f"{finding.kind}: ", STYLES.get(finding.kind, "")), (finding.title, "bold"))
+    )
+    _print_paragraph(console, finding.summary, indent=INDENT)
+    if finding.evidence:
+        console.print(Padding(_table(finding.evidence), (0, 0, 0, INDENT), expand=False))
+    if finding.evidence_left_out:
+        _print_paragraph(console, f"and {finding.evidence_left_out} more", indent=INDENT)
+    _print_paragraph(console, f"Try: {finding.remedy}", indent=INDENT)
+    _print_paragraph(console, f"Source: {finding.source}", indent=INDENT, style="dim")
+    console.print()
+
+
+def _print_paragraph(console: Console, text: str, *, indent: int = 0, style: str = "") -> None:
+    """Wrapped without the trailing blanks that rich fills lines with: they would be in the way of a pipe."""
+    margin = " " * indent
+    for line in textwrap.wrap(
+        text, console.width, initial_indent=margin, subsequent_indent=margin, break_on_hyphens=False
+    ):
+        console.print(Text(line, style=style), soft_wrap=True)
+
+
+def _table(evidence: "tuple[Evidence, ...]") -> Table:
+    """The evidence, without columns in which nothing applies."""
+    places = ("step", "layer", "head", "group")
+    used = [place for place in places if any(getattr(each, place) is not None for each in evidence)]
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
+    table.add_column("member", overflow="fold")
+    for title in used:
+        table.add_column(title, justify="left" if title == "group" else "right", overflow="fold")
+    table.add_column("quantity", overflow="fold")
+    for title in ("value", "compared with"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for each in evidence:
+        table.add_row(
+            Text(each.member),
+            *(Text(_shown(getattr(each, place))) for place in used),
+            Text(each.quantity),
+            Text(_shown(each.value)),
+            Text(_shown(each.threshold)),
+        )
+    return table
+
+
+def _looked_at(run: "Run", rules: list[str], found: int) -> str:
+    members = _many(len(run.entries), "member")
+    rows = f"{_many(len(run.steps), 'record')} of steps, {len(run.heads)} of heads"
+    looked = f"Looked at {members} ({rows}) with {_many(len(rules), 'rule')}: {', '.join(rules)}."
+    return looked if found else f"No findings. {looked}"
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _shown(value: float | str | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,80 @@
+"""What a rule says when it applies: one finding for all members that it concerns, with numbers to check it by."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+Kind = Literal["cause", "symptom"]
+
+MOST_EVIDENCE = 5
+MOST_NAMED = 3  # members that a sentence names one by one
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """One number behind a finding, and where it stands in the run; None where something does not apply.
+
+    Attributes:
+        member: its name.
+        step: optimizer updates already done.
+        layer: counted from 0.
+        head: counted from 0.
+        group: parameter group.
+        quantity: the column of a table or the setting it was read from, `events` for what stands only there.
+        value: what was measured or applied.
+        threshold: what it was compared with.
+    """
+
+    member: str
+    step: int | None = None
+    layer: int | None = None
+    head: int | None = None
+    group: str | None = None
+    quantity: str
+    value: float | None = None
+    threshold: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """What one rule found in a run.
+
+    Attributes:
+        rule: name of the rule.
+        title: a few words.
+        kind: a cause is a setting or a state that training starts from; a symptom is what became of it.
+        summary: one or two sentences with the measured numbers.
+        members: all that it concerns, in the order of run.json.
+        evidence: at most MOST_EVIDENCE, the worst first.
+        evidence_left_out: how many more there are.
+        remedy: what to try.
+        source: the paper or the measurement behind the threshold.
+    """
+
+    rule: str
+    title: str
+    kind: Kind
+    summary: str
+    members: tuple[str, ...]
+    evidence: tuple[Evidence, ...]
+    evidence_left_out: int
+    remedy: str
+    source: str
+
+
+def to_table(finding: Finding) -> dict[str, object]:
+    """A finding as JSON has it; numbers that are not finite are left to `attnscope.runs.layout.to_json`."""
+    return asdict(finding)
+
+
+def named(members: Sequence[str]) -> str:
+    """Names for a sentence: "a", "a, b and c", or "a, b, c and 497 more"."""
+    if len(members) > MOST_NAMED:
+        return f"{', '.join(members[:MOST_NAMED])} and {len(members) - MOST_NAMED} more"
+    *most, last = members
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def of_several(members: Sequence[str], what: str) -> str:
+    """A sentence that begins with the names, and a space; nothing for one member, of which the next sentence speaks."""
+    return f"{named(members)} {what}. " if len(members) > 1 else ""

@@ -1,0 +1,373 @@
+"""Rules for symptoms: what became of a member, and what was measured before.
+
+Shape key: N rows, K found, W window, M member in the order of run.json.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+
+from attnscope.diagnose.by_member import NEVER, diverged_at, members_of_rows, sorted_by_member
+from attnscope.diagnose.causes import SATURATED_RATIO
+from attnscope.diagnose.finding import MOST_EVIDENCE, Evidence, Finding, of_several
+from attnscope.runs.foreign import printable
+from attnscope.runs.outcome import IN_A_ROW, TIMES_FIRST
+from attnscope.runs.reader import MemberRecord, Run
+
+# A tensor's place in the step (attention logits before the loss before its gradient), and the column that showed it.
+NONFINITE = {"attention logits": "max_logit_bound", "loss": "loss", "gradient": "nonfinite"}
+
+# Wortsman et al. 2023: transplanted logits hurt from 1e3 on. Of the 152 members behind SATURATED_RATIO that neither began
+# saturated nor diverged, 2 went above it (at losses of thousands), and 4 below SATURATED_RATIO.
+LARGE_LOGIT = 1e3
+
+# The MAD of so few losses is itself noisy: on normal noise alone (2 % of the loss and more) this finds about 20 spikes in
+# 100,000 steps, on heavier tails (t with 5 degrees of freedom) 190; with a window of 50 it would be 1 and 100. Measured on
+# members that trained: none in 21,100 steps.
+WINDOW = 20  # steps
+SIGMAS = 6.0  # robust ones: 1.4826 * MAD is the standard deviation of normal noise
+LEAST_EXCESS = 0.05  # of the median: smaller peaks are not worth a look however quiet the loss is
+BACK_WITHIN = 20  # steps
+BLOCK = 1 << 16  # windows looked at together, for memory
+
+_PLACE = re.compile(r"layer (\d{1,4})(?: (.+))?")
+
+
+def nonfinite(run: Run) -> Finding | None:
+    """A number became NaN or Inf.
+
+    What it looks at: the first `nonfinite` event of each member; without one, the first loss that is not finite.
+    Why it matters: what comes after it means nothing, and the first tensor tells where it began.
+    What to try: look at what grew before (other findings); float16: bfloat16 or a smaller scale.
+    Source: the definition.
+    """
+    first: dict[str, Evidence] = {}
+    for step, member, tensor, place in _events(run):
+        before = first.get(member)
+        if before is None or before.step is None or step < before.step:
+            layer, group = place
+            first[member] = Evidence(
+                member=member,
+                step=step,
+                layer=layer,
+                group=group,
+                quantity=NONFINITE.get(tensor, printable(tensor, 40)),
+            )
+    for record in run.members:
+        if record.name not in first and record.nonfinite_at is not None:
+            first[record.name] = Evidence(
+                member=record.name, step=record.nonfinite_at, quantity="loss"
+            )
+    if not first:
+        return None
+    names = [entry.name for entry in run.entries if entry.name in first]
+    evidence = sorted(first.values(), key=lambda each: each.step or 0)
+    worst = evidence[0]
+    tensors = {column: tensor for tensor, column in NONFINITE.items()}
+    where = "" if worst.layer is None else f" in layer {worst.layer}"
+    where += f" ({worst.group})" if worst.group else ""
+    return Finding(
+        rule="nonfinite",
+        title="Numbers stopped being finite",
+        kind="symptom",
+        summary=(
+            f"{of_several(names, 'recorded NaN or Inf')}The first non-finite numbers of {worst.member} are at step "
+            f"{worst.step}: {tensors.get(worst.quantity, worst.quantity)}{where}."
+        ),
+        members=tuple(names),
+        evidence=tuple(evidence[:MOST_EVIDENCE]),
+        evidence_left_out=max(0, len(evidence) - MOST_EVIDENCE),
+        remedy=(
+            "Look for what grew before. With float16, use bfloat16 or smaller logits: loss scaling protects the "
+            "gradient only."
+        ),
+        source="first nonfinite event, or first loss that is not finite",
+    )
+
+
+def loss_explosion(run: Run) -> Finding | None:
+    """The loss left for good.
+
+    What it looks at: members that diverged: 3 losses in a row at least twice the first, or one that is not finite;
+    and, at the steps before, the mean entropy_ratio and the largest max_logit.
+    Why it matters: nothing is learned after it; an attention signal that left its range earlier is where to look.
+    What to try: the causes found; else a lower optimizer.lr, a longer warm-up, qk_norm.
+    Source: attnscope.runs.outcome; max_logit: Wortsman et al. 2023; entropy_ratio: as in saturated_at_start.
+    """
+    exploded = [record for record in run.members if record.diverged_at is not None]
+    if not exploded:
+        return None
+    peak, loss_then = _losses(run)
+    early = _early_signals(run)
+    first = min(exploded, key=lambda record: record.diverged_at or 0)
+    evidence: list[Evidence] = []
+    for record in sorted(exploded, key=lambda record: record.diverged_at or 0)[:MOST_EVIDENCE]:
+        evidence.append(
+            Evidence(
+                member=record.name,
+                step=record.diverged_at,
+                quantity="loss",
+                value=loss_then[record.name],
+                threshold=TIMES_FIRST * (record.first_loss or 0.0),
+            )
+        )
+        evidence += early.get(record.name, ())
+    in_all = len(exploded) + sum(len(early.get(record.name, ())) for record in exploded)
+    return Finding(
+        rule="loss_explosion",
+        title="The loss exploded",
+        kind="symptom",
+        summary=(
+            f"{of_several([record.name for record in exploded], 'diverged')}{_course(first, peak[first.name])}. "
+            f"{_before(exploded, early)}"
+        ),
+        members=tuple(record.name for record in exploded),
+        evidence=tuple(evidence[:MOST_EVIDENCE]),
+        evidence_left_out=in_all - min(len(evidence), MOST_EVIDENCE),
+        remedy=(
+            "Remove the causes found, if any; else a lower optimizer.lr, a longer warm-up, or attention.qk_norm."
+        ),
+        source=f"{IN_A_ROW} losses in a row at least {TIMES_FIRST:g} times the first, or one not finite",
+    )
+
+
+def loss_spike(run: Run) -> Finding | None:
+    """The loss jumped and came back.
+
+    What it looks at: losses above the median of the 20 before by more than 6 robust standard deviations and by more than
+    5 % of it, which are back below that within 20 steps; not what happens while a member diverges.
+    Why it matters: a spike that recovers costs little itself, but more of them, or larger ones, often come before
+    divergence; a single one may be an odd batch, or noise: about one in 5,000 steps is.
+    What to try: look at the batch; a lower optimizer.lr, or clipping, if they recur.
+    Source: OLMo 2 2024 (6 to 7 standard deviations of the losses before) with robust statistics.
+    """
+    member_K, step_K, loss_K, median_K, limit_K = _spikes(run)
+    if not len(member_K):
+        return None
+    order_K = np.argsort(-(loss_K / np.maximum(median_K, 1e-9)), kind="stable")
+    worst = order_K[0]
+    names = [run.entries[m].name for m in np.unique(member_K)]
+    evidence = tuple(
+        Evidence(
+            member=run.entries[member_K[k]].name,
+            step=int(step_K[k]),
+            quantity="loss",
+            value=float(loss_K[k]),
+            threshold=float(limit_K[k]),
+        )
+        for k in order_K[:MOST_EVIDENCE]
+    )
+    count = f"{len(member_K)} spikes" if len(member_K) > 1 else "1 spike"
+    return Finding(
+        rule="loss_spike",
+        title="The loss spiked and came back",
+        kind="symptom",
+        summary=(
+            f"{of_several(names, 'have spikes')}{count} of the loss, back within {BACK_WITHIN} steps. The largest is "
+            f"in {evidence[0].member} at step {evidence[0].step}: {loss_K[worst]:.3g} against a median of "
+            f"{median_K[worst]:.3g} over the {WINDOW} steps before."
+        ),
+        members=tuple(names),
+        evidence=evidence,
+        evidence_left_out=len(member_K) - len(evidence),
+        remedy="Look at the batch of that step. If spikes recur: a lower optimizer.lr, or clipping.",
+        source=(
+            f"excess over the median of {WINDOW} losses above max({SIGMAS:g} * 1.4826 * MAD, {LEAST_EXCESS:g} * median), "
+            "after OLMo 2 2024; normal noise alone passes it about once in 5,000 steps"
+        ),
+    )
+
+
+def stalled(run: Run) -> Finding | None:
+    """Training ended finite and learned nothing from context.
+
+    What it looks at: members whose final loss (mean of the last 20 steps) is above the unigram loss of their data.
+    Why it matters: predicting every token from its frequency alone would do better; no spike detector sees it.
+    What to try: the causes found; more steps if the loss still falls; a higher optimizer.lr if it hardly moves.
+    Source: attnscope.runs.outcome.
+    """
+    stuck = [record for record in run.members if record.status == "stalled"]
+    if not stuck:
+        return None
+    evidence = sorted(
+        (
+            Evidence(
+                member=record.name,
+                step=record.last_step,
+                quantity="loss",
+                value=record.final_loss,
+                threshold=run.unigram_of(record.part),
+            )
+            for record in stuck
+        ),
+        key=lambda each: (each.threshold or 0.0) - (each.value or 0.0),
+    )
+    worst = evidence[0]
+    return Finding(
+        rule="stalled",
+        title="Training stalled above the unigram loss",
+        kind="symptom",
+        summary=(
+            f"{of_several([record.name for record in stuck], 'stalled')}The loss of {worst.member} is finite, but "
+            f"{worst.value:.4g} at the end (step {worst.step}), above the {worst.threshold:.4g} of predicting from "
+            "token frequencies alone."
+        ),
+        members=tuple(record.name for record in stuck),
+        evidence=tuple(evidence[:MOST_EVIDENCE]),
+        evidence_left_out=max(0, len(evidence) - MOST_EVIDENCE),
+        remedy=(
+            "Remove the causes found, if any. If the loss still falls, train longer; if it hardly moves, change "
+            "optimizer.lr."
+        ),
+        source="the unigram loss of the run's own data",
+    )
+
+
+def _events(run: Run) -> list[tuple[int, str, str, tuple[int | None, str | None]]]:
+    """Step, member, tensor and place of the nonfinite events, in the order in which a step computes the tensors."""
+    table = run.events[run.events["kind"] == "nonfinite"]
+    found = []
+    for step, code, fields in zip(
+        table["step"], members_of_rows(table), table["fields"], strict=True
+    ):
+        tensor = fields.get("tensor")
+        if code >= 0 and isinstance(tensor, str):
+            found.append((int(step), run.entries[code].name, tensor, _place(fields)))
+    order = {tensor: at for at, tensor in enumerate(NONFINITE)}
+    return sorted(found, key=lambda each: order.get(each[2], len(order)))
+
+
+def _place(fields: Mapping[str, Any]) -> tuple[int | None, str | None]:
+    """Layer and group of the first place that an event names: "layer 2 q", "layer 0" or "embedding"."""
+    where = fields.get("where")
+    first = where[0] if isinstance(where, list) and where else None
+    if not isinstance(first, str):
+        return None, None
+    match = _PLACE.fullmatch(first)
+    if match is None:
+        return None, printable(first, 40)
+    return int(match[1]), None if match[2] is None else printable(match[2], 40)
+
+
+def _losses(run: Run) -> tuple[dict[str, float], dict[str, float]]:
+    """The largest finite loss of each member, NaN where there is none, and the loss at the step where it diverged."""
+    codes_N, step_N = members_of_rows(run.steps), run.steps["step"].to_numpy()
+    loss_N = run.steps["loss"].to_numpy().astype(np.float64)
+    peak_M, then_M = np.full((2, len(run.entries)), np.nan)
+    finite_N = np.isfinite(loss_N)
+    np.fmax.at(peak_M, codes_N[finite_N], loss_N[finite_N])
+    there_N = step_N == diverged_at(run)[codes_N]
+    then_M[codes_N[there_N]] = loss_N[there_N]
+    names = [entry.name for entry in run.entries]
+    return dict(zip(names, peak_M.tolist(), strict=True)), dict(
+        zip(names, then_M.tolist(), strict=True)
+    )
+
+
+def _early_signals(run: Run) -> dict[str, tuple[Evidence, ...]]:
+    """For each member that diverged, the first step before at which a signal was out of its range.
+
+    A member whose attention was measured before, but was never out of range, has an empty tuple.
+    """
+    import pandas as pd
+
+    heads, end_M = run.heads, diverged_at(run)
+    codes_N, step_N = members_of_rows(heads), heads["step"].to_numpy()
+    before_N = (end_M[codes_N] < NEVER) & (step_N < end_M[codes_N])
+    rows = heads.loc[before_N, ["entropy_ratio", "max_logit"]]
+    by_step = rows.groupby([codes_N[before_N], step_N[before_N]]).agg(
+        {"entropy_ratio": "mean", "max_logit": "max"}
+    )
+    codes = by_step.index.get_level_values(0)
+    found: dict[int, list[Evidence]] = {int(code): [] for code in codes.unique()}
+    for column, limit, out in (
+        ("entropy_ratio", SATURATED_RATIO, by_step["entropy_ratio"] < SATURATED_RATIO),
+        ("max_logit", LARGE_LOGIT, by_step["max_logit"] > LARGE_LOGIT),
+    ):
+        values = by_step.loc[out, column]
+        firsts = values[~pd.Index(values.index.get_level_values(0)).duplicated()]
+        for (code, step), value in firsts.items():
+            found[code].append(
+                Evidence(
+                    member=run.entries[code].name,
+                    step=int(step),
+                    quantity=column,
+                    value=float(value),
+                    threshold=limit,
+                )
+            )
+    return {run.entries[code].name: tuple(each) for code, each in found.items()}
+
+
+def _course(record: MemberRecord, peak: float) -> str:
+    """What the loss of a member that diverged did."""
+    first = record.first_loss
+    said = f"{record.name} diverged at step {record.diverged_at}: its loss was {first:.3g} at first"
+    if math.isfinite(peak) and first and first > 0 and peak > first:
+        said += f", at most {peak:.3g} ({peak / first:.3g} times as much)"
+    if record.nonfinite_at is not None:
+        said += f", and not finite at step {record.nonfinite_at}"
+    return said
+
+
+def _before(exploded: list[MemberRecord], early: Mapping[str, tuple[Evidence, ...]]) -> str:
+    """What attention was like before, in one sentence; only what was measured."""
+    seen = [record for record in exploded if record.name in early]
+    if not seen:
+        return "No attention was measured before."
+    left = [record for record in seen if early[record.name]]
+    if not left:
+        return "Before, the mean entropy_ratio and max_logit stayed in their normal range."
+    shown = early[left[0].name]
+    signals = [
+        f"{each.quantity} was {each.value:.3g} at step {each.step} "
+        f"({'below' if each.quantity == 'entropy_ratio' else 'above'} {each.threshold:g})"
+        for each in shown
+    ]
+    count = "" if len(exploded) == 1 else f" in {len(left)} of {len(exploded)}"
+    return (
+        f"Attention had left its normal range before{count}: in {left[0].name} {' and '.join(signals)}, "
+        f"{(left[0].diverged_at or 0) - min(each.step or 0 for each in shown)} steps earlier."
+    )
+
+
+def _spikes(run: Run) -> tuple[NDArray[Any], ...]:
+    """Member, step, loss, median before and limit of every spike that came back, (K,) each."""
+    codes_N, step_N, loss_N = sorted_by_member(run.steps, ("step", "loss"))
+    loss_N = loss_N.astype(np.float64)
+    n = len(loss_N)
+    median_N, limit_N = np.full(n, np.nan), np.full(n, np.nan)
+    with np.errstate(all="ignore"):
+        for start in range(WINDOW, n, BLOCK):
+            end = min(start + BLOCK, n)
+            window_NW = sliding_window_view(loss_N[start - WINDOW : end - 1], WINDOW)
+            middle_N = np.median(window_NW, axis=1)
+            mad_N = np.median(np.abs(window_NW - middle_N[:, None]), axis=1)
+            median_N[start:end] = middle_N
+            limit_N[start:end] = middle_N + np.maximum(
+                SIGMAS * 1.4826 * mad_N, LEAST_EXCESS * np.abs(middle_N)
+            )
+    whole_N = np.zeros(n, dtype=bool)  # the window holds losses of this member only
+    whole_N[WINDOW:] = codes_N[WINDOW:] == codes_N[: n - WINDOW]
+    sound_N = step_N < diverged_at(run)[codes_N]
+    onset_K = np.flatnonzero(whole_N & sound_N & (loss_N > limit_N))
+    over_K = onset_K + BACK_WITHIN + 1  # the first loss below the limit; if there is none, beyond
+    for start in range(0, len(onset_K), BLOCK):
+        at_K = onset_K[start : start + BLOCK]
+        next_KW = at_K[:, None] + np.arange(1, BACK_WITHIN + 1)
+        inside_KW = next_KW < n
+        next_KW = np.minimum(next_KW, n - 1)
+        back_KW = inside_KW & sound_N[next_KW] & (codes_N[next_KW] == codes_N[at_K][:, None])
+        back_KW &= loss_N[next_KW] <= limit_N[at_K][:, None]
+        back_K = back_KW.any(axis=1)
+        over_K[start : start + BLOCK][back_K] = (at_K + 1 + back_KW.argmax(axis=1))[back_K]
+    # What is still high, or high again, before an earlier peak is over belongs to that one.
+    new_K = np.ones(len(onset_K), dtype=bool)
+    new_K[1:] = onset_K[1:] >= np.maximum.accumulate(over_K)[:-1]
+    at_K = onset_K[new_K & (over_K - onset_K <= BACK_WITHIN)]
+    return codes_N[at_K], step_N[at_K], loss_N[at_K], median_N[at_K], limit_N[at_K]

@@ -1,0 +1,58 @@
+"""Run directories with given losses and attention, made with the real writer."""
+
+from pathlib import Path
+
+import numpy as np
+
+from attnscope.config import members_of, parse_table
+from attnscope.runs.layout import COLUMNS
+from attnscope.runs.reader import Run, open_run
+from attnscope.runs.writer import RunWriter
+
+HEALTHY = {"entropy_ratio": 0.5, "max_logit": 10.0, "logit_std": 1.0}
+
+
+def steps_table(losses_MS, **columns):
+    """The steps table of members that all recorded the same steps; other columns are healthy."""
+    losses_MS = np.atleast_2d(np.asarray(losses_MS, dtype=float))
+    n_members, n_steps = losses_MS.shape
+    table = {name: np.ones(n_members * n_steps) for name in COLUMNS["steps"]}
+    table["step"] = np.repeat(np.arange(n_steps), n_members)
+    table["member"] = np.tile(np.arange(n_members), n_steps)
+    table["loss"] = losses_MS.T.ravel()
+    return table | {name: np.asarray(values).ravel() for name, values in columns.items()}
+
+
+def heads_table(n_members, steps, *, n_layers=1, n_heads=1, **columns):
+    """The heads table; a column is one number, or one per row (step, member, layer, head)."""
+    shape = (len(steps), n_members, n_layers, n_heads)
+    places = np.indices(shape).reshape(4, -1)
+    table = {name: np.full(places.shape[1], 0.5) for name in COLUMNS["heads"]}
+    for name, value in (HEALTHY | columns).items():
+        table[name] = np.broadcast_to(np.asarray(value, dtype=float), shape).ravel()
+    table["step"] = np.asarray(steps)[places[0]]
+    table |= {"member": places[1], "layer": places[2], "head": places[3]}
+    return table
+
+
+def run_of(
+    path: Path, config=None, *, steps=None, heads=None, events=(), end="finished", unigram=5.0
+) -> Run:
+    """A run of one part with these tables; events are (kind, step, member, fields)."""
+    resolved = parse_table(config or {})
+    writer = RunWriter.create(
+        path,
+        command=["attnscope", "train"],
+        config=resolved,
+        members=members_of(resolved),
+        environment={},
+        data={"reference": {"unigram": unigram}},
+    )
+    part = writer.part(0)
+    for table, columns in (("steps", steps), ("heads", heads)):
+        if columns is not None:
+            part.append(table, columns)
+    for kind, step, member, fields in events:
+        part.event(kind, step=step, member=member, **fields)
+    part.finish(end)
+    return open_run(path)

@@ -1,0 +1,208 @@
+"""Rules for causes, on real runs that have them and on runs that have not."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+import attnscope
+from attnscope.diagnose import diagnose
+from attnscope.diagnose.causes import (
+    FEWEST_STEPS,
+    HARMLESS_FACTOR,
+    SATURATED_RATIO,
+    applied_scale,
+    clipping_always_on,
+    saturated_at_start,
+)
+from attnscope.diagnose.finding import MOST_EVIDENCE
+from tests.diagnose.synthetic import heads_table, run_of, steps_table
+
+SMALL = {
+    "model": {"d_model": 64, "n_layers": 2, "seq_len": 16},
+    "data": {"batch_size": 4},
+    "train": {"steps": 1, "checkpoint_every": 0},
+}
+
+
+@pytest.fixture(scope="module")
+def scales(tmp_path_factory):
+    """One real member for every rule of attention.scale, at its first step."""
+    rules = ("inverse_sqrt", "none", "inverse", "depth", 0.5)
+    arms = [{"name": str(rule), "attention": {"scale": rule}} for rule in rules]
+    return attnscope.train_model(SMALL | {"arm": arms}, path=tmp_path_factory.mktemp("runs") / "r")
+
+
+def test_every_scale_but_1_over_sqrt_d_head_is_a_finding(scales):
+    finding = applied_scale(scales)
+    assert finding.kind == "cause"
+    assert finding.members == ("none", "inverse", "depth", "0.5")
+    applied = {e.member: e for e in finding.evidence if e.quantity == "attention.scale"}
+    assert applied["none"].value == 1 and applied["none"].threshold == pytest.approx(32**-0.5)
+    assert finding.evidence[0].member in ("none", "inverse")  # 5.7 times too much or too little
+    assert len(finding.evidence) == MOST_EVIDENCE
+    assert len(finding.evidence) + finding.evidence_left_out == 2 * len(finding.members)
+    assert "multiplies q.k by " in finding.summary
+
+
+def test_the_measured_spread_of_logits_stands_beside_the_scale(tmp_path):
+    arms = [{"name": "unscaled", "attention": {"scale": "none"}}, {"name": "scaled"}]
+    run = attnscope.train_model(SMALL | {"arm": arms}, path=tmp_path / "r")
+    setting, spread = applied_scale(run).evidence
+    assert (setting.member, setting.quantity) == ("unscaled", "attention.scale")
+    assert (spread.quantity, spread.step, spread.layer) == ("logit_std", 0, 0)
+    heads = run.heads[(run.heads["member"] == "unscaled") & (run.heads["layer"] == 0)]
+    assert spread.value == pytest.approx(math.sqrt((heads["logit_std"] ** 2).mean()))
+    assert spread.threshold == pytest.approx(math.sqrt(32))
+    assert f"standard deviation of {spread.value:.3g}" in applied_scale(run).summary
+
+
+def test_a_trained_scale_and_the_right_number_are_no_finding(tmp_path):
+    for scale in ("inverse_sqrt", "learned", 0.125, 0.1255):
+        config = {"model": {"d_head": 64}, "attention": {"scale": scale}}
+        assert applied_scale(run_of(tmp_path / str(scale), config)) is None
+    config["attention"]["scale"] = 0.13
+    assert applied_scale(run_of(tmp_path / "r", config)) is not None
+
+
+def test_depth_scale_is_told_by_the_deepest_layer_and_one_layer_is_no_finding(tmp_path):
+    config = {"model": {"n_layers": 5}, "attention": {"scale": "depth"}}
+    (evidence,) = applied_scale(run_of(tmp_path / "deep", config)).evidence
+    assert evidence.layer == 4 and evidence.value == pytest.approx(evidence.threshold / 5)
+    config["model"]["n_layers"] = 1
+    assert applied_scale(run_of(tmp_path / "flat", config)) is None
+
+
+def test_a_smaller_scale_is_not_advised_against_as_a_larger_one_is(tmp_path):
+    run = run_of(tmp_path / "r", {"attention": {"scale": "inverse"}})
+    finding = applied_scale(run)
+    assert "1/8 of 1/sqrt(64) = 0.125" in finding.summary
+    assert finding.remedy.startswith("If it is not on purpose")
+
+
+def test_normalized_q_and_k_are_said_to_bound_the_logits(tmp_path):
+    plain = applied_scale(run_of(tmp_path / "a", {"attention": {"scale": "none"}}))
+    normed = {"attention": {"scale": "none", "qk_norm": True}}
+    assert "qk_norm" not in plain.summary
+    assert "no logit is above 64" in applied_scale(run_of(tmp_path / "b", normed)).summary
+
+
+def test_the_bound_under_qk_norm_holds_in_a_real_run(tmp_path):
+    config = SMALL | {"attention": {"scale": "none", "qk_norm": True}}
+    run = attnscope.train_model(config, path=tmp_path / "r")
+    np.testing.assert_allclose(run.heads["max_logit_bound"], 32, rtol=1e-3)
+    assert "no logit is above 32" in applied_scale(run).summary
+
+
+def test_unscaled_attention_begins_saturated_and_its_scaled_twin_does_not(tmp_path):
+    arms = [{"name": "unscaled", "attention": {"scale": "none"}}, {"name": "scaled"}]
+    run = attnscope.train_model(SMALL | {"arm": arms}, path=tmp_path / "r")
+    finding = saturated_at_start(run)
+    assert finding.members == ("unscaled",)
+    heads = run.heads[run.heads["member"] == "unscaled"]
+    assert f"is {heads['entropy_ratio'].mean():.2g} of its maximum" in finding.summary
+    lowest = heads.loc[heads["entropy_ratio"].idxmin()]
+    worst = finding.evidence[0]
+    assert (worst.layer, worst.head) == (lowest["layer"], lowest["head"])
+    assert worst.value == pytest.approx(lowest["entropy_ratio"])
+    values = [each.value for each in finding.evidence]
+    assert values == sorted(values) and max(values) < SATURATED_RATIO
+
+
+def test_only_the_first_step_decides_what_begins_saturated(tmp_path):
+    ratio = np.full((3, 2, 1, 1), 0.5)
+    ratio[1:, 0], ratio[0, 1] = 0.01, 0.1  # one becomes saturated, one begins so
+    arms = [{"name": "later", "init": {"gain": 1.1}}, {"name": "first", "init": {"gain": 1.2}}]
+    run = run_of(
+        tmp_path / "r",
+        {"arm": arms},
+        steps=steps_table(np.full((2, 3), 4.0)),
+        heads=heads_table(2, [0, 5, 10], entropy_ratio=ratio),
+    )
+    assert saturated_at_start(run).members == ("first",)
+
+
+@pytest.mark.parametrize(("ratio", "found"), [(0.19, True), (0.21, False), (0.29, False)])
+def test_the_mean_over_heads_decides_and_not_one_head(tmp_path, ratio, found):
+    heads = heads_table(1, [0], n_heads=2, entropy_ratio=[[[[ratio - 0.1, ratio + 0.1]]]])
+    assert (saturated_at_start(run_of(tmp_path / "r", heads=heads)) is not None) is found
+
+
+def test_heads_that_could_not_be_measured_do_not_count(tmp_path):
+    run = run_of(
+        tmp_path / "r",
+        steps=steps_table([4.0]),
+        heads=heads_table(1, [0], n_heads=4, entropy_ratio=[[[[np.nan, np.nan, 0.05, 0.29]]]]),
+    )
+    finding = saturated_at_start(run)
+    assert "is 0.17 of its maximum" in finding.summary
+    assert [(each.head, each.value) for each in finding.evidence] == [(2, pytest.approx(0.05))]
+    nothing = heads_table(1, [0], entropy_ratio=np.nan)
+    assert saturated_at_start(run_of(tmp_path / "s", heads=nothing)) is None
+
+
+def test_sgd_that_is_always_clipped_is_a_finding_with_the_measured_median(tmp_path):
+    config = SMALL | {"clip": {"threshold": 0.5}, "train": {"steps": 30}}
+    run = attnscope.train_model(config, path=tmp_path / "r")
+    finding = clipping_always_on(run)
+    (evidence,) = finding.evidence
+    assert evidence.value == pytest.approx(run.steps["clip_factor"].median())
+    assert evidence.value < HARMLESS_FACTOR
+    assert "on 30 of 30 steps" in finding.summary
+    assert clipping_always_on(attnscope.train_model(
+        SMALL | {"clip": {"threshold": 1e6}, "train": {"steps": 30}}, path=tmp_path / "s"
+    )) is None  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("factors", "optimizer", "found"),
+    [
+        ([0.1] * 36 + [1.0] * 4, {}, True),
+        ([0.1] * 35 + [1.0] * 5, {}, False),  # 87.5 % of the steps
+        ([0.9] * 40, {}, False),  # harmless
+        ([0.1] * 40, {"name": "adamw"}, False),  # divided out again
+        ([0.1] * 40, {"name": "muon"}, False),
+        ([0.1] * 30 + [1.0] * 10, {"warmup_steps": 30}, False),  # in the warm-up only
+        ([1.0] * 10 + [0.1] * 30, {"warmup_steps": 10}, True),
+        ([0.1] * (FEWEST_STEPS - 1), {}, False),
+        ([np.nan] * 40, {}, False),
+    ],
+)
+def test_clipping_counts_as_always_on(tmp_path, factors, optimizer, found):
+    table = steps_table(np.full((1, len(factors)), 4.0), clip_factor=factors)
+    run = run_of(tmp_path / "r", {"optimizer": optimizer}, steps=table)
+    assert (clipping_always_on(run) is not None) is found
+
+
+def test_clipping_is_judged_before_divergence_and_per_member(tmp_path):
+    losses = np.full((3, 300), 4.0)
+    losses[0, 25:] = 100.0  # diverges: that clipping is always on from then on plays no part
+    factors = np.ones((300, 3))
+    factors[25:, 0], factors[:25, 1], factors[:, 2] = 0.1, 0.1, 0.2
+    gains = {"a": 1.0, "b": 1.1, "c": 1.2}
+    arms = [{"name": name, "init": {"gain": gain}} for name, gain in gains.items()]
+    run = run_of(tmp_path / "r", {"arm": arms}, steps=steps_table(losses, clip_factor=factors))
+    finding = clipping_always_on(run)
+    assert finding.members == ("c",)
+    assert finding.evidence[0].value == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"attention.scale": ["x"]},
+        {"attention.scale": -1},
+        {"attention.scale": 10**400},
+        {"model.d_model": "wide", "attention.scale": "none"},
+        {"model.d_model": 1, "model.n_heads": 2, "attention.scale": "none"},
+        {"optimizer.warmup_steps": 10**400},
+    ],
+)
+def test_settings_of_strangers_that_make_no_sense_are_passed_over(tmp_path, settings):
+    run_of(tmp_path / "r", steps=steps_table(np.full((1, 40), 4.0)), heads=heads_table(1, [0]))
+    place = tmp_path / "r" / "run.json"
+    raw = json.loads(place.read_text())
+    raw["members"][0]["settings"] = settings
+    place.write_text(json.dumps(raw))
+    assert [f.rule for f in diagnose(attnscope.open_run(tmp_path / "r"))] == []
