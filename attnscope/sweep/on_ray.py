@@ -44,16 +44,18 @@ class RayWorkers:
             ) from None
         self._ray: Any = ray
         # What a task needs is here: its node may have another working directory, and no copy of this module's state.
-        self._task = ray.remote(
-            max_retries=0, num_cpus=cpus, num_gpus=gpus, memory=memory_bytes or None
-        )(_train_there)
+        self._task = ray.remote(max_retries=0, num_cpus=cpus, num_gpus=gpus, memory=memory_bytes)(
+            _train_there
+        )
         self._cpus = cpus
         self._references: dict[Future[str], Any] = {}
 
     def submit(self, path: Path, part: int) -> "Future[str] | None":
         """Hand a part to Ray; None while as many are queued as the cluster can use."""
         active = sum(not future.done() for future in self._references)
-        if active >= WAITING * max(1, int(self._ray.cluster_resources().get("CPU", 1) // self._cpus)):
+        if active >= WAITING * max(
+            1, int(self._ray.cluster_resources().get("CPU", 1) // self._cpus)
+        ):
             return None
         reference = self._task.remote(str(path.resolve()), part, self._cpus)
         future: Future[str] = reference.future()
