@@ -5,18 +5,13 @@ Whatever is heavy is imported inside the command, so that `--help` costs nothing
 
 import contextlib
 import shlex
-import sys
 import traceback
 from collections.abc import Iterator
-from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from attnscope.config import Config
 
 app = typer.Typer(
     name="attnscope",
@@ -116,32 +111,170 @@ def train(
     """
     with one_line_errors(debug=debug):
         from attnscope.cli.live import watch_training
+        from attnscope.cli.resolve import (
+            command_line,
+            config_to_train,
+            refuse_with_resume,
+            run_path,
+        )
         from attnscope.cli.tables import print_result
 
-        typed = {
-            "optimizer.lr": lr,
-            "clip.threshold": clip,
-            "init.scheme": init,
-            "init.gain": gain,
-            "train.steps": steps,
-            "train.seed": seed,
-            "train.device": device,
-            "precision.dtype": precision,
+        flags = {
+            "--lr": lr,
+            "--clip": clip,
+            "--init": init,
+            "--gain": gain,
+            "--steps": steps,
+            "--seed": seed,
+            "--device": device,
+            "--precision": precision,
+            "--compile": "true" if compile_model else None,
         }
-        changes = {key: value for key, value in typed.items() if value is not None}
-        if compile_model:
-            changes["train.compile"] = "true"
         if resume is not None:
-            _refuse_with_resume(config, no_scale, name, [*changes, *(settings or [])])
-            path, status = watch_training(None, resume, command=_command())
+            refuse_with_resume(
+                config,
+                {**flags, "--no-scale": no_scale or None, "--name": name, "--set": settings},
+            )
+            path, status = watch_training(None, resume, command=command_line())
         else:
-            resolved = _resolve(config, changes, settings or [], no_scale, no_control)
+            resolved = config_to_train(
+                config, flags, settings or [], no_scale=no_scale, control=not no_control
+            )
             stem = "no-scale" if no_scale else config.stem if config else "train"
-            path, status = watch_training(resolved, _run_path(out, name, stem), command=_command())
+            where = run_path(out, name, stem)
+            path, status = watch_training(resolved, where, command=command_line())
         print_result(path, as_json=json_output)
         if status != "finished":
             note(f"Interrupted. Go on with: attnscope train --resume {shlex.quote(str(path))}")
             raise typer.Exit(INTERRUPTED)
+
+
+@app.command()
+def sweep(
+    config: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="CONFIG", help="TOML file; without one, the defaults.", show_default=False
+        ),
+    ] = None,
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SECTION.SETTING=VALUES",
+            help="Values with commas, log:LOW:HIGH:COUNT or lin:LOW:HIGH:COUNT; as often as you like.",
+            show_default=False,
+        ),
+    ] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N", help="How many, or which, with commas.  [default: 1]", show_default=False
+        ),
+    ] = None,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SECTION.SETTING=VALUE",
+            help="What the others are compared with, where it is not the config itself.",
+            show_default=False,
+        ),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="SECTION.SETTING=VALUE",
+            help="Any setting that does not vary.",
+            show_default=False,
+        ),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Parts that are trained at the same time.")] = 1,
+    use_ray: Annotated[
+        bool, typer.Option("--ray", help="Train the parts as Ray tasks, on a Ray of this machine.")
+    ] = False,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS", help="Of the Ray cluster to use instead.", show_default=False
+        ),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="For all parts at the same time, like 6GiB.  [default: most of what is free]",
+            show_default=False,
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be trained, how long and how large.")
+    ] = False,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the run directory.", show_default=False)
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the run directory.")] = Path("runs"),
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN", help="Train what this sweep has not finished.", show_default=False
+        ),
+    ] = None,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="The result as JSON on stdout.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Errors with a traceback.")] = False,
+) -> None:
+    """Train a grid of settings, and map where training breaks.
+
+    Members that differ in numbers alone share one batched part; parts are sized to memory.
+
+    Example: attnscope sweep --vary attention.scale=inverse_sqrt,none --vary init.gain=0.5,1 --seeds 3
+    """
+    with one_line_errors(debug=debug):
+        from attnscope.cli.resolve import (
+            command_line,
+            config_to_sweep,
+            memory_in_bytes,
+            refuse_with_resume,
+            run_path,
+        )
+        from attnscope.cli.sweeping import plan_of, print_plan, watch_sweep, workers_for
+        from attnscope.cli.tables import print_result
+
+        limit = memory_in_bytes(memory) if memory is not None else None
+        resolved = None
+        if resume is not None:
+            given = {"--vary": vary, "--seeds": seeds, "--baseline": baseline, "--set": settings}
+            unfit = {"--name": name, "--memory": memory, "--dry-run": dry_run}
+            refuse_with_resume(config, {**given, **unfit})
+        else:
+            resolved = config_to_sweep(
+                config,
+                vary=vary or [],
+                seeds=seeds,
+                baseline=baseline or [],
+                settings=settings or [],
+            )
+        with workers_for(jobs, resolved, ray=use_ray, address=ray_address) as workers:
+            if resolved is not None:
+                plan = plan_of(resolved, workers, jobs=jobs, memory_bytes=limit)
+                if dry_run:
+                    print_plan(resolved, plan, as_json=json_output)
+                    return
+                path = run_path(out, name, config.stem if config else "sweep")
+                end = watch_sweep(resolved, plan, path, workers=workers, command=command_line())
+            else:
+                assert resume is not None
+                path = resume
+                end = watch_sweep(None, None, path, workers=workers, command=command_line())
+        print_result(path, as_json=json_output)
+        for failure in end.failures:
+            members = "1 member" if len(failure.members) == 1 else f"{len(failure.members)} members"
+            note(f"error: part {failure.part} ({members}) {failure.reason}; all others are kept.")
+        if end.status != "finished":
+            again = f"attnscope sweep --resume {shlex.quote(str(path))}"
+            note(f"{end.status.capitalize()}. Train what is missing: {again}")
+            raise typer.Exit(1 if end.failures else INTERRUPTED)
 
 
 @app.command()
@@ -257,85 +390,3 @@ def one_line_errors(*, debug: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         note("error: stopped at once; what was recorded before is kept.")
         raise typer.Exit(INTERRUPTED) from None
-
-
-def _resolve(
-    path: Path | None,
-    changes: dict[str, str],
-    settings: list[str],
-    no_scale: bool,
-    no_control: bool,
-) -> "Config":
-    """Config file, then flags, then --set; later ones win. Warnings go to stderr."""
-    from attnscope.config import (
-        Config,
-        apply_changes,
-        load_config,
-        members_of,
-        parse_assignment,
-        warnings_of,
-        with_control,
-        without_control,
-    )
-    from attnscope.errors import ConfigError
-
-    config = load_config(path) if path else Config()
-    if no_control and not no_scale:
-        raise ConfigError(
-            "--no-control has no effect without --no-scale. Add it, or drop the flag."
-        )
-    for key, value in changes.items():
-        config = apply_changes(config, dict([parse_assignment(f"{key}={value}")]), where=_flag(key))
-    for text in settings:
-        config = apply_changes(config, dict([parse_assignment(text)]), where=f"--set {text}")
-    if no_scale:
-        if config.attention.scale == "learned":
-            config = replace(config, attention=replace(config.attention, scale="inverse_sqrt"))
-        config = without_control(config) if no_control else with_control(config)
-    where = str(path) if path else "command line"
-    warnings = [
-        warning
-        for member in members_of(config, where=where)
-        for warning in warnings_of(member.config)
-    ]
-    for warning in dict.fromkeys(warnings):
-        note(f"warning: {warning}.")
-    return config
-
-
-def _flag(key: str) -> str:
-    words = {"clip.threshold": "clip", "init.scheme": "init", "precision.dtype": "precision"}
-    return f"--{words.get(key, key.split('.')[1])}"
-
-
-def _run_path(out: Path, name: str | None, stem: str) -> Path:
-    from attnscope.errors import RunError
-
-    if name is None:
-        from attnscope.train.run import next_run_path
-
-        return next_run_path(out, stem)
-    if name in ("", ".", "..") or "/" in name or "\\" in name or not name.isprintable():
-        raise RunError(
-            f"--name is {name!r}, but must be the name of a folder. Use --out for where it stands."
-        )
-    return out / name
-
-
-def _refuse_with_resume(
-    config: Path | None, no_scale: bool, name: str | None, changed: list[str]
-) -> None:
-    from attnscope.errors import ConfigError
-
-    given = [str(config)] if config else []
-    given += ["--no-scale"] if no_scale else []
-    given += ["--name"] if name else []
-    given += changed
-    if given:
-        raise ConfigError(
-            f"--resume goes on with a run as it was configured, but {given[0]} was given too. Drop one of them."
-        )
-
-
-def _command() -> tuple[str, ...]:
-    return ("attnscope", *sys.argv[1:])

@@ -73,7 +73,9 @@ def watch_training(
 
 
 @contextmanager
-def asked_to_stop(console: Console) -> Iterator[Callable[[], bool]]:
+def asked_to_stop(
+    console: Console, saying: str = "Stopping after this step"
+) -> Iterator[Callable[[], bool]]:
     """Ctrl-C asks the loop to stop after the step, with a checkpoint; a second one stops at once."""
     asked = False
 
@@ -82,7 +84,7 @@ def asked_to_stop(console: Console) -> Iterator[Callable[[], bool]]:
         if asked:
             raise KeyboardInterrupt
         asked = True
-        console.print(Text("Stopping after this step; press Ctrl-C again to stop at once."))
+        console.print(Text(f"{saying}; press Ctrl-C again to stop at once."))
 
     before = {each: signal.signal(each, ask) for each in (signal.SIGINT, signal.SIGTERM)}
     try:

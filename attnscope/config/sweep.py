@@ -112,7 +112,7 @@ def make_sweep(
             value = _checked(axis.key, baseline[axis.key], f"{where}: baseline")
             if value not in axis.values:
                 raise ConfigError(
-                    f"{where}: the baseline has {axis.key} = {shown(value)}, which is none of its values: "
+                    f"{where}: the baseline has {axis.key} = {value_text(value)}, which is none of its values: "
                     f"{', '.join(value_text(each) for each in axis.values[:8])}."
                 )
         chosen_baseline[axis.key] = value
@@ -185,10 +185,16 @@ def arms_of(config: Config) -> tuple[Arm, ...]:
 
 
 def short_names(keys: Iterable[str]) -> dict[str, str]:
-    """Settings without their section where that leaves no doubt: attention.scale -> scale."""
+    """Settings without their section where that leaves no doubt: attention.scale -> scale, optimizer.name -> optimizer."""
     keys = list(keys)
-    counts = Counter(key.split(".")[-1] for key in keys)
-    return {key: key if counts[short := key.split(".")[-1]] > 1 else short for key in keys}
+    short = {key: _short(key) for key in keys}
+    counts = Counter(short.values())
+    return {key: key if counts[short[key]] > 1 else short[key] for key in keys}
+
+
+def _short(key: str) -> str:
+    section, _, name = key.partition(".")
+    return section if name == "name" else name
 
 
 def value_text(value: object) -> str:

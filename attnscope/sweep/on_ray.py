@@ -1,8 +1,8 @@
 """Parts as Ray tasks: on this machine or on a cluster whose nodes all see the run directory under the same path."""
 
+import logging
 from concurrent.futures import Future
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from attnscope.errors import AttnscopeError
@@ -17,14 +17,13 @@ class RayWorkers:
     Invariant: a task runs at most once; what to do about one that dies is decided by whoever submitted it.
     """
 
-    def __init__(self, address: str | None, *, cpus: int, memory_bytes: int, gpus: int) -> None:
+    def __init__(self, address: str | None, *, cpus: int, use_gpus: bool = True) -> None:
         """Connect to a cluster, or start one on this machine where `address` is None.
 
         Args:
             address: as in `ray.init`; "auto" = the cluster that runs here.
             cpus: cores of each task.
-            memory_bytes: of each task; Ray keeps a node from taking more tasks than fit.
-            gpus: of each task.
+            use_gpus: each task gets one, where the cluster has any.
 
         Raises:
             AttnscopeError: ray is not installed or the cluster does not answer.
@@ -35,29 +34,44 @@ class RayWorkers:
             raise AttnscopeError(
                 'ray is not installed. Install it: pip install "attnscope[ray]"'
             ) from None
+        self._ray: Any = ray
+        self._is_ours = not ray.is_initialized()
         try:
-            if not ray.is_initialized():
-                ray.init(address=address, log_to_driver=False, include_dashboard=False)
+            if self._is_ours:
+                ray.init(
+                    address=address or "local",
+                    log_to_driver=False,
+                    include_dashboard=False,
+                    logging_level=logging.ERROR,
+                )
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise AttnscopeError(
                 f"--ray-address {address}: {str(error).splitlines()[0]} Start the cluster first: ray start --head"
             ) from None
-        self._ray: Any = ray
-        # What a task needs is here: its node may have another working directory, and no copy of this module's state.
-        self._task = ray.remote(max_retries=0, num_cpus=cpus, num_gpus=gpus, memory=memory_bytes)(
-            _train_there
-        )
+        gpus = int(use_gpus and self._ray.cluster_resources().get("GPU", 0) >= 1)
+        self._task = ray.remote(max_retries=0, num_cpus=cpus, num_gpus=gpus)(_train_there)
         self._cpus = cpus
+        self._memory_bytes = 0
         self._references: dict[Future[str], Any] = {}
+
+    @property
+    def machines(self) -> int:
+        """Nodes that can train a part."""
+        nodes = [node for node in self._ray.nodes() if node["Alive"]]
+        return max(1, sum(node["Resources"].get("CPU", 0) >= self._cpus for node in nodes))
+
+    def reserve(self, memory_bytes: int) -> None:
+        """Memory that each further task needs: Ray keeps a node from taking more of them than fit."""
+        self._memory_bytes = memory_bytes
 
     def submit(self, path: Path, part: int) -> "Future[str] | None":
         """Hand a part to Ray; None while as many are queued as the cluster can use."""
         active = sum(not future.done() for future in self._references)
-        if active >= WAITING * max(
-            1, int(self._ray.cluster_resources().get("CPU", 1) // self._cpus)
-        ):
+        room = self._ray.cluster_resources().get("CPU", 0) // self._cpus
+        if active >= WAITING * max(1, int(room)):
             return None
-        reference = self._task.remote(str(path.resolve()), part, self._cpus)
+        task = self._task.options(memory=self._memory_bytes)
+        reference = task.remote(str(path.resolve()), part, self._cpus)
         future: Future[str] = reference.future()
         self._references[future] = reference
         return future
@@ -69,9 +83,10 @@ class RayWorkers:
                 self._ray.cancel(reference, force=True)
 
     def close(self) -> None:
-        """Let go of the cluster."""
+        """Let go of the cluster, unless somebody else connected to it."""
         self.stop()
-        self._ray.shutdown()
+        if self._is_ours:
+            self._ray.shutdown()
 
 
 def _train_there(path: str, part: int, cpus: int) -> str:

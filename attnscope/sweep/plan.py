@@ -86,13 +86,16 @@ class Plan:
         return max(free_at)
 
 
-def plan_sweep(members: Sequence[Member], *, jobs: int, memory_bytes: int | None = None) -> Plan:
+def plan_sweep(
+    members: Sequence[Member], *, jobs: int, machines: int = 1, memory_bytes: int | None = None
+) -> Plan:
     """Divide members into parts.
 
     Args:
         members: from `attnscope.config.members_of`, whose parts are the largest that there can be.
-        jobs: parts that are trained at the same time; each gets its share of cores and memory.
-        memory_bytes: for all of them together; None = most of what is free.
+        jobs: parts that a machine trains at the same time; each gets its share of cores and memory.
+        machines: like this one, which is the one that is measured.
+        memory_bytes: of a machine, for all its jobs together; None = most of what is free.
 
     Raises:
         ConfigError: one member alone does not fit, or a config cannot be trained here.
@@ -113,7 +116,9 @@ def plan_sweep(members: Sequence[Member], *, jobs: int, memory_bytes: int | None
                 f"{group[0].name}: one member needs {gib(trials[0].peak_bytes)} of memory, but a part may take "
                 f"{gib(limit)}. Use fewer jobs, a smaller model or a smaller batch."
             )
-        most = min(most, -(-len(group) // jobs))  # nobody waits while another trains all
+        most = min(
+            most, -(-len(group) // (jobs * machines))
+        )  # nobody waits while another trains all
         n_parts = -(-len(group) // most)
         for number in range(n_parts):
             # Parts of nearly equal size.
@@ -133,7 +138,7 @@ def plan_sweep(members: Sequence[Member], *, jobs: int, memory_bytes: int | None
         members=tuple(placed[member.name] for member in members),
         parts=tuple(parts),
         memory_bytes=limit,
-        jobs=jobs,
+        jobs=jobs * machines,
     )
 
 

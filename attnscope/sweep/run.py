@@ -128,18 +128,18 @@ class _Supervisor:
         self._tried_again: set[int] = set()
         self._failures: list[Failure] = []
         self._divided: list[str] = []
+        self._stopping = False
         self._interrupted = False
         self._standings = {part: self._look_at(part) for part in self._steps}
         self._look_at_s = 0.0  # when to look again
 
     def carry_out(self) -> SweepEnd:
         """Work until nothing is left or somebody asked to stop."""
-        stopping = False
-        while self._running or (self._waiting and not stopping):
-            if not stopping and self._should_stop():
-                stopping = True
+        while self._running or (self._waiting and not self._stopping):
+            if not self._stopping and self._should_stop():
+                self._stopping = True
                 self._workers.stop()
-            while self._waiting and not stopping:
+            while self._waiting and not self._stopping:
                 future = self._workers.submit(self._path, self._waiting[0])
                 if future is None:
                     break
@@ -161,6 +161,8 @@ class _Supervisor:
             self._interrupted |= future.result() == "interrupted"
         elif isinstance(error, RunWriteError):
             raise error  # the next part would find the same disk
+        elif self._stopping:
+            self._interrupted = True  # some workers can only be ended from outside
         elif not _is_death(error):
             self._give_up(part, _in_words(error))
         elif part in self._tried_again:
@@ -206,7 +208,8 @@ class _Supervisor:
         self._look_at_s = now + max(LOOK_S, took / LOOK_SHARE)
 
     def _look_at(self, part: int) -> Standing:
-        return standing_of(self._path, part, steps=self._steps.get(part, 0))
+        training = part in self._running.values()
+        return standing_of(self._path, part, steps=self._steps[part], training=training)
 
 
 def _is_death(error: BaseException) -> bool:

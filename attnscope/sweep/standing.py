@@ -18,7 +18,7 @@ class Standing:
         steps_done: by its members that are furthest.
         steps: planned.
         outcomes: status to number of members (`attnscope.runs.outcome` says what the words mean).
-        ended: finished, interrupted or failed; None while it is trained or waits.
+        state: waiting, training, finished, interrupted or failed.
     """
 
     part: int
@@ -26,11 +26,32 @@ class Standing:
     steps_done: int
     steps: int
     outcomes: Mapping[str, int]
-    ended: str | None
+    state: str
+
+    @property
+    def diverged(self) -> int:
+        """Members that diverged so far."""
+        return self.outcomes.get("diverged", 0)
+
+    @property
+    def stalled(self) -> int:
+        """Members that ended without having learned; known at their end only."""
+        return self.outcomes.get("stalled", 0)
+
+    @property
+    def alive(self) -> int:
+        """Members that neither diverged nor stalled so far."""
+        return self.n_members - self.diverged - self.stalled
 
 
-def standing_of(path: Path, part: int, *, steps: int) -> Standing:
-    """Look at one part; `steps` are planned.
+def standing_of(path: Path, part: int, *, steps: int, training: bool) -> Standing:
+    """Look at one part.
+
+    Args:
+        path: of the run.
+        part: its number.
+        steps: planned.
+        training: somebody trains it now; what it may say of an earlier end is out of date.
 
     Raises:
         RunError: the run cannot be opened.
@@ -44,5 +65,5 @@ def standing_of(path: Path, part: int, *, steps: int) -> Standing:
         steps_done=1 + max(last, default=-1),
         steps=steps,
         outcomes=Counter(member.status for member in run.members),
-        ended=str(end["status"]) if end else None,
+        state="training" if training else str(end["status"]) if end else "waiting",
     )

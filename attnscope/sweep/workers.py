@@ -21,6 +21,13 @@ _stop: Event | None = None  # of this process, if it is a worker
 class Workers(Protocol):
     """Trains parts, some at the same time."""
 
+    @property
+    def machines(self) -> int:
+        """How many there are, each taken to be like this one."""
+
+    def reserve(self, memory_bytes: int) -> None:
+        """Say what each part will need."""
+
     def submit(self, path: Path, part: int) -> "Future[str] | None":
         """Begin with a part; None while all are busy."""
 
@@ -43,6 +50,14 @@ class LocalWorkers:
         self._asked_to_stop = self._context.Event()
         self._pools = [self._pool() for _ in range(jobs)]
         self._work: list[Future[str] | None] = [None] * jobs
+
+    @property
+    def machines(self) -> int:
+        """This one."""
+        return 1
+
+    def reserve(self, memory_bytes: int) -> None:
+        """Nothing to do: the plan has divided the memory of this machine among the jobs."""
 
     def submit(self, path: Path, part: int) -> "Future[str] | None":
         """Begin with a part in the first process that is free."""

@@ -53,12 +53,60 @@ CASES = {
     ),
     ("train", "--resume", "nowhere"): "error: nowhere: no such run. List them: attnscope runs",
     ("train", "--resume", "nowhere", "--lr", "1"): (
-        "error: --resume goes on with a run as it was configured, but optimizer.lr was given too. Drop one of "
+        "error: --resume goes on with a run as it was configured, but --lr was given too. Drop one of "
         "them."
     ),
     ("train", "--set", "data.source=missing.txt"): (
         "error: data.source = missing.txt: no such file or folder. Sources: stdlib, markov, recall, modular, or "
         "a path."
+    ),
+    ("sweep",): (
+        "error: sweep: nothing varies. Add settings, for example --vary attention.scale=inverse_sqrt,none, or "
+        "--seeds 5."
+    ),
+    ("sweep", "--vary", "init.gain"): (
+        "error: --vary init.gain: write section.setting=value,value,... for example init.gain=0.5,1,2."
+    ),
+    ("sweep", "--vary", "init.gian=1,2"): (
+        'error: --vary init.gian=1,2: [init] has no setting "gian". Did you mean gain? Settings: scheme, gain, '
+        "qk_gain, std, embedding_std."
+    ),
+    ("sweep", "--vary", "init.gain=1,2", "--vary", "init.gain=3"): (
+        "error: --vary init.gain was given twice. Put all its values into one list."
+    ),
+    ("sweep", "--vary", "init.gain=1,2", "--set", "init.gain=3"): (
+        "error: --set init.gain: init.gain varies in this sweep. Drop it, or give --vary init.gain with that one "
+        "value."
+    ),
+    ("sweep", "--vary", "optimizer.lr=log:0:1:3"): (
+        'error: --vary optimizer.lr=log:0:1:3: optimizer.lr is "log:0:1:3", but equal ratios need LOW above 0. '
+        "Write log:LOW:HIGH:COUNT or lin:LOW:HIGH:COUNT."
+    ),
+    ("sweep", "--vary", "train.seed=1,2"): (
+        "error: --vary train.seed=1,2: train.seed is what seeds are for. Use --seeds, or seeds in [sweep]."
+    ),
+    ("sweep", "--vary", "init.gain=1,2", "--seeds", "0"): (
+        "error: sweep: seeds is 0, but must be a whole number, at least 1, or a list of different ones."
+    ),
+    ("sweep", "--vary", "init.gain=1,2", "--baseline", "init.gain=3"): (
+        "error: sweep: the baseline has init.gain = 3, which is none of its values: 1, 2."
+    ),
+    ("sweep", "--vary", "init.gain=1,2", "--baseline", "optimizer.lr=3"): (
+        'error: sweep: the baseline sets "optimizer.lr", which does not vary. Varied: init.gain.'
+    ),
+    ("sweep", "--vary", "model.d_model=64,65"): (
+        "error: command line: arm d_model=65: model.n_heads is 2, which does not divide model.d_model = 65. Use 1, 5, "
+        "13 or 65, or set model.d_head."
+    ),
+    ("sweep", "--vary", "init.gain=1,2", "--memory", "much"): (
+        "error: --memory is 'much', but must be a size like 6GiB or 512MiB."
+    ),
+    ("sweep", "--resume", "nowhere"): "error: nowhere: no such run. List them: attnscope runs",
+    ("sweep", "--resume", "nowhere", "--vary", "init.gain=1,2"): (
+        "error: --resume goes on with a run as it was configured, but --vary was given too. Drop one of them."
+    ),
+    ("sweep", "--vary", "init.gain=lin:1:2:100", "--seeds", "101"): (
+        "error: sweep: 100 cells x 101 seeds are 10100 members, but at most 10000 fit a run. Vary less."
     ),
     ("report", "nowhere"): "error: nowhere: no such run. List them: attnscope runs",
     ("diagnose", "nowhere"): "error: nowhere: no such run. List them: attnscope runs",
