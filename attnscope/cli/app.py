@@ -285,7 +285,7 @@ def report(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Errors with a traceback.")] = False,
 ) -> None:
-    """Write the report of a run: Markdown and figures.
+    """Write the report of a run: one HTML file, Markdown, figures, findings.
 
     It is made from the run directory alone: a run that is still training, was killed, or was sent by somebody else
     will do.

@@ -25,22 +25,14 @@ def print_findings(path: Path, *, as_json: bool) -> frozenset[str]:
     Returns:
         The kinds of the findings.
     """
-    from attnscope.diagnose import RULES, diagnose, to_table
-    from attnscope.runs.layout import to_json
+    from attnscope.diagnose import RULES, diagnose, findings_json
     from attnscope.runs.reader import open_run
 
     run = open_run(path)
     findings = diagnose(run)
     kinds = frozenset(str(finding.kind) for finding in findings)
     if as_json:
-        said = {
-            "run": str(path),
-            "status": run.status,
-            "rules": [rule.__name__ for rule in RULES],
-            "findings": [to_table(finding) for finding in findings],
-            "lost": run.lost,
-        }
-        typer.echo(to_json(said, indent=1))
+        typer.echo(findings_json(run, findings))
         return kinds
     console = Console(highlight=False)
     for finding in findings:

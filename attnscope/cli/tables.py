@@ -15,9 +15,17 @@ from rich.text import Text
 from attnscope.report.numbers import number
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from attnscope.bench.overhead import Overhead
+    from attnscope.report.blocks import Table as TableBlock
+    from attnscope.report.compare import Comparison
     from attnscope.report.contents import Contents
+    from attnscope.report.verdict import MemberRow
     from attnscope.runs.reader import Run
+
+MOST_MEMBERS = 40  # rows of a table on a terminal
+MOST_CELLS = 24
 
 STYLES = {
     "trained": "green",
@@ -40,19 +48,69 @@ def print_result(path: Path, *, as_json: bool) -> None:
 
     run = open_run(path)
     found = contents(run)
-    report = write_report(run)
+    report = write_report(run, found)
     if as_json:
         said = {
             "run": str(path),
             "status": run.status,
             "members": [asdict(member) for member in found.members],
             "verdict": list(found.verdict),
+            "cells": _cells(found.comparison) if found.comparison else None,
             "reference": run.data.get("reference"),
             "report": str(report),
         }
         typer.echo(json.dumps(_strict(said), indent=1))
         return
     console = Console(highlight=False)
+    if found.comparison is not None:
+        print_comparison(console, found.comparison)
+    else:
+        _print_members(console, found.members)
+    for sentence in found.verdict:
+        console.print(Text(sentence))
+    for lost in run.lost:
+        typer.echo(f"warning: {lost}", err=True)
+    console.print()
+    console.print(Text(f"Report: {report}"))
+    console.print(Text(f"Next:   {_next_command(run, found)}"))
+
+
+def print_comparison(console: Console, found: "Comparison") -> None:
+    """Print what single settings do, learning rates, and the cells, where these are few."""
+    from attnscope.report.sweeps import cell_table, change_table, lr_table
+
+    tables = [change_table(found), lr_table(found)]
+    if len(found.cells) <= MOST_CELLS:
+        tables.append(cell_table(found))
+    for table in tables:
+        if table is not None:
+            print_block(console, table)
+            console.print()
+    if len(found.cells) > MOST_CELLS:
+        console.print(Text(f"All {len(found.cells)} cells are in the report."))
+        console.print()
+
+
+def print_block(console: Console, block: "TableBlock") -> None:
+    """A table of a report on a terminal."""
+    gap = 1 if console.width < 100 else 2
+    table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold")
+    for place, title in enumerate(block.titles):
+        if place < block.words:
+            table.add_column(Text(title), overflow="fold")
+        else:
+            table.add_column(Text(title), justify="right", no_wrap=True)
+    for row in block.rows:
+        cells = [Text(cell) for cell in row]
+        for cell in cells[: block.words]:
+            cell.highlight_regex(r"\btrained\b|\brescues\b", "green")
+            cell.highlight_regex(r"\bdiverged\b|\bbreaks\b", "red")
+            cell.highlight_regex(r"\bstalled\b|\bhides\b|\bstalls\b", "yellow")
+        table.add_row(*cells)
+    console.print(table)
+
+
+def _print_members(console: Console, members: "Sequence[MemberRow]") -> None:
     gap = 1 if console.width < 100 else 2
     table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold")
     table.add_column("member", overflow="fold")
@@ -61,7 +119,7 @@ def print_result(path: Path, *, as_json: bool) -> None:
         table.add_column(title, justify="right", no_wrap=True)
     for title in ("entropy", "max_prob", "max_logit"):
         table.add_column(title, justify="right", no_wrap=True)
-    for member in found.members:
+    for member in members[:MOST_MEMBERS]:
         table.add_row(
             Text(member.name),
             Text(member.status, style=STYLES.get(member.status, "")),
@@ -75,14 +133,28 @@ def print_result(path: Path, *, as_json: bool) -> None:
             _from_to(member.start.max_logit, member.end.max_logit),
         )
     console.print(table)
+    if len(members) > MOST_MEMBERS:
+        console.print(Text(f"and {len(members) - MOST_MEMBERS} more in the report"))
     console.print()
-    for sentence in found.verdict:
-        console.print(Text(sentence))
-    for lost in run.lost:
-        typer.echo(f"warning: {lost}", err=True)
-    console.print()
-    console.print(Text(f"Report: {report}"))
-    console.print(Text(f"Next:   {_next_command(run, found)}"))
+
+
+def _cells(found: "Comparison") -> list[dict[str, object]]:
+    """Cells as JSON has them."""
+    effects = {change.cell.name: change.effect for change in found.changes}
+    differences = {each.cell: each for each in found.differences}
+    return [
+        {
+            "cell": cell.name,
+            "settings": dict(cell.settings),
+            "outcomes": dict(cell.outcomes),
+            "final_losses": list(cell.final_losses),
+            "diverged_at": list(cell.diverged_at),
+            "is_baseline": cell is found.baseline,
+            "effect_of_single_change": effects.get(cell.name),
+            "difference": asdict(differences[cell.name]) if cell.name in differences else None,
+        }
+        for cell in found.cells
+    ]
 
 
 def _next_command(run: "Run", found: "Contents") -> str:

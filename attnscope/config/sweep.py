@@ -24,7 +24,7 @@ from attnscope.errors import ConfigError
 
 MAX_MEMBERS = 10_000
 MAX_VALUES = 1_000  # along one axis
-MAX_NAME = 60  # characters of a member's name, which tables and legends must hold
+MAX_NAME = 80  # characters of a member's name, which tables and legends must hold
 DIGITS = 4  # significant ones, of the values that a range gives
 SEED = "train.seed"
 

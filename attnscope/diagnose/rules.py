@@ -1,10 +1,11 @@
 """Every rule, causes before symptoms, and the one function that asks them all."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from attnscope.diagnose.causes import applied_scale, clipping_always_on, saturated_at_start
-from attnscope.diagnose.finding import Finding
+from attnscope.diagnose.finding import Finding, to_table
 from attnscope.diagnose.symptoms import loss_explosion, loss_spike, nonfinite, stalled
+from attnscope.runs.layout import to_json
 from attnscope.runs.reader import Run
 
 Rule = Callable[[Run], Finding | None]
@@ -23,3 +24,15 @@ RULES: tuple[Rule, ...] = (
 def diagnose(run: Run) -> tuple[Finding, ...]:
     """What every rule finds in a run, causes first; one that is still training is judged by what it has recorded."""
     return tuple(finding for rule in RULES if (finding := rule(run)) is not None)
+
+
+def findings_json(run: Run, findings: Sequence[Finding]) -> str:
+    """What was looked for and what was found, for machines."""
+    said = {
+        "run": run.name,
+        "status": run.status,
+        "rules": [rule.__name__ for rule in RULES],
+        "findings": [to_table(finding) for finding in findings],
+        "lost": run.lost,
+    }
+    return to_json(said, indent=1)

@@ -119,10 +119,10 @@ class SingleChange:
 EFFECTS = {
     "rescues": "every member trains",
     "hides": "nothing diverges any more, but not every member learns: final losses above the unigram loss",
-    "helps": "fewer members diverge, not none",
-    "does not help": "as many members diverge as before",
+    "helps": "fewer members diverge or more train, not all do",
+    "does not help": "no fewer members diverge, and no more train",
     "stalls": "the baseline trains; with the change members end above the unigram loss",
-    "breaks": "the baseline trains; with the change members diverge",
+    "breaks": "with the change members diverge that did not",
     "keeps": "the baseline trains, and so does every member with the change",
 }
 
@@ -226,13 +226,13 @@ def compare(
     )
 
 
-def baseline_of(run: Run) -> dict[str, str]:
-    """The baseline that a run's own sweep names."""
+def baseline_of(run: Run) -> dict[str, str] | None:
+    """The baseline that a run's own sweep names; None where it has no sweep, or none that can be understood."""
     try:
         sweep = run.config.sweep
     except RunError:
-        return {}
-    return {key: _shown(value) for key, value in sweep.baseline.items()} if sweep else {}
+        return None
+    return {key: _shown(value) for key, value in sweep.baseline.items()} if sweep else None
 
 
 def outcome_text(cell: Cell) -> str:
@@ -330,11 +330,12 @@ def effect_of(cell: Cell, baseline: Cell) -> str:
         return "breaks" if share_after else "stalls" if after["stalled"] else "keeps"
     if set(after) == {"trained"}:
         return "rescues"
-    if not share_before:  # the baseline stalls
-        return "breaks" if share_after else "does not help"
-    if not share_after:
+    if share_before and not share_after:
         return "hides"
-    return "helps" if share_after < share_before else "does not help"
+    if share_after > share_before:
+        return "breaks"
+    more_train = after["trained"] / after.total() > before["trained"] / before.total()
+    return "helps" if more_train or share_after < share_before else "does not help"
 
 
 def _lr_arms(cells: Sequence[Cell], axes: Mapping[str, Sequence[str]]) -> tuple[LrArm, ...]:

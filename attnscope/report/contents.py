@@ -6,6 +6,7 @@ Shape key: N rows, S steps.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,8 +14,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from attnscope.config import SETTINGS, get_setting
+from attnscope.config import SETTINGS, Config, get_setting
+from attnscope.diagnose import Finding, diagnose
+from attnscope.diagnose.by_member import configs_of
 from attnscope.errors import RunError
+from attnscope.report.compare import Comparison, baseline_of, compare, subjects_of
+from attnscope.report.series import rows_of_member
+from attnscope.report.sweeps import sentence_on
 from attnscope.report.verdict import MemberRow, Softmax, verdict_of
 from attnscope.runs.foreign import printable
 from attnscope.runs.layout import to_json
@@ -83,6 +89,8 @@ class Contents:
         rows: query rows measured per head and step, the smallest and the largest number; None if nothing was.
         environment: versions and device, as texts.
         data: fingerprint of what was trained on, as texts.
+        findings: what the rules found, causes first.
+        comparison: cells of a sweep; None where the run has none.
         lost: what could not be read.
     """
 
@@ -101,6 +109,8 @@ class Contents:
     rows: tuple[int, int] | None
     environment: Mapping[str, str]
     data: Mapping[str, str]
+    findings: tuple[Finding, ...]
+    comparison: Comparison | None
     lost: tuple[str, ...]
 
 
@@ -144,12 +154,14 @@ def contents(run: Run) -> Contents:
     )
     differing = _differing(run)
     members = tuple(_members(run, evaluations, generations, differing))
+    swept = baseline_of(run)
+    comparison = None if swept is None else compare(subjects_of(run, members), baseline=swept)
     return Contents(
         name=run.name,
         status=run.status,
         created=run.created,
         command=printable(" ".join(run.command), 400),
-        verdict=verdict_of(members, differing),
+        verdict=_verdict(members, differing, comparison),
         members=members,
         differing=differing,
         reference=_reference(run),
@@ -160,14 +172,10 @@ def contents(run: Run) -> Contents:
         rows=_rows(run.heads),
         environment=_texts(run.environment),
         data=_texts(run.data.get("fingerprint")),
+        findings=diagnose(run),
+        comparison=comparison,
         lost=tuple(printable(note, 400) for note in run.lost),
     )
-
-
-def rows_of_member(table: "pd.DataFrame", name: str) -> NDArray[np.int64]:
-    """Where the rows of a member stand in a table, (N,)."""
-    code = table["member"].cat.categories.get_loc(name)
-    return np.flatnonzero(table["member"].cat.codes.to_numpy() == code)
 
 
 def _members(
@@ -181,6 +189,7 @@ def _members(
     for each in evaluations:  # the first of a member is at the length it was trained with
         shortest.setdefault(each.member, each)
     rows = []
+    configs = configs_of(run)
     for place, member in enumerate(run.members):
         start, end = _first_and_last(run.heads, member.name)
         evaluation = shortest.get(member.name)
@@ -196,12 +205,31 @@ def _members(
                 val_loss=evaluation.val_loss if evaluation else _last_val_loss(run, member),
                 prefix_loss=prefix_loss.get(member.name),
                 unigram=run.unigram_of(member.part),
+                theory_std=_theory_std(configs[place]),
                 start=start,
                 end=end,
                 settings={key: values[place] for key, values in differing.items()},
             )
         )
     return rows
+
+
+def _verdict(
+    members: Sequence[MemberRow],
+    differing: Mapping[str, Sequence[str]],
+    comparison: Comparison | None,
+) -> tuple[str, str]:
+    outcomes, attention = verdict_of(members, differing)
+    compared = None if comparison is None else sentence_on(comparison)
+    return outcomes, compared or attention
+
+
+def _theory_std(config: Config | None) -> float | None:
+    if config is None:
+        return None
+    rule, root = config.attention.scale, math.sqrt(config.d_head)
+    named = {"inverse_sqrt": 1.0, "depth": 1.0, "inverse": 1 / root, "none": root, "learned": None}
+    return named[rule] if isinstance(rule, str) else float(rule) * root
 
 
 def _last_val_loss(run: Run, member: MemberRecord) -> float | None:

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import pandas as pd
 
+    from attnscope.runs.reader import Run
+
 POINTS = 1000
 CELLS = 300  # of a heat map, along the steps
 
@@ -34,14 +36,27 @@ class Heat:
     values: Array
 
 
-def thinned(steps: Array, values: Array) -> tuple[Array, Array]:
-    """A curve of at most about 2 x POINTS points: the smallest and the largest finite value of each bin, in order.
+def rows_of_member(table: "pd.DataFrame", name: str) -> NDArray[np.int64]:
+    """Where the rows of a member stand in a table, (N,)."""
+    code = table["member"].cat.categories.get_loc(name)
+    return np.flatnonzero(table["member"].cat.codes.to_numpy() == code)
+
+
+def curve_of(run: "Run", name: str, column: str) -> tuple[Array, Array]:
+    """Steps of a member and one of its columns of the steps table, (N,) each."""
+    rows_N = rows_of_member(run.steps, name)
+    steps = run.steps["step"].to_numpy()[rows_N].astype(np.float64)
+    return steps, run.steps[column].to_numpy()[rows_N].astype(np.float64)
+
+
+def thinned(steps: Array, values: Array, *, points: int = POINTS) -> tuple[Array, Array]:
+    """A curve of at most about 2 x `points` points: the smallest and the largest finite value of each bin, in order.
 
     A curve that is short enough comes back as it is, NaN included.
     """
-    if len(steps) <= 2 * POINTS:
+    if len(steps) <= 2 * points:
         return steps, values
-    bounds = np.linspace(0, len(steps), POINTS + 1).astype(np.int64)
+    bounds = np.linspace(0, len(steps), points + 1).astype(np.int64)
     keep = []
     for low, high in itertools.pairwise(bounds.tolist()):
         inside = values[low:high]
@@ -65,17 +80,45 @@ def largest_per_step(steps_N: Array, values_N: Array) -> tuple[Array, Array]:
 
 def heat(heads: "pd.DataFrame", rows_N: NDArray[np.int64], column: str) -> Heat | None:
     """The mean of a column per layer, head and bin of steps; None where nothing was recorded."""
-    if not len(rows_N):
-        return None
-    step_N = heads["step"].to_numpy()[rows_N].astype(np.int64)
     key_N = heads["layer"].to_numpy()[rows_N].astype(np.int64) << 16
     key_N += heads["head"].to_numpy()[rows_N]
+    found = heat_of(heads, rows_N, column, key_N)
+    if found is None:
+        return None
+    keys_G, edges, values = found
+    labels = tuple(f"{key >> 16}.{key & 0xFFFF}" for key in keys_G)
+    return Heat(labels=labels, edges=edges, values=values)
+
+
+def heat_of(
+    table: "pd.DataFrame",
+    rows_N: NDArray[np.int64],
+    column: str,
+    key_N: NDArray[np.int64],
+    *,
+    cells: int = CELLS,
+) -> tuple[list[int], Array, Array] | None:
+    """The mean of a column per key and bin of steps; None where nothing was recorded.
+
+    Args:
+        table: any with steps.
+        rows_N: of it.
+        column: whose finite values count.
+        key_N: what makes a line of the heat map, of each of the rows.
+        cells: bins at most.
+
+    Returns:
+        The keys, ascending; the steps between which the bins lie, (bins + 1,); the means, (G, bins).
+    """
+    if not len(rows_N):
+        return None
+    step_N = table["step"].to_numpy()[rows_N].astype(np.int64)
     keys_G, line_N = np.unique(key_N, return_inverse=True)
     first, last = int(step_N.min()), int(step_N.max())
-    n_bins = min(CELLS, last - first + 1)
+    n_bins = min(cells, last - first + 1)
     bin_N = (step_N - first) * n_bins // (last - first + 1)
     cell_N = line_N * n_bins + bin_N
-    value_N = heads[column].to_numpy()[rows_N].astype(np.float64)
+    value_N = table[column].to_numpy()[rows_N].astype(np.float64)
     finite_N = np.isfinite(value_N)
     size = len(keys_G) * n_bins
     counts = np.bincount(cell_N[finite_N], minlength=size)
@@ -87,8 +130,4 @@ def heat(heads: "pd.DataFrame", rows_N: NDArray[np.int64], column: str) -> Heat 
         ~recorded
     ):  # record.every > 1: show the last measurement until the next
         values[:, gap] = values[:, gap - 1]
-    return Heat(
-        labels=tuple(f"{key >> 16}.{key & 0xFFFF}" for key in keys_G.tolist()),
-        edges=np.linspace(first, last + 1, n_bins + 1),
-        values=values,
-    )
+    return keys_G.tolist(), np.linspace(first, last + 1, n_bins + 1), values

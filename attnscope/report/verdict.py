@@ -41,6 +41,8 @@ class MemberRow:
         val_loss: held-out, at the length it was trained with.
         prefix_loss: held-out, where no token that is to be predicted is seen; None where it was not measured.
         unigram: loss of predicting from token frequencies alone, on this member's data; None = unknown.
+        theory_std: scale * sqrt(d_head) of layer 0: logit_std where q and k have entries of mean 0 and variance 1; None =
+            unknown, or learned.
         start: attention at the first step measured.
         end: attention at the last step measured at which it was still finite.
         settings: those in which members differ.
@@ -56,6 +58,7 @@ class MemberRow:
     val_loss: float | None
     prefix_loss: float | None
     unigram: float | None
+    theory_std: float | None
     start: Softmax
     end: Softmax
     settings: Mapping[str, str]

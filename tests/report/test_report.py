@@ -12,10 +12,12 @@ import pytest
 from matplotlib.image import imread
 
 import attnscope
+from attnscope.diagnose import diagnose
 from attnscope.errors import RunError, RunWriteError
 from attnscope.report import write_report
 from attnscope.report.contents import MOST_EVENTS, contents
-from attnscope.report.figures import MOST_LINES, MOST_MAPS, draw_figures
+from attnscope.report.figures import draw_figures
+from attnscope.report.figures.attention import MOST_MAPS
 from attnscope.report.markdown import escaped
 from attnscope.runs.reader import open_run
 from tests.runs.made_up import columns, fill, new_run
@@ -25,6 +27,9 @@ TINY = {
     "data": {"source": "markov", "batch_size": 2},
     "train": {"steps": 3},
 }
+DRAWN = {
+    "loss", "attention", "max_logit", "logit_std", "gradients", "group_gradients", "update_ratio", "activations",
+}  # fmt: skip
 HOSTILE = "<img src=x onerror=alert(1)>|`$x_$ [a](http://b) www.c.d \x1b[31m\u202e"
 
 
@@ -52,6 +57,10 @@ def made(path, steps=range(5), **changes):
     return writer
 
 
+def markdown(run):
+    return (write_report(run).parent / "report.md").read_text()
+
+
 def test_members_of_an_exploded_run(exploded):
     hot, cold = contents(exploded).members
     assert (hot.status, hot.nonfinite_at) == ("diverged", exploded.members[0].nonfinite_at)
@@ -74,20 +83,31 @@ def test_members_of_an_exploded_run(exploded):
 
 def test_the_report_has_what_a_reader_looks_for(exploded):
     place = write_report(exploded)
-    assert place == exploded.path / "report" / "report.md"
-    text = place.read_text()
-    for title in (
-        "Members", "What differs", "Loss", "Attention", "Attention logits", "Gradients", "Events",
-        "Held-out loss at the end", "What cold writes", "How it was made", "Definitions",
-    ):  # fmt: skip
-        assert f"\n## {title}\n" in text, title
+    assert place == exploded.path / "report" / "report.html"
+    text = (place.parent / "report.md").read_text()
+    titles = [
+        "What was seen", "Findings", "What differs", "Members", "Layers and heads", "Gradients and clipping", "Events",
+        "Held-out loss at the end", "What they write", "How it was made", "Definitions",
+    ]  # fmt: skip
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == titles
+    assert "### What cold writes" in text
     assert "| hot | none | 3 |" in text
     assert "loss not finite" in text and "unigram loss | " in text
-    assert "| `entropy_ratio` | mean of entropy / ln n" in text
+    assert r"| entropy\_ratio | mean of entropy / ln n" in text
+    assert "### Cause: Attention logits are not scaled" in text
     for name in re.findall(r"\]\((.*?\.png)\)", text):
         picture = imread(place.parent / name)
         assert picture.shape[1] > 800 and picture.std() > 0.05, f"{name} is empty"
-    assert len(list((place.parent / "figures").iterdir())) == 4
+    drawn = {path.name for path in (place.parent / "figures").iterdir()}
+    assert drawn == {f"{name}.{suffix}" for name in DRAWN for suffix in ("png", "svg")}
+
+
+def test_findings_json_is_what_diagnose_says(exploded):
+    found = json.loads((write_report(exploded).parent / "findings.json").read_text())
+    assert [each["rule"] for each in found["findings"]] == [
+        each.rule for each in diagnose(exploded)
+    ]
+    assert "applied_scale" in {each["rule"] for each in found["findings"]}
 
 
 def test_the_same_run_gives_the_same_bytes(exploded):
@@ -99,11 +119,11 @@ def test_the_same_run_gives_the_same_bytes(exploded):
 
     first = everything()
     assert first == everything()
-    assert len(first) == 5
+    assert len(first) == 3 + 2 * len(DRAWN)
 
 
 def test_tables_of_a_report_are_tables(exploded):
-    text = write_report(exploded).read_text()
+    text = markdown(exploded)
     for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
         widths = {len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}
         assert len(widths) == 1, block
@@ -118,7 +138,7 @@ def test_a_run_that_was_killed_early_is_reported(tmp_path, recorded):
     (tmp_path / "r" / "part-0000" / "end.json").unlink()
     for path in (tmp_path / "r" / "part-0000").iterdir():
         os.utime(path, (1, 1))  # long ago: not running any more
-    text = write_report(open_run(tmp_path / "r")).read_text()
+    text = markdown(open_run(tmp_path / "r"))
     assert "nan" not in text.split("## Definitions")[0]
     assert ("recorded nothing (killed)" in text) is ("steps" not in recorded)
     assert ("was killed after step 0" in text) is ("steps" in recorded)
@@ -139,7 +159,7 @@ def test_a_run_of_nothing_but_nan_is_reported(tmp_path):
     part.finish("finished")
     run = open_run(tmp_path / "r")
     assert [m.status for m in contents(run).members] == ["diverged", "diverged"]
-    assert "became non-finite at step 0" in write_report(run).read_text()
+    assert "became non-finite at step 0" in markdown(run)
 
 
 KEYS = ("step", "member", "layer", "head", "rows", "rows_left_out", "tokens", "nonfinite")
@@ -179,13 +199,13 @@ def test_names_and_values_of_strangers_stay_text(tmp_path):
         ):
             file.write(json.dumps(each) + "\n")
     run = open_run(tmp_path / "r")
-    text = write_report(run).read_text()
+    text = markdown(run)
     assert text.isprintable() or all(letter == "\n" or letter.isprintable() for letter in text)
     outside = [line for line in text.splitlines() if not line.startswith("    ")]
     assert not [line for line in outside if re.search(r"(?<!\\)<", line)], "HTML"
     assert not [line for line in outside if re.search(r"(?<!\\)\]\((?!figures/)", line)], "a link"
     assert not re.search(r"(?<!\\)`\$", "\n".join(outside))
-    assert len(text) < 60_000
+    assert len(text) < 80_000
 
 
 def test_escaped_text_keeps_its_letters():
@@ -204,16 +224,15 @@ def test_events_are_limited_and_counted(tmp_path):
     found = contents(open_run(tmp_path / "r"))
     assert (len(found.events), found.events_left_out) == (MOST_EVENTS, 7)
     assert found.events[3].what == '{"what": 3}' and found.events[3].member == ""
-    assert "7 more events" in write_report(open_run(tmp_path / "r")).read_text()
+    assert "7 more events" in markdown(open_run(tmp_path / "r"))
 
 
 def test_many_members_are_reported_and_figures_say_which(tmp_path):
     arms = [{"name": f"s{i}", "train": {"seed": i}} for i in range(20)]
     run = attnscope.train_model(TINY | {"arm": arms}, path=tmp_path / "r")
-    text = write_report(run).read_text()
+    text = markdown(run)
     assert text.count("| s1") >= 11
-    assert f"The first {MOST_LINES} of 20 members are shown." in text
-    assert f"The first {MOST_MAPS} of 20 members are shown." in text
+    assert f"{MOST_MAPS} of 20 members are shown: the first of each outcome." in text
 
 
 def test_a_figure_of_an_earlier_report_does_not_stay(tmp_path):

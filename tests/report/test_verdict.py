@@ -24,6 +24,7 @@ def member(name="a", status="trained", **changes):
         val_loss=3.1,
         prefix_loss=None,
         unigram=None,
+        theory_std=None,
         start=FLAT,
         end=replace(FLAT, step=299, max_prob=0.6, max_logit=34),
         settings={},

@@ -11,8 +11,11 @@ from attnscope.runs.writer import PartWriter, RunWriter
 GROUPS = ("embedding", "q", "k")
 
 
-def new_run(path: Path, *, twins: bool = True, unigram: object = 3.0) -> RunWriter:
-    config = with_control(Config()) if twins else Config()
+def new_run(
+    path: Path, *, twins: bool = True, unigram: object = 3.0, config: Config | None = None
+) -> RunWriter:
+    if config is None:
+        config = with_control(Config()) if twins else Config()
     return RunWriter.create(
         path,
         command=["attnscope", "train", "--no-scale"],
@@ -23,9 +26,11 @@ def new_run(path: Path, *, twins: bool = True, unigram: object = 3.0) -> RunWrit
     )
 
 
-def columns(table: str, steps, *, members=(0,), value: float = 1.0, seed: int = 0):
-    """All columns of a table, one row per step, member and (heads: 2 layers x 2 heads; params: 3 groups)."""
-    each = {"steps": 1, "heads": 4, "params": len(GROUPS)}[table]
+def columns(
+    table: str, steps, *, members=(0,), value: float = 1.0, seed: int = 0, n_layers=2, n_heads=2
+):
+    """All columns of a table, one row per step, member and (heads: layer and head; params: group of 3)."""
+    each = {"steps": 1, "heads": n_layers * n_heads, "params": len(GROUPS)}[table]
     steps = np.asarray(steps)
     n = len(steps) * len(members) * each
     noise = np.random.default_rng(seed).normal(size=(len(COLUMNS[table]), n))
@@ -34,7 +39,7 @@ def columns(table: str, steps, *, members=(0,), value: float = 1.0, seed: int = 
     made["member"] = np.tile(np.repeat(np.array(members), each), len(steps))
     places = np.arange(n) % each
     if table == "heads":
-        made |= {"layer": places // 2, "head": places % 2}
+        made |= {"layer": places // n_heads, "head": places % n_heads}
     if table == "params":
         made |= {
             "layer": np.minimum(places, 1) - 1,

@@ -1,0 +1,272 @@
+"""Puts a report in order: the sections of a document, from its contents and figures."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from attnscope.diagnose import Evidence, Finding
+from attnscope.report.blocks import Block, Figure, Heading, Lines, Notes, Paragraph, Section, Table
+from attnscope.report.contents import Contents, Generation
+from attnscope.report.numbers import number
+from attnscope.report.sweeps import comparison_blocks
+from attnscope.report.verdict import Softmax
+from attnscope.runs.layout import COLUMNS
+
+EVIDENCE = ("phase", "matrix", "loss_by_lr", "loss")  # figures that carry the verdict
+DETAIL = ("attention", "max_logit", "logit_std", "activations")
+GRADIENTS = ("gradients", "group_gradients", "update_ratio")
+MOST_MEMBERS = 2000  # rows of a table of members
+
+# The formulas behind the columns, beside the words that `attnscope.runs.layout` has for them.
+FORMULAS = {
+    "entropy": "mean over rows of -Σ p ln p",
+    "entropy_ratio": "mean over rows of (-Σ p ln p) / ln n",
+    "max_prob": "mean over rows of max p",
+    "saturated": "share of rows with max p > 0.99",
+    "logit_std": "√ mean over rows of var(s), s = scale · q·k",
+    "max_logit": "max s, s = scale · q·k + bias",
+    "max_logit_bound": "scale · max |q| · max |k|",
+    "logits_over_5": "share of s with |s - mean(s)| > 5",
+    "softmax_gain": "mean over rows of 1 - Σ p²",
+    "sink": "mean over rows of p on the first visible key",
+    "loss": "mean of -ln p(target)",
+    "grad_norm": "‖g‖₂",
+    "update_ratio": "‖Δw‖₂ / ‖w‖₂",
+    "token_cosine": "mean over pairs of tokens of cos(h, h′)",
+    "log_z": "mean of ln Σ exp(z)",
+}
+
+
+def document_of(found: Contents, figures: Sequence[Figure]) -> tuple[Section, ...]:
+    """The report, section by section, without those that would be empty."""
+    named = {figure.name: figure for figure in figures}
+    known = {*EVIDENCE, *DETAIL, *GRADIENTS}
+    others = [figure.name for figure in figures if figure.name not in known]
+
+    def drawn(names: Iterable[str]) -> list[Block]:
+        return [named[name] for name in names if name in named]
+
+    sections = (
+        Section(key="evidence", title="What was seen", blocks=drawn(EVIDENCE)),
+        Section(
+            key="comparison",
+            title="Which setting does what",
+            blocks=comparison_blocks(found.comparison) if found.comparison else [],
+        ),
+        Section(key="findings", title="Findings", blocks=_findings(found.findings)),
+        Section(key="differing", title="What differs", blocks=_differing(found)),
+        Section(key="members", title="Members", blocks=[_members(found)]),
+        Section(key="detail", title="Layers and heads", blocks=drawn([*DETAIL, *others])),
+        Section(key="gradients", title="Gradients and clipping", blocks=drawn(GRADIENTS)),
+        Section(key="events", title="Events", blocks=_happenings(found)),
+        Section(key="evaluations", title="Held-out loss at the end", blocks=_evaluations(found)),
+        Section(
+            key="generations",
+            title="What they write",
+            blocks=[block for each in found.generations for block in _generation(each)],
+        ),
+        Section(key="how", title="How it was made", blocks=[_how(found)]),
+        Section(
+            key="lost",
+            title="What could not be read",
+            blocks=[Notes(items=found.lost[:50])] if found.lost else [],
+        ),
+        Section(key="definitions", title="Definitions", blocks=_definitions(found)),
+    )
+    return tuple(section for section in sections if section.blocks)
+
+
+def _findings(findings: Sequence[Finding]) -> list[Block]:
+    blocks: list[Block] = []
+    for finding in findings:
+        blocks += [
+            Heading(text=f"{finding.kind.capitalize()}: {finding.title}"),
+            Paragraph(text=finding.summary),
+        ]
+        if finding.evidence:
+            blocks.append(_evidence(finding.evidence, finding.evidence_left_out))
+        blocks.append(Notes(items=(f"Try: {finding.remedy}", f"Source: {finding.source}")))
+    return blocks
+
+
+def _evidence(evidence: Sequence[Evidence], left_out: int) -> Table:
+    """Without columns in which nothing applies."""
+    places = ("step", "layer", "head", "group")
+    used = [place for place in places if any(getattr(each, place) is not None for each in evidence)]
+    return Table(
+        titles=("member", "quantity", *used, "value", "compared with"),
+        rows=tuple(
+            (
+                each.member,
+                each.quantity,
+                *(_place(getattr(each, place)) for place in used),
+                _value(each.value),
+                _value(each.threshold),
+            )
+            for each in evidence
+        ),
+        words=2,
+        caption=f"and {left_out} more" if left_out else "",
+    )
+
+
+def _place(value: int | str | None) -> str:
+    return "-" if value is None else str(value)
+
+
+def _value(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _members(found: Contents) -> Table:
+    columns = ("entropy", "entropy_ratio", "max_prob", "max_logit")
+    rows = tuple(
+        (
+            member.name,
+            member.status,
+            "-" if member.step is None else str(member.step),
+            number(member.first_loss),
+            number(member.best_loss),
+            number(member.final_loss),
+            number(member.val_loss),
+            *(_from_to(member.start, member.end, column) for column in columns),
+        )
+        for member in found.members[:MOST_MEMBERS]
+    )
+    return Table(
+        titles=(
+            *("member", "status", "step", "first loss", "best loss", "final loss", "val_loss"),
+            *columns,
+        ),
+        rows=rows,
+        words=2,
+        caption=_more_members(found)
+        + "Losses in nats per token; the final loss is the mean over the last 20 steps. The step is where a member diverged, "
+        "else its last. Attention: first step measured → last step at which it was still finite, mean over layers and heads "
+        "(max_logit: the largest).",
+    )
+
+
+def _more_members(found: Contents) -> str:
+    more = len(found.members) - MOST_MEMBERS
+    return f"{more} more members are in the tables of the run. " if more > 0 else ""
+
+
+def _from_to(start: Softmax, end: Softmax, column: str) -> str:
+    return f"{number(getattr(start, column))} → {number(getattr(end, column))}"
+
+
+def _differing(found: Contents) -> list[Block]:
+    """Values per member where members are few or unlike each other; the axes where they are a grid."""
+    if not found.differing:
+        return []
+    if found.comparison is not None:
+        rows = [(key, ", ".join(values)) for key, values in found.comparison.axes.items()]
+        seeds = dict.fromkeys(found.differing.get("train.seed", ()))
+        rows += [("train.seed", ", ".join(seeds))] if seeds else []
+        return [Table(titles=("setting", "values"), rows=tuple(rows), words=2)]
+    keys = list(found.differing)
+    return [
+        Table(
+            titles=("member", *keys),
+            rows=tuple(
+                (member.name, *(member.settings[key] for key in keys))
+                for member in found.members[:MOST_MEMBERS]
+            ),
+            words=1 + len(keys),
+        )
+    ]
+
+
+def _happenings(found: Contents) -> list[Block]:
+    if not found.events:
+        return []
+    more = (
+        f"{found.events_left_out} more events are left out here." if found.events_left_out else ""
+    )
+    rows = tuple((str(each.step), each.member, each.kind, each.what) for each in found.events)
+    return [Table(titles=("step", "member", "kind", "what"), rows=rows, words=4, caption=more)]
+
+
+def _evaluations(found: Contents) -> list[Block]:
+    if not found.evaluations:
+        return []
+    lengths = sorted({each.seq_len for each in found.evaluations})[:20]
+    val_loss = {(each.member, each.seq_len): each.val_loss for each in found.evaluations}
+    names = dict.fromkeys(each.member for each in found.evaluations)
+    return [
+        Table(
+            titles=("member", *(f"{length} tokens" for length in lengths)),
+            rows=tuple(
+                (name, *(number(val_loss.get((name, length))) for length in lengths))
+                for name in list(names)[:MOST_MEMBERS]
+            ),
+            words=1,
+            caption="Nats per token, over sequences of that length.",
+        )
+    ]
+
+
+def _generation(each: Generation) -> list[Block]:
+    blocks: list[Block] = [Heading(text=f"What {each.member} writes")]
+    if each.loss_from_prefixes is not None:
+        blocks.append(
+            Paragraph(
+                text=f"Loss from prefixes: {number(each.loss_from_prefixes)} nats per token. It is measured as generation "
+                "works, one token after the other, and sees no token that it has to predict."
+            )
+        )
+    return [
+        *blocks,
+        Paragraph(text="After the held-out prompt"),
+        Lines(lines=each.prompt),
+        Paragraph(text="it goes on with"),
+        Lines(lines=each.text),
+    ]
+
+
+def _how(found: Contents) -> Table:
+    rows = [
+        ("run", f"{found.name}, {found.status}, created {found.created}"),
+        ("command", found.command or "-"),
+    ]
+    rows += [
+        (f"{name} loss", f"{number(value)} nats per token")
+        for name, value in found.reference.items()
+    ]
+    rows += [(f"data: {key}", value) for key, value in found.data.items()]
+    rows += list(found.environment.items())
+    if found.rows:
+        least, most = found.rows
+        measured = str(most) if least == most else f"{least} to {most}"
+        rows.append(("query rows measured", f"{measured} per head and step"))
+    return Table(titles=("what", "value"), rows=tuple(rows), words=2)
+
+
+def _definitions(found: Contents) -> list[Block]:
+    blocks: list[Block] = []
+    if found.rows:
+        blocks.append(
+            Paragraph(
+                text="Attention is measured on a sample of query rows, drawn anew every step (record.rows); max_logit_bound is "
+                "over all rows. s are the attention logits after scale, bias and mask, p their softmax, n the number of "
+                "visible keys."
+            )
+        )
+    titles = {
+        "heads": "Per head (Run.heads)",
+        "steps": "Per step (Run.steps)",
+        "params": "Per parameter group (Run.params)",
+    }
+    for table, title in titles.items():
+        blocks += [Heading(text=title), _columns_of(table, FORMULAS)]
+    return blocks
+
+
+def _columns_of(table: str, formulas: Mapping[str, str]) -> Table:
+    return Table(
+        titles=("column", "what", "formula", "unit", "source"),
+        rows=tuple(
+            (name, column.meaning, formulas.get(name, ""), column.unit, column.source)
+            for name, column in COLUMNS[table].items()
+        ),
+        words=5,
+    )

@@ -1,0 +1,92 @@
+"""Heat maps: what the softmax of every layer and head did over the steps."""
+
+import numpy as np
+
+from attnscope.report.blocks import Figure
+from attnscope.report.contents import Contents
+from attnscope.report.figures.canvas import (
+    MISSING,
+    canvas_with,
+    over_steps,
+    save,
+    shown_text,
+)
+from attnscope.report.series import heat, rows_of_member
+from attnscope.report.verdict import MemberRow
+from attnscope.runs.reader import Run
+
+# Dark is a saturated softmax in all three.
+COLUMNS = (("entropy_ratio", "viridis"), ("max_prob", "viridis_r"), ("softmax_gain", "viridis"))
+MOST_MAPS = 4  # members
+
+
+def draw_attention(run: Run, found: Contents) -> Figure | None:
+    """entropy_ratio, max_prob and softmax_gain per layer, head and step."""
+    shown = chosen_members(
+        [member for member in found.members if member.start.max_prob is not None]
+    )
+    if not shown:
+        return None
+    maps = [
+        [heat(run.heads, rows_of_member(run.heads, member.name), name) for name, _ in COLUMNS]
+        for member in shown
+    ]
+    tallest = max(len(each.labels) for row in maps for each in row if each)
+    height = len(shown) * (1.1 + min(tallest, 32) * 0.09) + 0.7
+    canvas, axes_RC = canvas_with(height, rows=len(shown), columns=len(COLUMNS))
+    for r, (member, row) in enumerate(zip(shown, maps, strict=True)):
+        for c, ((name, colours), each) in enumerate(zip(COLUMNS, row, strict=True)):
+            assert each is not None
+            axes = axes_RC[r][c]
+            axes.set_facecolor(MISSING)
+            mesh = axes.pcolormesh(
+                each.edges - 0.5,
+                np.arange(len(each.labels) + 1) - 0.5,
+                np.ma.masked_invalid(each.values),
+                cmap=colours,
+                vmin=0,
+                vmax=1,
+                rasterized=True,
+            )
+            every = -(-len(each.labels) // 8)
+            axes.set_yticks(range(0, len(each.labels), every), each.labels[::every])
+            axes.grid(visible=False)
+            over_steps(axes, label=r == len(shown) - 1)
+            axes.xaxis.get_major_locator().set_params(nbins=4)
+            if c == 0:
+                axes.set_title(shown_text(member.name, 100), loc="left")
+            if r == len(shown) - 1:
+                canvas.colorbar(
+                    mesh,
+                    ax=[row_axes[c] for row_axes in axes_RC],
+                    location="bottom",
+                    shrink=0.8,
+                    aspect=25,
+                    label=name,
+                )
+            if c == 0:
+                axes.set_ylabel("layer.head")
+    return save(
+        canvas,
+        name="attention",
+        title="Attention",
+        alt=f"Heat maps of entropy_ratio, max_prob and softmax_gain per layer, head and step of {len(shown)} members",
+        caption="entropy_ratio: 0 = all weight on one key, 1 = spread evenly. max_prob: mean of the largest weight. "
+        "softmax_gain: mean of 1 - sum p^2; at 0 no gradient reaches q and k. Dark is a "
+        "saturated softmax in all three; grey is not finite. Each member has its own range of steps."
+        + (
+            f" {len(shown)} of {len(found.members)} members are shown: the first of each outcome."
+            if len(found.members) > len(shown)
+            else ""
+        ),
+    )
+
+
+def chosen_members(members: list[MemberRow]) -> list[MemberRow]:
+    """At most MOST_MAPS members: the first of each outcome, then the first ones."""
+    if len(members) <= MOST_MAPS:
+        return members
+    firsts = {member.status: place for place, member in reversed(list(enumerate(members)))}
+    places = sorted(firsts.values())
+    places += [place for place in range(len(members)) if place not in places]
+    return [members[place] for place in sorted(places[:MOST_MAPS])]

@@ -1,0 +1,212 @@
+"""What a comparison says: one sentence for the verdict, and its tables."""
+
+import statistics
+from collections.abc import Sequence
+
+from attnscope.config import short_names
+from attnscope.report.blocks import Paragraph, Table
+from attnscope.report.compare import EFFECTS, Cell, Comparison, SingleChange, outcome_text
+from attnscope.report.numbers import number
+from attnscope.report.statistics import FEWEST, LEVEL
+
+MOST_NAMED = 6  # changes in the sentence
+A_RANGE = 3  # learning rates from which on a sweep is about them
+
+
+def sentence_on(found: Comparison) -> str | None:
+    """What single settings do to the baseline, or up to which learning rate arms are stable; None if there is neither."""
+    if found.baseline is None:
+        return None
+    said = _on_changes(found.baseline, found.changes)
+    if said is None or any(len(arm.cells) >= A_RANGE for arm in found.lr_arms):
+        stable = [
+            f"{arm.name} {'none' if arm.stable is None else f'{arm.stable:.3g}'}"
+            + ("" if arm.bracket is None else f" (diverges at {arm.bracket:.3g})")
+            for arm in found.lr_arms[:MOST_NAMED]
+        ]
+        more = (
+            f" and {len(found.lr_arms) - MOST_NAMED} more arms"
+            if len(found.lr_arms) > MOST_NAMED
+            else ""
+        )
+        return f"Largest stable learning rate: {', '.join(stable)}{more}." if stable else None
+    return said
+
+
+def _on_changes(baseline: Cell, changes: Sequence[SingleChange]) -> str | None:
+    words = short_names(baseline.settings)
+    by_effect: dict[str, list[str]] = {}
+    for change in changes:
+        by_effect.setdefault(change.effect, []).append(f"{words[change.setting]}={change.value}")
+    verbs = {
+        "rescues": ("rescues it", "rescue it"),
+        "hides": (
+            "only hides it: nothing diverges, but not all learn",
+            "only hide it: nothing diverges, but not all learn",
+        ),
+        "helps": ("helps some seeds", "help some seeds"),
+        "does not help": ("does not help", "do not help"),
+        "stalls": ("makes members stall", "make members stall"),
+        "breaks": ("makes members diverge", "make members diverge"),
+        "keeps": ("keeps it training", "keep it training"),
+    }
+    said = []
+    for effect, (one, several) in verbs.items():
+        named = by_effect.get(effect, [])
+        if named:
+            more = f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
+            said.append(
+                f"{', '.join(named[:MOST_NAMED])}{more} {one if len(named) == 1 else several}"
+            )
+    if not said:
+        return None
+    return f"Baseline {baseline.name}: {outcome_text(baseline)}. Changed alone, {'; '.join(said)}."
+
+
+def change_table(found: Comparison) -> Table | None:
+    """What each single setting does to the baseline."""
+    if found.baseline is None or not found.changes:
+        return None
+    differences = {each.cell: each for each in found.differences}
+    words = short_names(found.axes)
+    rows = [
+        (
+            "(baseline)",
+            "",
+            outcome_text(found.baseline),
+            "",
+            mean_and_range(found.baseline.final_losses),
+            "",
+        )
+    ]
+    for change in found.changes:
+        difference = differences.get(change.cell.name)
+        rows.append(
+            (
+                words[change.setting],
+                change.value,
+                outcome_text(change.cell),
+                change.effect,
+                mean_and_range(change.cell.final_losses),
+                "-"
+                if difference is None
+                else with_interval(difference.mean, difference.interval, signed=True),
+            )
+        )
+    used = dict.fromkeys(change.effect for change in found.changes)
+    meaning = "; ".join(f"{effect}: {EFFECTS[effect]}" for effect in used if effect in EFFECTS)
+    return Table(
+        titles=("setting", "value", "outcome", "effect", "final loss", "loss - baseline"),
+        rows=tuple(rows),
+        words=4,
+        caption=f"Baseline {found.baseline.name}, with one setting changed at a time. {meaning}. {HOW_COMPARED}",
+    )
+
+
+HOW_COMPARED = (
+    "final loss: mean over the members that did not diverge (smallest to largest), nats per token. loss - baseline: mean over "
+    f"pairs that share seed and data, with its {LEVEL:.0%} bootstrap-t interval from {FEWEST} pairs on; a member that diverged "
+    "counts with its first loss."
+)
+
+
+def cell_table(found: Comparison, *, names: bool = False) -> Table:
+    """Every cell: outcome, losses, when it diverged, and how it compares.
+
+    Args:
+        found: the comparison.
+        names: one column with the cell's name, in place of one for each setting.
+    """
+    differences = {each.cell: each for each in found.differences}
+    compared = bool(found.differences)
+    keys = [] if names else list(found.axes)
+    words = short_names(found.axes)
+    rows = []
+    for cell in found.cells:
+        difference = differences.get(cell.name)
+        last = "baseline" if cell is found.baseline else "-"
+        if difference is not None:
+            last = with_interval(difference.mean, difference.interval, signed=True)
+        rows.append(
+            (
+                *((cell.name,) if names or not keys else ()),
+                *(cell.settings[key] for key in keys),
+                outcome_text(cell),
+                mean_and_range(cell.final_losses),
+                steps_text(cell.diverged_at),
+                *((last,) if compared else ()),
+            )
+        )
+    return Table(
+        titles=(
+            *(("cell",) if names or not keys else ()),
+            *(words[key] for key in keys),
+            "outcome",
+            "final loss",
+            "diverged at",
+            *(("loss - baseline",) if compared else ()),
+        ),
+        rows=tuple(rows),
+        words=1 + max(1, len(keys)),
+        caption=f"Members that differ in nothing but their seed are one row. {HOW_COMPARED} diverged at: median step "
+        "(first to last).",
+    )
+
+
+def lr_table(found: Comparison) -> Table | None:
+    """Learning rates per arm; None where none differ."""
+    if not found.lr_arms:
+        return None
+    rows = [
+        (
+            arm.name,
+            "none" if arm.stable is None else f"{arm.stable:.3g}",
+            "-" if arm.bracket is None else f"{arm.bracket:.3g}",
+            "-" if arm.best is None else f"{arm.best:.3g}",
+            "-" if arm.sensitivity is None else with_interval(arm.sensitivity, arm.interval),
+        )
+        for arm in found.lr_arms
+    ]
+    return Table(
+        titles=("arm", "largest stable lr", "diverges at", "best lr", "LR sensitivity"),
+        rows=tuple(rows),
+        words=1,
+        caption="largest stable lr: no member diverged up to it; diverges at: the next one tried. LR sensitivity: mean over "
+        "learning rates of min(final loss, first loss) minus the best, nats per token (Wortsman et al. 2023); it depends on "
+        "the range, which all arms here share.",
+    )
+
+
+def comparison_blocks(found: Comparison) -> list[Paragraph | Table]:
+    """All of it, for the report."""
+    tables = [change_table(found), lr_table(found), cell_table(found)]
+    return [table for table in tables if table is not None]
+
+
+def mean_and_range(values: Sequence[float]) -> str:
+    """3.02, or 3.04 (3.02–3.07) of several."""
+    if not values:
+        return "-"
+    mean = number(sum(values) / len(values))
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({number(min(values))}–{number(max(values))})"
+
+
+def steps_text(steps: Sequence[int]) -> str:
+    """10, or 10 (7–17) of several."""
+    if not steps:
+        return "-"
+    if len(steps) == 1:
+        return str(steps[0])
+    return f"{statistics.median_low(steps)} ({min(steps)}–{max(steps)})"
+
+
+def with_interval(
+    mean: float, interval: tuple[float, float] | None, *, signed: bool = False
+) -> str:
+    """-0.31 [-0.40, -0.22]."""
+    sign = "+" if signed and mean > 0 else ""
+    if interval is None:
+        return f"{sign}{number(mean)}"
+    return f"{sign}{number(mean)} [{number(interval[0])}, {number(interval[1])}]"
