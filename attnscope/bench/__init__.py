@@ -1,4 +1,5 @@
 """What attnscope costs, measured against what people would run without it.
 
-Reading order: overhead (what is compared), plain (the loop to compare with), timing (how).
+Reading order: overhead (recording; plain is the loop to compare with), sweeps (members together), reports (time and memory of
+reading), timing (how).
 """

@@ -35,13 +35,13 @@ def interleave(
     return seconds
 
 
-def ratio(a: Sequence[float], b: Sequence[float]) -> Ratio:
-    """Sum of a over sum of b in each group of TOGETHER rounds.
+def ratio(a: Sequence[float], b: Sequence[float], *, together: int = TOGETHER) -> Ratio:
+    """Sum of a over sum of b in each group of `together` rounds.
 
     Sums, so that what happens now and then, such as writing a block to disk, counts; groups, so that a disturbance
     spoils only one of them.
     """
-    starts = range(0, len(a) - TOGETHER + 1, TOGETHER)
-    found = [sum(a[i : i + TOGETHER]) / sum(b[i : i + TOGETHER]) for i in starts]
+    starts = range(0, len(a) - together + 1, together)
+    found = [sum(a[i : i + together]) / sum(b[i : i + together]) for i in starts]
     low, median, high = statistics.quantiles(found, n=4, method="inclusive")
     return Ratio(median=median, low=low, high=high)

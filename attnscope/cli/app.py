@@ -278,6 +278,47 @@ def sweep(
 
 
 @app.command()
+def compare(
+    members: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN_OR_MEMBER...",
+            help="Run directories, or RUN:MEMBER for one member.",
+            show_default=False,
+        ),
+    ],
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SECTION.SETTING=VALUE",
+            help="What the others are compared with.  [default: the first]",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the report.  [default: below comparisons]", show_default=False
+        ),
+    ] = None,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="The result as JSON on stdout.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Errors with a traceback.")] = False,
+) -> None:
+    """Put runs or members side by side: only what differs, then what became of it.
+
+    Members that share seed and data are compared in pairs.
+
+    Example: attnscope compare runs/no-scale-001 runs/no-scale-002:scaled
+    """
+    with one_line_errors(debug=debug):
+        from attnscope.cli.comparing import compare_runs
+
+        compare_runs(members, baseline=baseline or [], out=out, as_json=json_output)
+
+
+@app.command()
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.", show_default=False)],
     json_output: Annotated[
@@ -368,6 +409,43 @@ def overhead(
         from attnscope.cli.tables import print_overhead
 
         print_overhead(measure_overhead(rounds=rounds), as_json=json_output)
+
+
+@bench_app.command("sweep")
+def bench_sweep(
+    rounds: Annotated[int, typer.Option(min=2, help="Interleaved rounds.")] = 5,
+    json_output: Annotated[bool, typer.Option("--json", help="As JSON on stdout.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Errors with a traceback.")] = False,
+) -> None:
+    """Time what a sweep saves by training its members together.
+
+    Against single runs, one after another and two at a time; about three minutes.
+
+    Example: attnscope bench sweep
+    """
+    with one_line_errors(debug=debug):
+        from attnscope.bench.sweeps import measure_sweeps
+        from attnscope.cli.tables import print_sweep_gain
+
+        print_sweep_gain(measure_sweeps(rounds=rounds), as_json=json_output)
+
+
+@bench_app.command("report")
+def bench_report(
+    json_output: Annotated[bool, typer.Option("--json", help="As JSON on stdout.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Errors with a traceback.")] = False,
+) -> None:
+    """Time opening, analysing and reporting large synthetic runs.
+
+    1,000 members of 200 steps, and one of 100,000 steps with 8 layers of 8 heads; about two minutes.
+
+    Example: attnscope bench report
+    """
+    with one_line_errors(debug=debug):
+        from attnscope.bench.reports import measure_reports
+        from attnscope.cli.tables import print_report_costs
+
+        print_report_costs(measure_reports(), as_json=json_output)
 
 
 def note(text: str) -> None:

@@ -1,7 +1,5 @@
 """Results on stdout: as tables for people, as JSON for machines."""
 
-import json
-import math
 import shlex
 from dataclasses import asdict
 from pathlib import Path
@@ -13,19 +11,25 @@ from rich.table import Table
 from rich.text import Text
 
 from attnscope.report.numbers import number
+from attnscope.runs.layout import to_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from attnscope.bench.overhead import Overhead
+    from attnscope.bench.reports import ReportCost
+    from attnscope.bench.sweeps import SweepGain
     from attnscope.report.blocks import Table as TableBlock
     from attnscope.report.compare import Comparison
     from attnscope.report.contents import Contents
     from attnscope.report.verdict import MemberRow
     from attnscope.runs.reader import Run
 
+WORTH_IT = 1.2  # times as fast
 MOST_MEMBERS = 40  # rows of a table on a terminal
 MOST_CELLS = 24
+TOO_WIDE = 1.6  # times the terminal: words would be broken beyond reading
+LONG_TITLE = 20  # characters, from which on a column of numbers may be broken too
 
 STYLES = {
     "trained": "green",
@@ -55,15 +59,15 @@ def print_result(path: Path, *, as_json: bool) -> None:
             "status": run.status,
             "members": [asdict(member) for member in found.members],
             "verdict": list(found.verdict),
-            "cells": _cells(found.comparison) if found.comparison else None,
+            "cells": cells_as_json(found.comparison) if found.comparison else None,
             "reference": run.data.get("reference"),
             "report": str(report),
         }
-        typer.echo(json.dumps(_strict(said), indent=1))
+        typer.echo(to_json(said, indent=1))
         return
     console = Console(highlight=False)
     if found.comparison is not None:
-        print_comparison(console, found.comparison)
+        print_comparison(console, found.comparison, found.members)
     else:
         _print_members(console, found.members)
     for sentence in found.verdict:
@@ -75,18 +79,19 @@ def print_result(path: Path, *, as_json: bool) -> None:
     console.print(Text(f"Next:   {_next_command(run, found)}"))
 
 
-def print_comparison(console: Console, found: "Comparison") -> None:
-    """Print what single settings do, learning rates, and the cells, where these are few."""
-    from attnscope.report.sweeps import cell_table, change_table, lr_table
+def print_comparison(console: Console, found: "Comparison", members: "Sequence[MemberRow]") -> None:
+    """Print what single settings do, learning rates, and the cells, as far as a terminal holds them."""
+    from attnscope.report.sweeps import comparison_tables
 
-    tables = [change_table(found), lr_table(found)]
-    if len(found.cells) <= MOST_CELLS:
-        tables.append(cell_table(found))
-    for table in tables:
-        if table is not None:
+    left_out = False
+    for table in comparison_tables(found, members):
+        widths = [max(map(len, column)) for column in zip(table.titles, *table.rows, strict=True)]
+        if len(table.rows) <= MOST_CELLS and sum(widths) + len(widths) <= TOO_WIDE * console.width:
             print_block(console, table)
             console.print()
-    if len(found.cells) > MOST_CELLS:
+        else:
+            left_out = True
+    if left_out:
         console.print(Text(f"All {len(found.cells)} cells are in the report."))
         console.print()
 
@@ -99,7 +104,7 @@ def print_block(console: Console, block: "TableBlock") -> None:
         if place < block.words:
             table.add_column(Text(title), overflow="fold")
         else:
-            table.add_column(Text(title), justify="right", no_wrap=True)
+            table.add_column(Text(title), justify="right", no_wrap=len(title) < LONG_TITLE)
     for row in block.rows:
         cells = [Text(cell) for cell in row]
         for cell in cells[: block.words]:
@@ -138,7 +143,7 @@ def _print_members(console: Console, members: "Sequence[MemberRow]") -> None:
     console.print()
 
 
-def _cells(found: "Comparison") -> list[dict[str, object]]:
+def cells_as_json(found: "Comparison") -> list[dict[str, object]]:
     """Cells as JSON has them."""
     effects = {change.cell.name: change.effect for change in found.changes}
     differences = {each.cell: each for each in found.differences}
@@ -184,7 +189,7 @@ def print_runs(folder: Path, *, as_json: bool) -> None:
     found = list_runs(folder)
     if as_json:
         rows = [{**asdict(run), "path": str(run.path)} for run in found]
-        typer.echo(json.dumps(_strict(rows), indent=1))
+        typer.echo(to_json(rows, indent=1))
         return
     if not found:
         typer.echo(f"No runs in {folder}. Make one: attnscope train --no-scale", err=True)
@@ -210,7 +215,7 @@ def print_runs(folder: Path, *, as_json: bool) -> None:
 def print_overhead(found: "Overhead", *, as_json: bool) -> None:
     """Print what `attnscope bench overhead` measured."""
     if as_json:
-        typer.echo(json.dumps(_strict(asdict(found)), indent=1))
+        typer.echo(to_json(asdict(found), indent=1))
         return
     for line in (
         "Ratios of step times: median (middle half); d_model 128, 4 layers, seq_len 64, batch 16.",
@@ -225,16 +230,46 @@ def print_overhead(found: "Overhead", *, as_json: bool) -> None:
         typer.echo(line)
 
 
+def print_sweep_gain(found: "SweepGain", *, as_json: bool) -> None:
+    """Print what `attnscope bench sweep` measured."""
+    if as_json:
+        typer.echo(to_json(asdict(found), indent=1))
+        return
+    gains = found.large.median > WORTH_IT
+    for line in (
+        "Ratios of member-steps per second: median (middle half); d_model 32, 2 layers, seq_len 16.",
+        f"64 members at once / one by one            {found.loop}",
+        f"64 members at once / one by one, two jobs  {found.jobs}",
+        f"default model at once / one by one, {found.large_on:<6} {found.large}",
+        f"member-steps/s, 64 tiny members            {found.member_steps_s:,.0f}",
+        "The default model gains from being trained together."
+        if gains
+        else "The default model gains nothing from being trained together here: one member keeps the cores busy.",
+    ):
+        typer.echo(line)
+
+
+def print_report_costs(found: "Sequence[ReportCost]", *, as_json: bool) -> None:
+    """Print what `attnscope bench report` measured."""
+    if as_json:
+        typer.echo(to_json([asdict(each) for each in found], indent=1))
+        return
+    console = Console(highlight=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for title in ("run", "MB", "opened", "analysed", "reported"):
+        table.add_column(title, justify="left" if title == "run" else "right")
+    for each in found:
+        shape = each.shape
+        table.add_row(
+            f"{shape.n_members:,} x {shape.n_steps:,} steps x {shape.n_layers} x {shape.n_heads} heads",
+            f"{each.mb:.0f}",
+            *(
+                f"{cost.seconds:.1f} s, {cost.peak_bytes / 2**30:.2f} GiB"
+                for cost in (each.opened, each.analysed, each.reported)
+            ),
+        )
+    console.print(table)
+
+
 def _from_to(start: float | None, end: float | None) -> str:
     return f"{number(start)}→{number(end)}"
-
-
-def _strict(value: object) -> object:
-    """NaN and Inf as texts: JSON has no numbers for them."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return {math.inf: "Infinity", -math.inf: "-Infinity"}.get(value, "NaN")
-    if isinstance(value, dict):
-        return {str(key): _strict(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(item) for item in value]
-    return str(value) if isinstance(value, Path) else value

@@ -193,8 +193,8 @@ def short_names(keys: Iterable[str]) -> dict[str, str]:
 
 
 def _short(key: str) -> str:
-    section, _, name = key.partition(".")
-    return section if name == "name" else name
+    section, _, name = key.rpartition(".")
+    return section if section and name == "name" else name
 
 
 def value_text(value: object) -> str:

@@ -16,11 +16,12 @@ from attnscope.report.document import document_of
 from attnscope.report.figures import draw_figures
 from attnscope.report.html import to_html
 from attnscope.report.markdown import to_markdown
+from attnscope.report.series import Tables
 from attnscope.runs.atomic import reason_of, remedy_of, replace_file
 from attnscope.runs.foreign import printable
 from attnscope.runs.reader import Run, report_dir
 
-__all__ = ["write_report"]
+__all__ = ["write_comparison", "write_report"]
 
 FIGURES_FOLDER = "figures"
 
@@ -42,40 +43,57 @@ def write_report(run: Run, found: Contents | None = None) -> Path:
         RunWriteError: it cannot be written.
     """
     found = contents(run) if found is None else found
-    figures = draw_figures(run, found)
-    sections = document_of(found, figures)
-    page = to_html(found.name, found.verdict, sections, curves_of(run, found))
-    texts = {
-        "report.html": page,
-        "report.md": to_markdown(found.name, found.verdict, sections, folder=FIGURES_FOLDER),
-        "findings.json": findings_json(run, found.findings) + "\n",
-    }
+    texts, figures = _rendered(run, found)
+    texts["findings.json"] = findings_json(run, found.findings) + "\n"
     folder = report_dir(run)
-    try:
-        write_files(folder, texts, figures)
-    except OSError as error:
-        raise RunWriteError(
-            f"{printable(error.filename or folder, 400)}: {reason_of(error)}. {remedy_of(error)} and write the "
-            f"report again: attnscope report {printable(run.path, 400)}"
-        ) from None
+    _write(folder, texts, figures, again=f"attnscope report {printable(run.path, 400)}")
     return folder / "report.html"
 
 
-def write_files(folder: Path, texts: dict[str, str], figures: list[Figure]) -> None:
-    """Write a report's files; figures of an earlier one, which had more to show, go.
+def write_comparison(tables: Tables, found: Contents, folder: Path) -> Path:
+    """Write report.html, report.md and figures/ of what `attnscope.report.side_by_side` has put together.
+
+    Returns:
+        The path of report.html.
 
     Raises:
-        OSError: the disk did not take it.
+        RunWriteError: it cannot be written.
     """
+    texts, figures = _rendered(tables, found)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunWriteError(
+            f"{printable(folder, 400)}: {reason_of(error)}. Name another folder with --out."
+        ) from None
+    _write(folder, texts, figures, again="the same command")
+    return folder / "report.html"
+
+
+def _rendered(tables: Tables, found: Contents) -> tuple[dict[str, str], list[Figure]]:
+    figures = draw_figures(tables, found)
+    sections = document_of(found, figures)
+    page = to_html(found.name, found.verdict, sections, curves_of(tables, found))
+    text = to_markdown(found.name, found.verdict, sections, folder=FIGURES_FOLDER)
+    return {"report.html": page, "report.md": text}, figures
+
+
+def _write(folder: Path, texts: dict[str, str], figures: list[Figure], *, again: str) -> None:
+    """Figures of an earlier report, which had more to show, go."""
     pictures = folder / FIGURES_FOLDER
-    pictures.mkdir(exist_ok=True)
-    kept = set()
-    for figure in figures:
-        for suffix, data in (("png", figure.png), ("svg", figure.svg)):
-            replace_file(pictures / f"{figure.name}.{suffix}", data)
-            kept.add(f"{figure.name}.{suffix}")
-    for old in pictures.iterdir():
-        if old.suffix in (".png", ".svg") and old.name not in kept:
-            old.unlink()
-    for name, text in texts.items():
-        replace_file(folder / name, text.encode())
+    kept = {f"{figure.name}.{suffix}" for figure in figures for suffix in ("png", "svg")}
+    try:
+        pictures.mkdir(exist_ok=True)
+        for figure in figures:
+            replace_file(pictures / f"{figure.name}.png", figure.png)
+            replace_file(pictures / f"{figure.name}.svg", figure.svg)
+        for old in pictures.iterdir():
+            if old.suffix in (".png", ".svg") and old.name not in kept:
+                old.unlink()
+        for name, text in texts.items():
+            replace_file(folder / name, text.encode())
+    except OSError as error:
+        raise RunWriteError(
+            f"{printable(error.filename or folder, 400)}: {reason_of(error)}. {remedy_of(error)} and write the "
+            f"report again: {again}"
+        ) from None

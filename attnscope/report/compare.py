@@ -18,6 +18,13 @@ from attnscope.runs.layout import to_json
 from attnscope.runs.reader import Run
 
 LR = "optimizer.lr"
+CLIP, CLIP_MODE = "clip.threshold", "clip.mode"
+BATCHES = (
+    "data.seed",
+    "data.batch_size",
+    "data.objective",
+    "model.seq_len",
+)  # what batches hang on
 ENDED = ("trained", "stalled", "diverged")
 
 
@@ -191,7 +198,12 @@ def subjects_of(run: Run, rows: Sequence[MemberRow]) -> tuple[Subject, ...]:
                     if isinstance(value, int | float) and not isinstance(value, bool)
                 },
                 seed=_shown(settings.get(SEED)),
-                data=to_json([_fingerprint(run, member.part), _shown(settings.get("data.seed"))]),
+                data=to_json(
+                    [
+                        _fingerprint(run, member.part),
+                        *(_shown(settings.get(key)) for key in BATCHES),
+                    ]
+                ),
             )
         )
     return tuple(found)
@@ -308,13 +320,16 @@ def _single_changes(cells: Sequence[Cell], baseline: Cell | None) -> tuple[Singl
     found = []
     for cell in cells:
         changed = [key for key, value in cell.settings.items() if baseline.settings[key] != value]
+        value = cell.settings[changed[0]] if changed else ""
+        if set(changed) == {CLIP_MODE, CLIP} and "none" in (
+            cell.settings[CLIP],
+            baseline.settings[CLIP],
+        ):
+            # One of the two does not clip: its mode means nothing, and clipping at all is the one change.
+            changed, value = [CLIP], f"{cell.settings[CLIP_MODE]} {cell.settings[CLIP]}"
         if len(changed) == 1:
             effect = effect_of(cell, baseline)
-            found.append(
-                SingleChange(
-                    setting=changed[0], value=cell.settings[changed[0]], cell=cell, effect=effect
-                )
-            )
+            found.append(SingleChange(setting=changed[0], value=value, cell=cell, effect=effect))
     order = list(baseline.settings)
     return tuple(sorted(found, key=lambda change: order.index(change.setting)))
 
@@ -350,6 +365,8 @@ def _lr_arms(cells: Sequence[Cell], axes: Mapping[str, Sequence[str]]) -> tuple[
             grouped.setdefault(tuple(cell.settings[key] for key in others), {})[lr] = cell
     arms = []
     for values, found in grouped.items():
+        if len(found) < 2:
+            continue
         by_lr = sorted(found.items())
         broken = [lr for lr, cell in by_lr if cell.outcomes["diverged"]]
         bracket = broken[0] if broken else None

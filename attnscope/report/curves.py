@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from attnscope.report.contents import Contents
-from attnscope.report.series import Array, heat_of, rows_of_member
+from attnscope.report.series import Array, Tables, heat_of, rows_of_member
 from attnscope.runs.layout import COLUMNS, to_json
-from attnscope.runs.reader import Run
 
 PER_STEP = ("loss", "grad_norm")
 PER_HEAD = ("entropy_ratio", "max_prob", "max_logit", "softmax_gain", "logit_std")
@@ -35,11 +34,13 @@ class Curves:
     caption: str
 
 
-def curves_of(run: Run, found: Contents) -> Curves | None:
+def curves_of(tables: Tables, found: Contents) -> Curves | None:
     """Thin the curves of as many members as fit; None where nothing was recorded."""
-    if not len(run.steps):
+    if not len(tables.steps):
         return None
-    keys_N = (run.heads["layer"].to_numpy().astype(np.int64) << 16) + run.heads["head"].to_numpy()
+    keys_N = (tables.heads["layer"].to_numpy().astype(np.int64) << 16) + tables.heads[
+        "head"
+    ].to_numpy()
     heads = np.unique(keys_N)[:MOST_HEADS]
     each = len(PER_STEP) + len(PER_HEAD) * len(heads)
     most = max(1, min(MOST_MEMBERS, NUMBERS // (each * FEWEST_POINTS)))
@@ -49,18 +50,20 @@ def curves_of(run: Run, found: Contents) -> Curves | None:
     steps, head_steps = [], []
     curves: dict[str, list[object]] = {name: [] for name in (*PER_STEP, *PER_HEAD)}
     for member in members:
-        rows_N = rows_of_member(run.steps, member.name)
+        rows_N = rows_of_member(tables.steps, member.name)
         at: list[float] = []
         for name in PER_STEP:
-            binned = heat_of(run.steps, rows_N, name, np.zeros(len(rows_N), np.int64), cells=points)
+            binned = heat_of(
+                tables.steps, rows_N, name, np.zeros(len(rows_N), np.int64), cells=points
+            )
             at = _middles(binned[1]) if binned else []
             curves[name].append(_rounded(binned[2][0]) if binned else [])
         steps.append(at)
-        rows_N = rows_of_member(run.heads, member.name)
+        rows_N = rows_of_member(tables.heads, member.name)
         rows_N = rows_N[keys_N[rows_N] <= heads[-1]] if len(heads) else rows_N
         at = []
         for name in PER_HEAD:
-            binned = heat_of(run.heads, rows_N, name, keys_N[rows_N], cells=points)
+            binned = heat_of(tables.heads, rows_N, name, keys_N[rows_N], cells=points)
             at = _middles(binned[1]) if binned else []
             by_key = dict(zip(binned[0], binned[2], strict=True)) if binned else {}
             curves[name].append(

@@ -6,7 +6,7 @@ from attnscope.diagnose import Evidence, Finding
 from attnscope.report.blocks import Block, Figure, Heading, Lines, Notes, Paragraph, Section, Table
 from attnscope.report.contents import Contents, Generation
 from attnscope.report.numbers import number
-from attnscope.report.sweeps import comparison_blocks
+from attnscope.report.sweeps import comparison_tables
 from attnscope.report.verdict import Softmax
 from attnscope.runs.layout import COLUMNS
 
@@ -49,7 +49,7 @@ def document_of(found: Contents, figures: Sequence[Figure]) -> tuple[Section, ..
         Section(
             key="comparison",
             title="Which setting does what",
-            blocks=comparison_blocks(found.comparison) if found.comparison else [],
+            blocks=comparison_tables(found.comparison, found.members) if found.comparison else [],
         ),
         Section(key="findings", title="Findings", blocks=_findings(found.findings)),
         Section(key="differing", title="What differs", blocks=_differing(found)),

@@ -5,7 +5,7 @@ Shape key: N records, S steps, P points of a figure, G lines of one member (laye
 
 import itertools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,12 +13,23 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import pandas as pd
 
-    from attnscope.runs.reader import Run
-
 POINTS = 1000
 CELLS = 300  # of a heat map, along the steps
 
 Array = NDArray[np.float64]
+
+
+class Tables(Protocol):
+    """What was recorded: of one run, or of several that are compared."""
+
+    @property
+    def steps(self) -> "pd.DataFrame": ...
+
+    @property
+    def heads(self) -> "pd.DataFrame": ...
+
+    @property
+    def params(self) -> "pd.DataFrame": ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,11 +53,11 @@ def rows_of_member(table: "pd.DataFrame", name: str) -> NDArray[np.int64]:
     return np.flatnonzero(table["member"].cat.codes.to_numpy() == code)
 
 
-def curve_of(run: "Run", name: str, column: str) -> tuple[Array, Array]:
+def curve_of(tables: Tables, name: str, column: str) -> tuple[Array, Array]:
     """Steps of a member and one of its columns of the steps table, (N,) each."""
-    rows_N = rows_of_member(run.steps, name)
-    steps = run.steps["step"].to_numpy()[rows_N].astype(np.float64)
-    return steps, run.steps[column].to_numpy()[rows_N].astype(np.float64)
+    rows_N = rows_of_member(tables.steps, name)
+    steps = tables.steps["step"].to_numpy()[rows_N].astype(np.float64)
+    return steps, tables.steps[column].to_numpy()[rows_N].astype(np.float64)
 
 
 def thinned(steps: Array, values: Array, *, points: int = POINTS) -> tuple[Array, Array]:

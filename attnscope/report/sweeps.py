@@ -4,12 +4,14 @@ import statistics
 from collections.abc import Sequence
 
 from attnscope.config import short_names
-from attnscope.report.blocks import Paragraph, Table
+from attnscope.report.blocks import Table
 from attnscope.report.compare import EFFECTS, Cell, Comparison, SingleChange, outcome_text
 from attnscope.report.numbers import number
 from attnscope.report.statistics import FEWEST, LEVEL
+from attnscope.report.verdict import MemberRow
 
 MOST_NAMED = 6  # changes in the sentence
+FEW = 4  # members that stand side by side, as columns
 A_RANGE = 3  # learning rates from which on a sweep is about them
 
 
@@ -177,8 +179,48 @@ def lr_table(found: Comparison) -> Table | None:
     )
 
 
-def comparison_blocks(found: Comparison) -> list[Paragraph | Table]:
-    """All of it, for the report."""
+def member_table(members: Sequence[MemberRow]) -> Table:
+    """Few members as columns: the settings in which they differ, then how they ended and what their attention was like."""
+    keys = dict.fromkeys(key for member in members for key in member.settings)
+    rows = [(key, *(member.settings.get(key, "-") for member in members)) for key in keys]
+    for title, column in (
+        ("first loss", "first_loss"),
+        ("best loss", "best_loss"),
+        ("final loss", "final_loss"),
+        ("val_loss", "val_loss"),
+    ):
+        rows.append((title, *(number(getattr(member, column)) for member in members)))
+    rows += [
+        (
+            column,
+            *(
+                f"{number(getattr(member.start, column))} → {number(getattr(member.end, column))}"
+                for member in members
+            ),
+        )
+        for column in ("entropy", "entropy_ratio", "max_prob", "max_logit")
+    ]
+    at = ("outcome", *(_ended(member) for member in members))
+    rows.insert(len(keys), at)
+    return Table(
+        titles=("", *(member.name for member in members)),
+        rows=tuple(rows),
+        words=1,
+        caption="Losses in nats per token. Attention: first step measured → last step at which it was still finite, mean over "
+        "layers and heads (max_logit: the largest).",
+    )
+
+
+def _ended(member: MemberRow) -> str:
+    if member.status in ("trained", "stalled") or member.step is None:
+        return member.status
+    return f"{member.status} at step {member.step}"
+
+
+def comparison_tables(found: Comparison, members: Sequence[MemberRow]) -> list[Table]:
+    """All of it: members as columns where they are few, else cells as rows."""
+    if len(members) <= FEW:
+        return [member_table(members)]
     tables = [change_table(found), lr_table(found), cell_table(found)]
     return [table for table in tables if table is not None]
 

@@ -18,12 +18,12 @@ from attnscope.report.figures.gradients import (
 from attnscope.report.figures.logits import draw_logit_std, draw_max_logit
 from attnscope.report.figures.loss import draw_loss
 from attnscope.report.figures.sweeps import draw_loss_by_lr, draw_matrix, draw_phase
-from attnscope.runs.reader import Run
+from attnscope.report.series import Tables
 
 __all__ = ["draw_figures"]
 
 
-def draw_figures(run: Run, found: Contents) -> list[Figure]:
+def draw_figures(tables: Tables, found: Contents) -> list[Figure]:
     """Draw every figure for which something was recorded."""
     from matplotlib import rc_context
 
@@ -32,7 +32,7 @@ def draw_figures(run: Run, found: Contents) -> list[Figure]:
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         drawn = [draw(found) for draw in (draw_phase, draw_matrix, draw_loss_by_lr)]
         drawn += [
-            draw(run, found)
+            draw(tables, found)
             for draw in (
                 draw_loss,
                 draw_attention,

@@ -15,19 +15,18 @@ from attnscope.report.figures.canvas import (
     plain_ticks,
     save,
 )
-from attnscope.report.series import Array, curve_of, thinned
+from attnscope.report.series import Array, Tables, curve_of, thinned
 from attnscope.report.verdict import MemberRow
-from attnscope.runs.reader import Run
 
 COARSE = 150  # bins of a curve that is one of many
 
 
-def draw_activations(run: Run, found: Contents) -> Figure | None:
+def draw_activations(tables: Tables, found: Contents) -> Figure | None:
     """activation_rms_max and token_cosine over steps."""
     points = COARSE if len(found.members) > MOST_NAMED else 1000
 
     def curve(column: str, member: MemberRow) -> tuple[Array, Array]:
-        return thinned(*curve_of(run, member.name, column), points=points)
+        return thinned(*curve_of(tables, member.name, column), points=points)
 
     canvas, ((left, right),) = canvas_with(3.0, columns=2)
 

@@ -11,16 +11,15 @@ from attnscope.report.figures.canvas import (
     save,
     shown_text,
 )
-from attnscope.report.series import heat, rows_of_member
+from attnscope.report.series import Tables, heat, rows_of_member
 from attnscope.report.verdict import MemberRow
-from attnscope.runs.reader import Run
 
 # Dark is a saturated softmax in all three.
 COLUMNS = (("entropy_ratio", "viridis"), ("max_prob", "viridis_r"), ("softmax_gain", "viridis"))
 MOST_MAPS = 4  # members
 
 
-def draw_attention(run: Run, found: Contents) -> Figure | None:
+def draw_attention(tables: Tables, found: Contents) -> Figure | None:
     """entropy_ratio, max_prob and softmax_gain per layer, head and step."""
     shown = chosen_members(
         [member for member in found.members if member.start.max_prob is not None]
@@ -28,7 +27,7 @@ def draw_attention(run: Run, found: Contents) -> Figure | None:
     if not shown:
         return None
     maps = [
-        [heat(run.heads, rows_of_member(run.heads, member.name), name) for name, _ in COLUMNS]
+        [heat(tables.heads, rows_of_member(tables.heads, member.name), name) for name, _ in COLUMNS]
         for member in shown
     ]
     tallest = max(len(each.labels) for row in maps for each in row if each)

@@ -18,20 +18,19 @@ from attnscope.report.figures.canvas import (
     save,
     shown_text,
 )
-from attnscope.report.series import Array, curve_of, heat_of, rows_of_member, thinned
+from attnscope.report.series import Array, Tables, curve_of, heat_of, rows_of_member, thinned
 from attnscope.report.verdict import MemberRow
-from attnscope.runs.reader import Run
 
 COARSE = 150  # bins of a curve that is one of many
 GROUPS = ("embedding", "q", "k", "v", "o", "mlp_in", "mlp_out", "norm", "head")  # as data flows
 
 
-def draw_gradients(run: Run, found: Contents) -> Figure | None:
+def draw_gradients(tables: Tables, found: Contents) -> Figure | None:
     """grad_norm over steps, and clip_factor where anything was clipped."""
     points = COARSE if len(found.members) > MOST_NAMED else 1000
 
     def curve(column: str, member: MemberRow) -> tuple[Array, Array]:
-        steps, values = thinned(*curve_of(run, member.name, column), points=points)
+        steps, values = thinned(*curve_of(tables, member.name, column), points=points)
         return steps, np.where(values > 0, values, np.nan)
 
     members = found.members[:MOST_LINES]
@@ -62,10 +61,10 @@ def draw_gradients(run: Run, found: Contents) -> Figure | None:
     )
 
 
-def draw_group_gradients(run: Run, found: Contents) -> Figure | None:
+def draw_group_gradients(tables: Tables, found: Contents) -> Figure | None:
     """grad_norm per parameter group and layer over steps, before clipping."""
     return _groups(
-        run,
+        tables,
         found,
         column="grad_norm",
         name="group_gradients",
@@ -75,10 +74,10 @@ def draw_group_gradients(run: Run, found: Contents) -> Figure | None:
     )
 
 
-def draw_update_ratios(run: Run, found: Contents) -> Figure | None:
+def draw_update_ratios(tables: Tables, found: Contents) -> Figure | None:
     """update_ratio per parameter group and layer over steps."""
     return _groups(
-        run,
+        tables,
         found,
         column="update_ratio",
         name="update_ratio",
@@ -89,13 +88,13 @@ def draw_update_ratios(run: Run, found: Contents) -> Figure | None:
 
 
 def _groups(
-    run: Run, found: Contents, *, column: str, name: str, title: str, words: str
+    tables: Tables, found: Contents, *, column: str, name: str, title: str, words: str
 ) -> Figure | None:
-    recorded = set(run.params["member"].unique())
+    recorded = set(tables.params["member"].unique())
     shown = chosen_members([member for member in found.members if member.name in recorded])
     maps = []
     for member in shown:
-        each = _heat_of_groups(run, member, column)
+        each = _heat_of_groups(tables, member, column)
         if each is not None:
             maps.append((member, *each))
     if not maps:
@@ -144,17 +143,17 @@ def _groups(
 
 
 def _heat_of_groups(
-    run: Run, member: MemberRow, column: str
+    tables: Tables, member: MemberRow, column: str
 ) -> tuple[list[str], Array, Array] | None:
     """Labels, edges of the steps, and log10 of the column, (G, bins)."""
-    rows_N = rows_of_member(run.params, member.name)
+    rows_N = rows_of_member(tables.params, member.name)
     if not len(rows_N):
         return None
-    group_N = run.params["group"].astype("category").cat
+    group_N = tables.params["group"].astype("category").cat
     codes_N = group_N.codes.to_numpy()[rows_N].astype(np.int64)
     names = [str(each) for each in group_N.categories]
-    layer_N = run.params["layer"].to_numpy()[rows_N].astype(np.int64)
-    found = heat_of(run.params, rows_N, column, (layer_N + 1) * len(names) + codes_N)
+    layer_N = tables.params["layer"].to_numpy()[rows_N].astype(np.int64)
+    found = heat_of(tables.params, rows_N, column, (layer_N + 1) * len(names) + codes_N)
     if found is None:
         return None
     keys, edges, values = found

@@ -18,9 +18,8 @@ from attnscope.report.figures.canvas import (
     save,
     shown_text,
 )
-from attnscope.report.series import Array, largest_per_step, rows_of_member, thinned
+from attnscope.report.series import Array, Tables, largest_per_step, rows_of_member, thinned
 from attnscope.report.verdict import MemberRow
-from attnscope.runs.reader import Run
 
 # What the field has seen of the largest attention logit.
 THRESHOLDS = (
@@ -33,7 +32,7 @@ COARSE = 150  # bins of a curve that is one of many
 MOST_STARTS = 500  # members in the figure of step 0
 
 
-def draw_max_logit(run: Run, found: Contents) -> Figure | None:
+def draw_max_logit(tables: Tables, found: Contents) -> Figure | None:
     """The largest attention logit over steps, with the bound that no row exceeds."""
     canvas, ((axes,),) = canvas_with(3.3)
     points = COARSE if len(found.members) > MOST_NAMED else 1000
@@ -41,9 +40,9 @@ def draw_max_logit(run: Run, found: Contents) -> Figure | None:
 
     def curve_of(column: str, member: MemberRow) -> tuple[Array, Array]:
         nonlocal top
-        rows_N = rows_of_member(run.heads, member.name)
-        steps_N = run.heads["step"].to_numpy()[rows_N].astype(np.float64)
-        values_N = run.heads[column].to_numpy()[rows_N].astype(np.float64)
+        rows_N = rows_of_member(tables.heads, member.name)
+        steps_N = tables.heads["step"].to_numpy()[rows_N].astype(np.float64)
+        values_N = tables.heads[column].to_numpy()[rows_N].astype(np.float64)
         steps, values = thinned(*largest_per_step(steps_N, values_N), points=points)
         values = np.where(values > 0, values, np.nan)  # a logarithm has no place for the others
         top = max(top, float(values[np.isfinite(values)].max(initial=0.0)))
@@ -84,12 +83,13 @@ def draw_max_logit(run: Run, found: Contents) -> Figure | None:
     )
 
 
-def draw_logit_std(run: Run, found: Contents) -> Figure | None:
+def draw_logit_std(tables: Tables, found: Contents) -> Figure | None:
     """logit_std at step 0, per layer, against scale x sqrt(d_head): what q and k of unit variance give."""
     points = [
         (place, member, spread)
         for place, member in enumerate(found.members[:MOST_STARTS])
-        if member.theory_std is not None and (spread := _spread_at_start(run, member)) is not None
+        if member.theory_std is not None
+        and (spread := _spread_at_start(tables, member)) is not None
     ]
     if not points:
         return None
@@ -145,15 +145,15 @@ def draw_logit_std(run: Run, found: Contents) -> Figure | None:
     )
 
 
-def _spread_at_start(run: Run, member: MemberRow) -> Array | None:
+def _spread_at_start(tables: Tables, member: MemberRow) -> Array | None:
     """Mean logit_std over heads of each layer at the first step measured, layer 0 first; None if nothing was finite."""
-    rows_N = rows_of_member(run.heads, member.name)
+    rows_N = rows_of_member(tables.heads, member.name)
     if not len(rows_N):
         return None
-    step_N = run.heads["step"].to_numpy()[rows_N]
+    step_N = tables.heads["step"].to_numpy()[rows_N]
     first_N = rows_N[step_N == step_N[0]]
-    layer_N = run.heads["layer"].to_numpy()[first_N]
-    value_N = run.heads["logit_std"].to_numpy()[first_N].astype(np.float64)
+    layer_N = tables.heads["layer"].to_numpy()[first_N]
+    value_N = tables.heads["logit_std"].to_numpy()[first_N].astype(np.float64)
     means = [value_N[layer_N == layer].mean() for layer in np.unique(layer_N)]
     found = np.array(means)
     return found if np.isfinite(found).all() and (found > 0).all() else None

@@ -16,18 +16,19 @@ from attnscope.report.figures.canvas import (
     reference_lines,
     save,
 )
-from attnscope.report.series import curve_of, thinned
-from attnscope.runs.reader import Run
+from attnscope.report.series import Tables, curve_of, thinned
 
 COARSE = 150  # bins of a curve that is one of many
 
 
-def draw_loss(run: Run, found: Contents) -> Figure | None:
+def draw_loss(tables: Tables, found: Contents) -> Figure | None:
     """Loss over steps, logarithmic; a second panel for the first steps where something broke early."""
     many = len(found.members) > MOST_NAMED
     members = [m for m in found.members[:MOST_LINES] if m.first_loss is not None]
     curves = {
-        member.name: thinned(*curve_of(run, member.name, "loss"), points=COARSE if many else 1000)
+        member.name: thinned(
+            *curve_of(tables, member.name, "loss"), points=COARSE if many else 1000
+        )
         for member in members
     }
     if not any(np.isfinite(values).any() for _, values in curves.values()):
