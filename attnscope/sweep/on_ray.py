@@ -1,6 +1,7 @@
 """Parts as Ray tasks: on this machine or on a cluster whose nodes all see the run directory under the same path."""
 
 import logging
+import socket
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from attnscope.errors import AttnscopeError
 from attnscope.sweep.workers import train_here
 
+ANSWER_S = 5.0  # for a cluster to accept a connection
 WAITING = 2  # parts handed to Ray for each one that could be trained now, so that no node is idle
 
 
@@ -35,6 +37,8 @@ class RayWorkers:
                 'ray is not installed. Install it: pip install "attnscope[ray]"'
             ) from None
         self._ray: Any = ray
+        if address is not None:
+            _check_answer(address)
         self._is_ours = not ray.is_initialized()
         try:
             if self._is_ours:
@@ -87,6 +91,19 @@ class RayWorkers:
         self.stop()
         if self._is_ours:
             self._ray.shutdown()
+
+
+def _check_answer(address: str) -> None:
+    """Ray itself waits for minutes where nobody answers."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit() or "://" in address:
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=ANSWER_S).close()
+    except (OSError, OverflowError) as error:
+        raise AttnscopeError(
+            f"--ray-address {address}: {error}. Start the cluster first: ray start --head"
+        ) from None
 
 
 def _train_there(path: str, part: int, cpus: int) -> str:

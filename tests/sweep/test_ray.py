@@ -11,6 +11,7 @@ from tests.sweep.small import members, table_of, tiny
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]  # Ray's own, of many kinds
 
+STEPS = 2500  # seconds for each part: time to be in the middle of two of them
 SWEEP = {
     "vary": {
         "attention": {"scale": ["inverse_sqrt", "none"]},
@@ -35,8 +36,8 @@ def test_a_node_that_is_killed_takes_no_part_with_it(cluster, tmp_path):
     from attnscope.sweep.on_ray import RayWorkers
 
     second = cluster.add_node(num_cpus=1)
-    config = tiny(sweep=SWEEP, train={"steps": 300})
-    plan = plan_sweep(members(sweep=SWEEP, train={"steps": 300}), jobs=1, machines=2)
+    config = tiny(sweep=SWEEP, train={"steps": STEPS})
+    plan = plan_sweep(members(sweep=SWEEP, train={"steps": STEPS}), jobs=1, machines=2)
     assert len(plan.parts) >= 6
     workers = RayWorkers(cluster.address, cpus=1)
     assert workers.machines == 2
@@ -53,8 +54,11 @@ def test_a_node_that_is_killed_takes_no_part_with_it(cluster, tmp_path):
     workers.submit = counted
 
     def kill(standings):
+        # Two parts in their first half: one on each node, which have a core each.
         training = [
-            each for each in standings.values() if each.state == "training" and each.steps_done > 5
+            each
+            for each in standings.values()
+            if each.state == "training" and 5 < each.steps_done < STEPS / 2
         ]
         if len(training) >= 2 and not killed:
             cluster.remove_node(second, allow_graceful=False)
@@ -88,5 +92,8 @@ def test_an_address_where_nobody_answers_is_one_line():
     from attnscope.errors import AttnscopeError
     from attnscope.sweep.on_ray import RayWorkers
 
-    with pytest.raises(AttnscopeError, match=r"--ray-address 127\.0\.0\.1:1: "):
+    with pytest.raises(
+        AttnscopeError,
+        match=r"--ray-address 127\.0\.0\.1:1: .*Connection refused\. Start the cluster first",
+    ):
         RayWorkers("127.0.0.1:1", cpus=1)
