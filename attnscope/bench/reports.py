@@ -4,6 +4,7 @@ Each measurement is a process of its own: what it reports as its largest size is
 """
 
 import multiprocessing
+import os
 import resource
 import sys
 import tempfile
@@ -74,6 +75,8 @@ def measure_reports(shapes: tuple[Shape, ...] = SHAPES) -> list[ReportCost]:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "run"
             write_synthetic(path, shape)
+            if hasattr(os, "sync"):  # the disk is still writing, and that is not what is measured
+                os.sync()
             found.append(
                 ReportCost(
                     shape=shape,

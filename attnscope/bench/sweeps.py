@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from attnscope.train.run import create_run
 MEMBERS = 64
 STEPS = 50
 LARGE_MEMBERS = 8
-LARGE_STEPS = 10
+LARGE_STEPS = 60
 JOBS = 2
 
 
@@ -93,7 +93,8 @@ class _Runs:
 
     def together(self, config: Config, n_members: int) -> None:
         """All seeds as one batched part."""
-        path = self._made(config, _seeds(config, n_members))
+        config = make_sweep(config, [], seeds=n_members, baseline={}, where="bench")
+        path = self._made(config, members_of(config))
         train_here(path, 0)
         shutil.rmtree(path)
 
@@ -102,8 +103,9 @@ class _Runs:
     ) -> None:
         """A run for each seed."""
         paths = [
-            self._made(member.config, [replace(member, part=0, index=0)])
-            for member in _seeds(config, n_members)
+            self._made(one, members_of(one))
+            for seed in range(n_members)
+            for one in [apply_changes(config, {"train.seed": seed}, where="bench")]
         ]
         left = list(paths)
         running: set[Future[str]] = set()
@@ -122,7 +124,3 @@ class _Runs:
         path = self._folder / str(next(self._numbers))
         create_run(config, members, path, command=())
         return path
-
-
-def _seeds(config: Config, count: int) -> Sequence[Member]:
-    return members_of(make_sweep(config, [], seeds=count, baseline={}, where="bench"))

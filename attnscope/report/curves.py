@@ -9,7 +9,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from attnscope.report.contents import Contents
-from attnscope.report.series import Array, Tables, heat_of, rows_of_member
+from attnscope.report.series import (
+    Array,
+    Tables,
+    distinct,
+    head_keys,
+    head_label,
+    heat_of,
+    rows_of_member,
+)
 from attnscope.runs.layout import COLUMNS, to_json
 
 PER_STEP = ("loss", "grad_norm")
@@ -38,10 +46,9 @@ def curves_of(tables: Tables, found: Contents) -> Curves | None:
     """Thin the curves of as many members as fit; None where nothing was recorded."""
     if not len(tables.steps):
         return None
-    keys_N = (tables.heads["layer"].to_numpy().astype(np.int64) << 16) + tables.heads[
-        "head"
-    ].to_numpy()
-    heads = np.unique(keys_N)[:MOST_HEADS]
+    keys_N = head_keys(tables.heads)
+    known = distinct(keys_N)
+    heads = known[:MOST_HEADS]
     each = len(PER_STEP) + len(PER_HEAD) * len(heads)
     most = max(1, min(MOST_MEMBERS, NUMBERS // (each * FEWEST_POINTS)))
     places = np.unique(np.linspace(0, len(found.members) - 1, most).round().astype(int)).tolist()
@@ -60,15 +67,14 @@ def curves_of(tables: Tables, found: Contents) -> Curves | None:
             curves[name].append(_rounded(binned[2][0]) if binned else [])
         steps.append(at)
         rows_N = rows_of_member(tables.heads, member.name)
-        rows_N = rows_N[keys_N[rows_N] <= heads[-1]] if len(heads) else rows_N
+        if len(known) > len(heads):
+            rows_N = rows_N[keys_N[rows_N] <= heads[-1]]
         at = []
         for name in PER_HEAD:
             binned = heat_of(tables.heads, rows_N, name, keys_N[rows_N], cells=points)
             at = _middles(binned[1]) if binned else []
             by_key = dict(zip(binned[0], binned[2], strict=True)) if binned else {}
-            curves[name].append(
-                [_rounded(by_key[key]) if key in by_key else [] for key in heads.tolist()]
-            )
+            curves[name].append([_rounded(by_key[key]) if key in by_key else [] for key in heads])
         head_steps.append(at)
     units = {
         name: COLUMNS[table][name].unit
@@ -77,7 +83,7 @@ def curves_of(tables: Tables, found: Contents) -> Curves | None:
     }
     data = {
         "members": [{"name": member.name, "status": member.status} for member in members],
-        "heads": [f"{key >> 16}.{key & 0xFFFF}" for key in heads.tolist()],
+        "heads": [head_label(key) for key in heads],
         "quantities": [
             {
                 "name": name,

@@ -4,6 +4,7 @@ Shape key: N records, S steps, P points of a figure, G lines of one member (laye
 """
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -14,9 +15,12 @@ if TYPE_CHECKING:
     import pandas as pd
 
 POINTS = 1000
+ROWS_AT_ONCE = 1 << 20  # of a table, so that what is computed from them stays small beside it
+MOST_KEYS = 1 << 24  # between the smallest and the largest, for a table to look them up
 CELLS = 300  # of a heat map, along the steps
 
 Array = NDArray[np.float64]
+Keys = NDArray[np.int32] | NDArray[np.int64]
 
 
 class Tables(Protocol):
@@ -91,21 +95,33 @@ def largest_per_step(steps_N: Array, values_N: Array) -> tuple[Array, Array]:
 
 def heat(heads: "pd.DataFrame", rows_N: NDArray[np.int64], column: str) -> Heat | None:
     """The mean of a column per layer, head and bin of steps; None where nothing was recorded."""
-    key_N = heads["layer"].to_numpy()[rows_N].astype(np.int64) << 16
-    key_N += heads["head"].to_numpy()[rows_N]
-    found = heat_of(heads, rows_N, column, key_N)
+    found = heat_of(heads, rows_N, column, head_keys(heads)[rows_N])
     if found is None:
         return None
     keys_G, edges, values = found
-    labels = tuple(f"{key >> 16}.{key & 0xFFFF}" for key in keys_G)
-    return Heat(labels=labels, edges=edges, values=values)
+    return Heat(labels=tuple(map(head_label, keys_G)), edges=edges, values=values)
+
+
+def head_keys(heads: "pd.DataFrame") -> Keys:
+    """One number for each layer and head, in their order, (N,)."""
+    return (heads["layer"].to_numpy().astype(np.int32) << 16) + heads["head"].to_numpy()
+
+
+def head_label(key: int) -> str:
+    """layer.head of such a number."""
+    return f"{key >> 16}.{key & 0xFFFF}"
+
+
+def distinct(key_N: Keys) -> list[int]:
+    """The keys that occur, ascending."""
+    return _numbering(key_N)[0] if len(key_N) else []
 
 
 def heat_of(
     table: "pd.DataFrame",
     rows_N: NDArray[np.int64],
     column: str,
-    key_N: NDArray[np.int64],
+    key_N: Keys,
     *,
     cells: int = CELLS,
 ) -> tuple[list[int], Array, Array] | None:
@@ -123,22 +139,40 @@ def heat_of(
     """
     if not len(rows_N):
         return None
-    step_N = table["step"].to_numpy()[rows_N].astype(np.int64)
-    keys_G, line_N = np.unique(key_N, return_inverse=True)
-    first, last = int(step_N.min()), int(step_N.max())
+    steps_N, values_N = table["step"].to_numpy(), table[column].to_numpy()
+    keys_G, line_of = _numbering(key_N)
+    first, last = int(steps_N[rows_N].min()), int(steps_N[rows_N].max())
     n_bins = min(cells, last - first + 1)
-    bin_N = (step_N - first) * n_bins // (last - first + 1)
-    cell_N = line_N * n_bins + bin_N
-    value_N = table[column].to_numpy()[rows_N].astype(np.float64)
-    finite_N = np.isfinite(value_N)
     size = len(keys_G) * n_bins
-    counts = np.bincount(cell_N[finite_N], minlength=size)
-    sums = np.bincount(cell_N[finite_N], weights=value_N[finite_N], minlength=size)
+    counts, sums = np.zeros(size), np.zeros(size)
+    recorded = np.zeros(n_bins, dtype=bool)
+    for low in range(0, len(rows_N), ROWS_AT_ONCE):
+        some_N = rows_N[low : low + ROWS_AT_ONCE]
+        bin_N = (steps_N[some_N].astype(np.int64) - first) * n_bins // (last - first + 1)
+        recorded[bin_N] = True
+        cell_N = line_of(key_N[low : low + ROWS_AT_ONCE]) * n_bins + bin_N
+        value_N = values_N[some_N]
+        finite_N = np.isfinite(value_N)
+        cell_N, value_N = cell_N[finite_N], value_N[finite_N]
+        counts += np.bincount(cell_N, minlength=size)
+        sums += np.bincount(cell_N, weights=value_N, minlength=size)
     with np.errstate(invalid="ignore"):
         values = (sums / counts).reshape(len(keys_G), n_bins)
-    recorded = np.bincount(bin_N, minlength=n_bins) > 0
     for gap in np.flatnonzero(
         ~recorded
     ):  # record.every > 1: show the last measurement until the next
         values[:, gap] = values[:, gap - 1]
-    return keys_G.tolist(), np.linspace(first, last + 1, n_bins + 1), values
+    return keys_G, np.linspace(first, last + 1, n_bins + 1), values
+
+
+def _numbering(key_N: Keys) -> tuple[list[int], Callable[[Keys], NDArray[np.int64]]]:
+    """The keys that occur, ascending, and what finds the place of keys among them."""
+    low, high = int(key_N.min()), int(key_N.max())
+    if high - low > MOST_KEYS:  # of a run that somebody made up
+        keys_G = np.unique(key_N)
+        return keys_G.tolist(), lambda keys: np.searchsorted(keys_G, keys)
+    # A table to look up in: sorting millions of rows takes longer than all the rest.
+    occurs = np.zeros(high - low + 1, dtype=bool)
+    occurs[key_N - low] = True
+    places = np.cumsum(occurs) - 1
+    return (np.flatnonzero(occurs) + low).tolist(), lambda keys: places[keys - low]

@@ -245,23 +245,32 @@ class Run:
             ends = self._replaced_from(part, found)
             for segment, each in found.items():
                 steps_N, members_N = each.columns["step"], each.columns["member"]
-                indices, place_N = np.unique(members_N, return_inverse=True)
-                numbers = [self._numbers[part.index].get(int(index), -1) for index in indices]
-                codes_N = np.array(numbers, dtype=np.int32)[place_N]
+                code_of = np.full(
+                    1 << 16, -1, dtype=np.int32
+                )  # of every int16; negative ones at the end
+                for index, number in self._numbers[part.index].items():
+                    if 0 <= index < 1 << 15:
+                        code_of[index] = number
+                codes_N = code_of[members_N.view(np.uint16)]
                 if strange := int((codes_N < 0).sum()):
                     name = f"{part.path.name}/{table_file(table, segment)}"
                     self._notes.append(f"{name}: {strange} rows belong to no member of run.json")
                 keep_N = (codes_N >= 0) & (steps_N < ends[segment])
-                chunks.append({name: x[keep_N] for name, x in self._chunk(each, codes_N).items()})
-        return pd.DataFrame(
-            {
-                name: union_categoricals([chunk[name] for chunk in chunks])
-                if isinstance(first, pd.Categorical)
-                else np.concatenate([chunk[name] for chunk in chunks])
-                for name, first in chunks[0].items()
-            },
-            copy=False,
-        )
+                chunk = self._chunk(each, codes_N)
+                if not keep_N.all():  # a copy, which a long run has no room for
+                    chunk = {name: x[keep_N] for name, x in chunk.items()}
+                chunks.append(chunk)
+                del each, chunk
+            found.clear()
+        filled = [chunk for chunk in chunks if len(chunk["step"])]
+        if len(filled) == 1:
+            return pd.DataFrame(filled[0], copy=False)
+        columns: dict[str, Any] = {}
+        for name in list(chunks[0]):
+            pieces = [chunk.pop(name) for chunk in chunks]
+            is_text = isinstance(pieces[0], pd.Categorical)
+            columns[name] = union_categoricals(pieces) if is_text else np.concatenate(pieces)
+        return pd.DataFrame(columns, copy=False)
 
     def _chunk(self, table: Table, codes_N: NDArray[np.int32]) -> dict[str, Any]:
         """The columns of a table, with names instead of positions."""

@@ -194,16 +194,19 @@ def _number(form: str, data: "bytes | pa.Buffer", at: int) -> int:
     return number
 
 
-def _joined(batches: Sequence["pa.RecordBatch"], table: str, lost: Sequence[str]) -> Table:
+def _joined(batches: list["pa.RecordBatch"], table: str, lost: Sequence[str]) -> Table:
+    """One array per column. Takes the batches: each column is let go when it has been copied."""
     n_rows = sum(batch.num_rows for batch in batches)
     there = batches[0].schema.names if batches else []
+    pieces = {name: [batch.column(name) for batch in batches] for name in there}
+    batches.clear()
     columns: dict[str, Array] = {}
     words: dict[str, tuple[str, ...]] = {}
     for name, column in COLUMNS[table].items():
         if column.kind == "string":
-            columns[name], words[name] = _encoded([batch.column(name) for batch in batches])
+            columns[name], words[name] = _encoded(pieces.pop(name, []))
         elif name in there:
-            columns[name] = np.concatenate([batch.column(name).to_numpy() for batch in batches])
+            columns[name] = np.concatenate([piece.to_numpy() for piece in pieces.pop(name)])
         else:
             empty = np.dtype(column.kind) if not n_rows else np.float32
             columns[name] = np.full(n_rows, np.nan).astype(empty)

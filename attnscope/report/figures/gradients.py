@@ -150,9 +150,9 @@ def _heat_of_groups(
     if not len(rows_N):
         return None
     group_N = tables.params["group"].astype("category").cat
-    codes_N = group_N.codes.to_numpy()[rows_N].astype(np.int64)
+    codes_N = group_N.codes.to_numpy()[rows_N].astype(np.int32)
     names = [str(each) for each in group_N.categories]
-    layer_N = tables.params["layer"].to_numpy()[rows_N].astype(np.int64)
+    layer_N = tables.params["layer"].to_numpy()[rows_N].astype(np.int32)
     found = heat_of(tables.params, rows_N, column, (layer_N + 1) * len(names) + codes_N)
     if found is None:
         return None
