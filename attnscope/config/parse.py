@@ -142,8 +142,9 @@ def to_table(config: Config) -> dict[str, object]:
     if config.sweep:
         table["sweep"] = {
             "seeds": list(config.sweep.seeds),
-            "vary": nest({axis.key: plain(axis.values) for axis in config.sweep.vary}),
-            "baseline": nest({key: plain(value) for key, value in config.sweep.baseline.items()}),
+            # By whole names: nested by section they would lose their order.
+            "vary": {axis.key: plain(axis.values) for axis in config.sweep.vary},
+            "baseline": {key: plain(value) for key, value in config.sweep.baseline.items()},
         }
     return table
 
@@ -162,7 +163,8 @@ def to_toml(config: Config) -> str:
         lines.append("")
     if sweep := config.sweep:
         lines += ["[sweep]", f"seeds = {toml_of(sweep.seeds)}"]
-        lines += [f"vary.{axis.key} = {toml_of(axis.values)}" for axis in sweep.vary]
-        lines += [f"baseline.{key} = {toml_of(value)}" for key, value in sweep.baseline.items()]
+        # By whole names: nested by section they would lose their order.
+        lines += [f'vary."{axis.key}" = {toml_of(axis.values)}' for axis in sweep.vary]
+        lines += [f'baseline."{key}" = {toml_of(value)}' for key, value in sweep.baseline.items()]
         lines.append("")
     return "\n".join(lines)

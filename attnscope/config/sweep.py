@@ -25,11 +25,12 @@ from attnscope.errors import ConfigError
 MAX_MEMBERS = 10_000
 MAX_VALUES = 1_000  # along one axis
 MAX_NAME = 80  # characters of a member's name, which tables and legends must hold
-DIGITS = 4  # significant ones, of the values that a range gives
+DIGITS = 4  # significant ones, of the values between the ends of a range
 SEED = "train.seed"
 
 _RANGE = re.compile(r"(log|lin):([^:]+):([^:]+):([^:]+)")
-_PIECE = re.compile(r"""(?:\[[^\]]*\]|"[^"]*"|'[^']*'|[^,\[\]"'])+""")
+_PIECE = r"""\s*(?:\[[^\[\]]*\]|"[^"]*"|'[^']*'|[^,\[\]"']+)\s*"""
+_PIECES = re.compile(rf"{_PIECE}(?:,{_PIECE})*")
 
 
 def parse_sweep(config: Config, table: object, *, where: str) -> Config:
@@ -93,7 +94,7 @@ def make_sweep(
             raise ConfigError(f"{where}: {key} varies twice. Put all its values into one list.")
     for arm in config.arms:
         for key in arm.changes:
-            if key in keys or (key == SEED and len(chosen) > 1):
+            if key in keys or (key == SEED and chosen != (config.train.seed,)):
                 raise ConfigError(
                     f"{where}: {key} varies, but arm {arm.name} sets it too. Drop one of them."
                 )
@@ -138,7 +139,12 @@ def parse_vary(text: str) -> Axis:
         raise ConfigError(f"{where}: {key} has no values. Write them after =, with commas between.")
     if _RANGE.fullmatch(raw):
         return Axis(key=key, values=_values(key, raw, where))
-    pieces = [piece.strip() for piece in _PIECE.findall(raw)]
+    if not _PIECES.fullmatch(raw):
+        raise ConfigError(
+            f"{where}: the values of {key} cannot be told apart. Write one comma between two of them, lists in [], and "
+            'texts with a comma or a bracket in "".'
+        )
+    pieces = [piece.strip() for piece in re.findall(_PIECE, raw)]
     return Axis(key=key, values=_values(key, [parse_value(key, each) for each in pieces], where))
 
 
@@ -169,10 +175,11 @@ def arms_of(config: Config) -> tuple[Arm, ...]:
         name += [f"{words[key]}={value_text(value)}" for key, value in cell.items()]
         name += [f"seed={seed}"] if len(sweep.seeds) > 1 or not name else []
         changes = {**(arm.changes if arm else {}), **cell}
-        if len(sweep.seeds) > 1:
+        if sweep.seeds != (config.train.seed,):
             changes[SEED] = seed
         found.append(Arm(name=" ".join(name), changes=changes))
-    if any(len(arm.name) > MAX_NAME for arm in found):
+    names = {arm.name for arm in found}
+    if max(map(len, names)) > MAX_NAME or len(names) < len(found):
         digits = len(str(len(found) // len(sweep.seeds) - 1))
         found = [
             replace(
@@ -202,7 +209,7 @@ def value_text(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, float):
-        return f"{value:.6g}"
+        return f"{value:.12g}"
     if isinstance(value, tuple | list):
         return "[" + ",".join(value_text(each) for each in value) + "]"
     return str(value)
@@ -212,11 +219,17 @@ def _by_setting(table: object, where: str) -> dict[str, object]:
     """Nested tables, or texts like "optimizer.lr" as keys, to settings."""
     if not isinstance(table, Mapping):
         raise ConfigError(f"{where} is {shown(table)}, but must be a table of settings.")
-    nested = {key: value for key, value in table.items() if isinstance(value, Mapping)}
-    dotted = {key: value for key, value in table.items() if not isinstance(value, Mapping)}
-    for key in dotted:
-        check_name(key, where)
-    return {**flatten(nested, where), **dotted}
+    found: dict[str, object] = {}
+    for name, value in table.items():
+        if isinstance(value, Mapping):
+            more = flatten({name: value}, where)
+        else:
+            check_name(name, where)
+            more = {name: value}
+        if twice := found.keys() & more.keys():
+            raise ConfigError(f"{where}: {min(twice)} stands there twice. Keep one of them.")
+        found |= more
+    return found
 
 
 def _values(key: str, given: object, where: str) -> tuple[object, ...]:
@@ -271,7 +284,9 @@ def _range(key: str, text: str, where: str) -> list[float]:
         found = [low * (high / low) ** part for part in parts]
     else:
         found = [low + (high - low) * part for part in parts]
-    return [float(f"{value:.{DIGITS}g}") for value in found]
+    short = [low, *(float(f"{value:.{DIGITS}g}") for value in found[1:-1]), high]
+    is_rising = all(a < b for a, b in itertools.pairwise(short))
+    return short if is_rising else [low, *found[1:-1], high]
 
 
 def _seeds(given: object, first: int, where: str) -> tuple[int, ...]:

@@ -24,12 +24,15 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
     truth in 83 % of cases, this one in 94 to 95 % (90 % for lognormal values).
 
     Returns:
-        Lower and upper bound; None with fewer than FEWEST values or with one that is not finite.
+        Lower and upper bound; None with fewer than FEWEST values, with one that is not finite, or where most are equal, so that
+        resamples say nothing about the spread.
     """
     x_N = np.asarray(values, dtype=np.float64)
     n = len(x_N)
     if n < FEWEST or not np.isfinite(x_N).all():
         return None
+    if np.ptp(x_N) <= 1e-12 * np.abs(x_N).max():  # equal, rounding aside
+        return float(x_N[0]), float(x_N[0])
     mean, error = float(x_N.mean()), float(x_N.std(ddof=1)) / math.sqrt(n)
     if n <= EXACT:
         index_RN = np.array(list(itertools.product(range(n), repeat=n)))
@@ -37,12 +40,16 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
         index_RN = np.random.default_rng(0).integers(0, n, (RESAMPLES, n))
     x_RN = x_N[index_RN]
     error_R = x_RN.std(axis=1, ddof=1) / math.sqrt(n)
-    # Resamples of one value only have no spread and say nothing.
-    spread_R = error_R > 1e-9 * max(error, np.abs(x_N).max() * 1e-9, 1e-300)
-    if error == 0 or not spread_R.any():
-        return mean, mean
-    t_R = (x_RN[spread_R].mean(axis=1) - mean) / error_R[spread_R]
-    low, high = np.quantile(t_R, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    # A resample of one value only is infinitely many standard errors away. Where such are frequent (most members tie, a few
+    # diverged), n values do not tell how far the mean could be: dropping them gave intervals that held the truth in 37 to 76 %.
+    shift_R = x_RN.mean(axis=1) - mean
+    is_flat_R = error_R < 1e-9 * error
+    t_R = np.where(
+        is_flat_R, np.copysign(np.inf, shift_R), shift_R / np.where(is_flat_R, 1, error_R)
+    )
+    low, high = np.quantile(t_R, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="nearest")
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return None
     return mean - float(high) * error, mean - float(low) * error
 
 

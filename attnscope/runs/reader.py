@@ -268,8 +268,13 @@ class Run:
         columns: dict[str, Any] = {}
         for name in list(chunks[0]):
             pieces = [chunk.pop(name) for chunk in chunks]
-            is_text = isinstance(pieces[0], pd.Categorical)
-            columns[name] = union_categoricals(pieces) if is_text else np.concatenate(pieces)
+            if isinstance(pieces[0], pd.Categorical):
+                joined = union_categoricals(
+                    pieces
+                )  # its names may have become pandas' own text type
+                columns[name] = joined.rename_categories(pd.Index(joined.categories, dtype=object))
+            else:
+                columns[name] = np.concatenate(pieces)
         return pd.DataFrame(columns, copy=False)
 
     def _chunk(self, table: Table, codes_N: NDArray[np.int32]) -> dict[str, Any]:

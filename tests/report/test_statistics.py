@@ -15,6 +15,22 @@ def test_lr_sensitivity_by_hand():
     assert lr_sensitivity([]) is None
 
 
+def test_lr_sensitivity_over_the_range_of_its_paper():
+    """Seven learning rates from 3e-4 to 3e-1: min(final, first) of each, their mean, minus the best (Wortsman et al. 2023)."""
+    first = 6.25
+    finals = [4.0, 3.5, 3.25, 3.0, 3.75, 9.0, math.nan]
+    losses = [capped_loss(first, final) for final in finals]
+    assert losses == [4.0, 3.5, 3.25, 3.0, 3.75, 6.25, 6.25]
+    assert lr_sensitivity(losses) == pytest.approx(30 / 7 - 3)
+
+
+def test_lr_sensitivity_does_not_depend_on_the_level_or_the_order():
+    losses = [3.0, 2.0, 4.5, 6.0]
+    assert lr_sensitivity([loss + 10 for loss in losses]) == pytest.approx(lr_sensitivity(losses))
+    assert lr_sensitivity(losses[::-1]) == lr_sensitivity(losses)
+    assert lr_sensitivity([5.0]) == 0
+
+
 @pytest.mark.parametrize(
     ("first", "final", "capped"),
     [
@@ -23,6 +39,8 @@ def test_lr_sensitivity_by_hand():
         (6.0, math.nan, 6.0),
         (6.0, math.inf, 6.0),
         (6.0, None, 6.0),
+        (6.0, -math.inf, 6.0),
+        (6.0, 6.0, 6.0),
     ],
 )
 def test_a_loss_is_no_higher_than_the_first(first, final, capped):
@@ -74,9 +92,57 @@ def test_an_interval_by_hand():
 
 
 def test_few_equal_or_broken_values():
-    assert mean_interval([1.0] * (FEWEST - 1)) is None
+    assert FEWEST == 5, "with fewer it holds the truth too rarely, or is far too long"
+    for n in range(FEWEST):
+        assert mean_interval([float(i) for i in range(n)]) is None
     assert mean_interval([0.25] * 6) == (0.25, 0.25)
-    assert mean_interval([1.0, 2.0, 3.0, 4.0, math.nan]) is None
+    assert mean_interval([0.1] * 6) == pytest.approx((0.1, 0.1)), "a tenth is not exact"
+    for broken in (math.nan, math.inf, -math.inf):
+        assert mean_interval([1.0, 2.0, 3.0, 4.0, broken]) is None
+
+
+@pytest.mark.parametrize("n", [5, 6, 20])
+def test_an_interval_moves_and_stretches_with_its_values(n):
+    values = np.random.default_rng(n).lognormal(size=n)
+    low, high = mean_interval(values)
+    assert low < values.mean() < high
+    assert mean_interval(values * 1e-3 - 7) == pytest.approx((low * 1e-3 - 7, high * 1e-3 - 7))
+    mirrored = mean_interval(-values)
+    assert mirrored == pytest.approx((-high, -low), rel=0.05), "resampling aside"
+
+
+@pytest.mark.parametrize("n", [5, 8, 12])
+@pytest.mark.parametrize("share", [0.2, 0.5])
+def test_where_members_tie_an_interval_holds_the_truth_or_there_is_none(n, share):
+    """A pair with a diverged member counts with its first loss, so differences take few values."""
+    generator = np.random.default_rng(n)
+    given = held = 0
+    for _ in range(300):
+        differences = -3.0 * (generator.random(n) < share)
+        found = mean_interval(differences)
+        if found is None or np.ptp(differences) == 0:
+            continue
+        given += 1
+        held += found[0] <= -3 * share <= found[1]
+    assert given - held <= 0.05 * 300
+    assert given > 100 or n * share < 6, "or this would show nothing"
+
+
+@pytest.mark.parametrize("values", [[0.0, 0, 0, 0, -3], [1.0, 1, 1, 2, 2], [0.0] * 11 + [5.0]])
+def test_no_interval_ends_where_one_value_tells_the_others_apart(values):
+    assert mean_interval(values) is None
+
+
+def test_more_seeds_give_a_shorter_interval():
+    generator = np.random.default_rng(0)
+    lengths = {
+        n: np.median([np.diff(mean_interval(generator.normal(size=n))) for _ in range(40)])
+        for n in (5, 10, 40)
+    }
+    assert lengths[5] > lengths[10] > lengths[40]
+    assert lengths[40] == pytest.approx(2 * 1.96 / math.sqrt(40), rel=0.15), (
+        "as normal theory has it"
+    )
 
 
 def test_more_values_give_the_same_interval_each_time():
