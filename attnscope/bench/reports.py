@@ -123,6 +123,7 @@ def _rows_per_step(table: str, shape: Shape) -> int:
     of_member = {
         "steps": 1,
         "heads": shape.n_layers * shape.n_heads,
+        "layers": shape.n_layers,
         "params": len(GROUPS) * shape.n_layers,
     }
     return shape.n_members * of_member[table]
@@ -135,7 +136,7 @@ def _columns(
     each = _rows_per_step(table, shape)
     n = len(steps) * each
     inside = np.arange(n) % (each // shape.n_members)
-    fast = {"steps": 1, "heads": shape.n_heads, "params": len(GROUPS)}[table]
+    fast = {"steps": 1, "heads": shape.n_heads, "layers": 1, "params": len(GROUPS)}[table]
     noise = generator.normal(size=n).astype(np.float32)
     step_N = np.repeat(steps, each)
     falling = 3 + 3 * np.exp(-step_N / (1 + shape.n_steps / 5))

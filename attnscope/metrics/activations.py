@@ -1,10 +1,12 @@
 """The residual stream: how large it grows, and how alike its tokens become.
 
-Shape key: M member, N = B x T tokens, B batch, T position, D d_model.
+Shape key: M member, N = B x T tokens, B sequence, T position, D d_model, P = M x B pairs.
 """
 
 import torch
 from torch import Tensor
+
+SEQUENCES = 4  # of a batch, whose tokens are compared; all of them would cost as much as the rest of the recording
 
 
 def activation_norm(x_MND: Tensor) -> Tensor:
@@ -13,11 +15,14 @@ def activation_norm(x_MND: Tensor) -> Tensor:
 
 
 def token_total(x_MND: Tensor, *, n_batch: int) -> Tensor:
-    """Sum of the unit states of each sequence's tokens, (M, B, D) float32, for `token_cosine`."""
-    x_MBTD = x_MND.float().unflatten(1, (n_batch, -1))
-    length_MBT = torch.linalg.vector_norm(x_MBTD, dim=-1)
+    """Sum of the unit states of the tokens of each of the first SEQUENCES sequences, (M, B, D) float32, for `token_cosine`."""
+    n_members, n_tokens, _ = x_MND.shape
+    seq_len, n_used = n_tokens // n_batch, min(n_batch, SEQUENCES)
+    x_PTD = x_MND[:, : n_used * seq_len].reshape(n_members * n_used, seq_len, -1).float()
+    length_PT1 = torch.linalg.vector_norm(x_PTD, dim=-1, keepdim=True)
     # 1/‖x_t‖ as a row vector times x: the unit states are never written down.
-    return (length_MBT.clamp_(min=1e-12).reciprocal_()[:, :, None] @ x_MBTD).squeeze(2)
+    total_P1D = torch.bmm(length_PT1.clamp_(min=1e-12).reciprocal_().mT, x_PTD)
+    return total_P1D.view(n_members, n_used, -1)
 
 
 def token_cosine(total_MBD: Tensor, *, seq_len: int) -> Tensor:
@@ -26,7 +31,7 @@ def token_cosine(total_MBD: Tensor, *, seq_len: int) -> Tensor:
     With unit states u_t, the mean over pairs is (‖Σ u_t‖² - T) / (T (T - 1)), which needs no T x T matrix.
 
     Args:
-        total_MBD: `token_total` of the last layer's states, (..., B, D).
+        total_MBD: `token_total` of a layer's states, (..., B, D).
         seq_len: T, at least 2.
 
     Returns:

@@ -254,6 +254,7 @@ def _definitions(found: Contents) -> list[Block]:
     titles = {
         "heads": "Per head (Run.heads)",
         "steps": "Per step (Run.steps)",
+        "layers": "Per layer (Run.layers)",
         "params": "Per parameter group (Run.params)",
     }
     for table, title in titles.items():

@@ -33,6 +33,9 @@ class Tables(Protocol):
     def heads(self) -> "pd.DataFrame": ...
 
     @property
+    def layers(self) -> "pd.DataFrame": ...
+
+    @property
     def params(self) -> "pd.DataFrame": ...
 
 

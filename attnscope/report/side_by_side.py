@@ -40,6 +40,7 @@ class Joined:
 
     steps: "pd.DataFrame"
     heads: "pd.DataFrame"
+    layers: "pd.DataFrame"
     params: "pd.DataFrame"
 
 
@@ -96,7 +97,7 @@ def side_by_side(
     )
     tables = {
         table: _joined([getattr(each.run, table) for each in chosen], names)
-        for table in ("steps", "heads", "params")
+        for table in ("steps", "heads", "layers", "params")
     }
     return Joined(**tables), _merged(found, names, labels, rows, comparison)
 

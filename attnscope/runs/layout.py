@@ -1,7 +1,7 @@
 """The format of a run directory, whole: names of files, columns of tables, what run.json holds.
 
     <run>/run.json  config.toml  report/
-    <run>/part-0000/  steps-0000.arrow  heads-0000.arrow  params-0000.arrow  events-0000.jsonl
+    <run>/part-0000/  steps-0000.arrow  heads-0000.arrow  layers-0000.arrow  params-0000.arrow  events-0000.jsonl
                       checkpoint-00000100.safetensors  checkpoint-00000100.json  end.json
 
 One part has one writer. The four digits of a table are its segment: a resumed part opens new files and never changes
@@ -29,7 +29,7 @@ CONFIG_FILE = "config.toml"
 END_FILE = "end.json"
 REPORT_FOLDER = "report"
 PART = re.compile(r"part-(?P<part>\d{4})")
-TABLE_FILE = re.compile(r"(?P<table>steps|heads|params)-(?P<segment>\d{4})\.arrow")
+TABLE_FILE = re.compile(r"(?P<table>steps|heads|layers|params)-(?P<segment>\d{4})\.arrow")
 EVENTS_FILE = re.compile(r"(?P<table>events)-(?P<segment>\d{4})\.jsonl")
 CHECKPOINT_FILE = re.compile(r"checkpoint-(?P<step>\d{8})\.(?P<kind>json|safetensors)")
 
@@ -105,7 +105,7 @@ STEPS = {
     "token_cosine": Column(
         "float32",
         "-1 to 1",
-        "mean cosine similarity of token states in the last layer; 1 = rank collapse",
+        "the last layer's token_cosine of the layers table",
         "Dong et al. 2021",
     ),
 }
@@ -149,6 +149,19 @@ HEADS = {
     ),
 }
 
+LAYERS = {
+    "step": _STEP,
+    "member": _MEMBER,
+    "layer": _LAYER,
+    "activation_rms": Column("float32", "", "RMS of the residual stream after the layer"),
+    "token_cosine": Column(
+        "float32",
+        "-1 to 1",
+        "mean cosine similarity of token states after the layer, over up to four sequences; 1 = rank collapse",
+        "Dong et al. 2021",
+    ),
+}
+
 PARAMS = {
     "step": _STEP,
     "member": _MEMBER,
@@ -162,10 +175,16 @@ PARAMS = {
     "nonfinite": Column("int64", "entries", "NaN and Inf in the gradient"),
 }
 
-COLUMNS: Mapping[str, Mapping[str, Column]] = {"steps": STEPS, "heads": HEADS, "params": PARAMS}
+COLUMNS: Mapping[str, Mapping[str, Column]] = {
+    "steps": STEPS,
+    "heads": HEADS,
+    "layers": LAYERS,
+    "params": PARAMS,
+}
 KEYS: Mapping[str, tuple[str, ...]] = {
     "steps": ("step", "member"),
     "heads": ("step", "member", "layer", "head"),
+    "layers": ("step", "member", "layer"),
     "params": ("step", "member", "layer", "group"),
 }
 

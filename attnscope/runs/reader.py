@@ -149,6 +149,14 @@ class Run:
         return self._read("heads")
 
     @cached_property
+    def layers(self) -> "pd.DataFrame":
+        """One row per step, member and layer: the columns of `layout.LAYERS`, `member` as the name.
+
+        Empty for runs of attnscope versions that had no such table.
+        """
+        return self._read("layers")
+
+    @cached_property
     def params(self) -> "pd.DataFrame":
         """One row per step, member, layer and group: the columns of `layout.PARAMS`, `member` as the name."""
         return self._read("params")
@@ -219,7 +227,7 @@ class Run:
     @property
     def lost(self) -> tuple[str, ...]:
         """One line for each thing that could not be read; asks for all tables."""
-        for name in ("steps", "heads", "params", "events"):
+        for name in ("steps", "heads", "layers", "params", "events"):
             getattr(self, name)
         return tuple(sorted(set(self._notes)))
 

@@ -56,6 +56,7 @@ STEP_COLUMNS = (
     "val_loss",
 )
 HEAD_COLUMNS = (*STATISTICS, "rows", "rows_left_out")
+LAYER_COLUMNS = ("activation_rms", "token_cosine")
 
 SAMPLES = 64  # different row samples, used in turn
 BLOCK_BYTES = 64 << 20  # of sampled queries and keys that wait for the end of their block
@@ -75,6 +76,7 @@ class Block:
         columns: column of the steps table to (S, M).
         head_steps: the steps of which heads were measured.
         heads: column of the heads table to (S, M, L, H) over head_steps.
+        layers: column of the layers table to (S, M, L) over head_steps.
         params: column of the params table to (S, M, G) over head_steps.
         groups: (layer, group name) along G.
     """
@@ -85,6 +87,7 @@ class Block:
     columns: dict[str, Array]
     head_steps: Array
     heads: dict[str, Array]
+    layers: dict[str, Array]
     params: dict[str, Array]
     groups: tuple[tuple[int, str], ...]
 
@@ -107,8 +110,7 @@ class Seen:
     rows: list[AttentionRows] = field(default_factory=list)
     stats: list[dict[str, Tensor]] = field(default_factory=list)
     residual_norm_M: list[Tensor] = field(default_factory=list)
-    last_residual_MND: Tensor | None = None
-    token_total_MBD: Tensor | None = None
+    token_total_MBD: list[Tensor] = field(default_factory=list)
     forward_M: list[Tensor] = field(default_factory=list)
     clip: Clipped | None = None
     grad_norm_M: Tensor | None = None
@@ -178,22 +180,19 @@ class Recorder:
 
     @torch.no_grad()
     def residual(self, layer: int, x_MND: Tensor) -> None:
-        """Size of the residual stream after a layer."""
+        """Size of the residual stream after a layer, and how alike its tokens are."""
         self._now.residual_norm_M.append(activation_norm(x_MND))
-        self._now.last_residual_MND = x_MND
+        if self._now.measures or layer == self._n_layers - 1:
+            self._now.token_total_MBD.append(token_total(x_MND, n_batch=self._n_batch))
 
     @torch.no_grad()
     def output(self, output_logits_MNV: Tensor, losses: TokenLosses) -> None:
         """What the forward pass alone decides."""
-        now = self._now
-        assert now.last_residual_MND is not None
-        now.forward_M = [
+        self._now.forward_M = [
             losses.loss_M.detach(),
             losses.log_z_M.detach(),
             output_logit_max(output_logits_MNV),
         ]
-        now.token_total_MBD = token_total(now.last_residual_MND, n_batch=self._n_batch)
-        now.last_residual_MND = None
 
     def gradients(self, gradients: Mapping[str, Tensor], clip: Clipped) -> None:
         """What clipping did; the norm of gradients, where no parameter will be measured."""
@@ -253,11 +252,13 @@ class Recorder:
     def _on_host(self, seen: Sequence[Seen], members: Sequence[int]) -> Block:
         """Compute what follows from the reductions and bring it to the host, one copy per table."""
         measured = [each for each in seen if each.measures]
-        heads, params = {}, {}
+        heads, layers, params = {}, {}, {}
         if measured:
             stats = self._heads(measured)
             heads_CSMLH = torch.stack([stats[name].float() for name in HEAD_COLUMNS]).cpu().numpy()
             heads = dict(zip(HEAD_COLUMNS, heads_CSMLH, strict=True))
+            layers_CSML = torch.stack(self._layers(measured)).cpu().numpy()
+            layers = dict(zip(LAYER_COLUMNS, layers_CSML, strict=True))
             found = parameter_stats(self._parameters(measured), self._grouping)
             for each, grad_norm_M in zip(measured, global_norm(found["grad_norm"]), strict=True):
                 each.grad_norm_M = grad_norm_M
@@ -271,6 +272,7 @@ class Recorder:
             columns=dict(zip(STEP_COLUMNS, columns_CSM, strict=True)),
             head_steps=np.array([each.step for each in measured], dtype=np.int64),
             heads=heads,
+            layers=layers,
             params=params,
             groups=self._grouping.rows,
         )
@@ -279,7 +281,7 @@ class Recorder:
         """STEP_COLUMNS, each (S, M)."""
         forward_CSM = _stacked(*(each.forward_M for each in seen))
         norm_LSM = _stacked(*(each.residual_norm_M for each in seen))
-        total_SMBD = torch.stack([_there(each.token_total_MBD) for each in seen])
+        total_SMBD = torch.stack([each.token_total_MBD[-1] for each in seen])
         clips = [_there(each.clip) for each in seen]
         unknown_M = torch.full_like(forward_CSM[0, 0], float("nan"))
         val_losses = [each.val_loss_M for each in seen]
@@ -291,6 +293,16 @@ class Recorder:
             *_stacked(*([clip.factor_M, clip.lr_M, clip.loss_scale_M] for clip in clips)),
             torch.stack([unknown_M if x is None else x for x in val_losses]),
         ]
+
+    def _layers(self, measured: Sequence[Seen]) -> list[Tensor]:
+        """LAYER_COLUMNS, each (S, M, L)."""
+        norm_LSM = _stacked(*(each.residual_norm_M for each in measured))
+        total_LSMBD = _stacked(*(each.token_total_MBD for each in measured))
+        found_LSM = (
+            norm_LSM / self._residual_size**0.5,
+            token_cosine(total_LSMBD, seq_len=self._seq_len),
+        )
+        return [x_LSM.permute(1, 2, 0) for x_LSM in found_LSM]
 
     def _parameters(self, measured: Sequence[Seen]) -> dict[str, dict[str, Tensor]]:
         """What was measured of each parameter, with a leading axis S."""
@@ -328,7 +340,7 @@ def _there(x: _T | None) -> _T:
 
 
 def tables_of(block: Block, tokens_per_step: int) -> dict[str, dict[str, Array]]:
-    """Lay a block out as the columns of the three tables, one row per step, member and whatever the table is about."""
+    """Lay a block out as the columns of the four tables, one row per step, member and whatever the table is about."""
     n_members = len(block.members)
     steps = {
         **_keys(block.steps, block.members, 1),
@@ -346,13 +358,18 @@ def tables_of(block: Block, tokens_per_step: int) -> dict[str, dict[str, Array]]
         "head": np.tile(np.arange(n_heads), times * n_layers),
         **{name: value.ravel() for name, value in block.heads.items()},
     }
+    layers = {
+        **_keys(block.head_steps, block.members, n_layers),
+        "layer": np.tile(np.arange(n_layers), times),
+        **{name: value.ravel() for name, value in block.layers.items()},
+    }
     params = {
         **_keys(block.head_steps, block.members, len(block.groups)),
         "layer": np.tile([layer for layer, _ in block.groups], times),
         "group": np.tile(np.array([group for _, group in block.groups], dtype=object), times),
         **{name: value.ravel() for name, value in block.params.items()},
     }
-    return {"steps": steps, "heads": heads, "params": params}
+    return {"steps": steps, "heads": heads, "layers": layers, "params": params}
 
 
 def _keys(steps: Array, members: Sequence[int], rows_each: int) -> dict[str, Array]:

@@ -98,7 +98,7 @@ def test_findings_are_strict_json_whatever_they_hold(tmp_path):
     assert "NaN" not in text.replace('"NaN"', "")
 
 
-@pytest.mark.parametrize("recorded", [(), ("steps",), ("heads",), ("params",)])
+@pytest.mark.parametrize("recorded", [(), ("steps",), ("heads",), ("layers",), ("params",)])
 def test_a_run_that_was_killed_early_is_diagnosed(tmp_path, recorded):
     part = new_run(tmp_path / "r").part(0)
     for table in recorded:

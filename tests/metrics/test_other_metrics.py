@@ -248,6 +248,12 @@ def test_token_cosine_equals_a_loop_over_all_pairs(correlation):
         assert found[m].item() == pytest.approx(reference.token_cosine(x_MBTD[m]), abs=1e-5)
 
 
+def test_token_cosine_looks_at_the_first_four_sequences():
+    x_MBTD = torch.randn(1, 6, 5, 4, generator=torch.Generator().manual_seed(1))
+    assert cosine(x_MBTD).item() == pytest.approx(cosine(x_MBTD[:, :4]).item())
+    assert cosine(x_MBTD).item() != pytest.approx(cosine(x_MBTD[:, :3]).item())
+
+
 def test_token_cosine_is_one_for_equal_tokens_and_minus_one_for_opposite_ones():
     x_D = torch.tensor([3.0, -4.0])
     alike = torch.stack([x_D, 2 * x_D, x_D / 9])[None]

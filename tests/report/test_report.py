@@ -129,7 +129,7 @@ def test_tables_of_a_report_are_tables(exploded):
         assert len(widths) == 1, block
 
 
-@pytest.mark.parametrize("recorded", [(), ("steps",), ("heads",), ("params",)])
+@pytest.mark.parametrize("recorded", [(), ("steps",), ("heads",), ("layers",), ("params",)])
 def test_a_run_that_was_killed_early_is_reported(tmp_path, recorded):
     part = new_run(tmp_path / "r").part(0)
     for table in recorded:
@@ -146,7 +146,7 @@ def test_a_run_that_was_killed_early_is_reported(tmp_path, recorded):
 
 def test_a_run_of_nothing_but_nan_is_reported(tmp_path):
     part = new_run(tmp_path / "r").part(0)
-    for table in ("steps", "heads", "params"):
+    for table in ("steps", "heads", "layers", "params"):
         part.append(
             table,
             {

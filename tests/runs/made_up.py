@@ -30,7 +30,9 @@ def columns(
     table: str, steps, *, members=(0,), value: float = 1.0, seed: int = 0, n_layers=2, n_heads=2
 ):
     """All columns of a table, one row per step, member and (heads: layer and head; params: group of 3)."""
-    each = {"steps": 1, "heads": n_layers * n_heads, "params": len(GROUPS)}[table]
+    each = {"steps": 1, "heads": n_layers * n_heads, "layers": n_layers, "params": len(GROUPS)}[
+        table
+    ]
     steps = np.asarray(steps)
     n = len(steps) * len(members) * each
     noise = np.random.default_rng(seed).normal(size=(len(COLUMNS[table]), n))
@@ -40,6 +42,8 @@ def columns(
     places = np.arange(n) % each
     if table == "heads":
         made |= {"layer": places // n_heads, "head": places % n_heads}
+    if table == "layers":
+        made["layer"] = places
     if table == "params":
         made |= {
             "layer": np.minimum(places, 1) - 1,

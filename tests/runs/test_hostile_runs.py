@@ -51,7 +51,7 @@ def edit(run_path, change):
 def look_at_everything(path):
     run = open_run(path)
     assert len(run.members) and all(printable(line, 10_000) == line for line in run.lost)
-    _ = run.steps, run.heads, run.params, run.events, run.status, run.ends, repr(run)
+    _ = run.steps, run.heads, run.layers, run.params, run.events, run.status, run.ends, repr(run)
     try:
         _ = run.config
     except RunError as error:
@@ -324,6 +324,7 @@ def test_rows_and_parts_of_nobody_are_left_out(run_path):
     assert set(run.steps["member"]) == {"unscaled"}
     assert run.lost == (
         "part-0000/heads-0000.arrow: 12 rows belong to no member of run.json",
+        "part-0000/layers-0000.arrow: 6 rows belong to no member of run.json",
         "part-0000/params-0000.arrow: 9 rows belong to no member of run.json",
         "part-0000/steps-0000.arrow: 3 rows belong to no member of run.json",
         "part-0007: no member of run.json is in it; left out",

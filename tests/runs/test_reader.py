@@ -43,6 +43,7 @@ def test_tables_have_the_columns_of_the_layout_and_members_by_name(tmp_path):
             if name not in ("member", "group"):
                 assert frame[name].dtype == column.kind
     assert len(run.steps) == 60 and len(run.heads) == 240 and len(run.params) == 180
+    assert len(run.layers) == 120
     assert list(run.params["group"].cat.categories) == list(made_up.GROUPS)
     assert (run.params.loc[run.params["group"] == "embedding", "layer"] == -1).all()
     assert run.lost == ()
@@ -125,7 +126,7 @@ def test_a_resumed_run_replaces_what_it_recorded_anew(tmp_path):
     expected = [0] * 6 + [100] * 2 + [200]
     assert list(run.steps["step"]) == list(range(9))
     assert list(run.steps["loss"].round(-2)) == expected
-    for frame in (run.heads, run.params):
+    for frame in (run.heads, run.layers, run.params):
         assert list(frame.groupby("step").size()) == [len(frame) // 9] * 9
     assert list(run.heads.groupby("step")["entropy"].mean().round(-2)) == expected
     ticks = run.events[run.events["kind"] == "tick"]
@@ -234,7 +235,14 @@ def test_lines_that_are_no_events_are_said(tmp_path):
 
 def test_a_new_run_has_empty_tables_of_the_right_types(tmp_path):
     run = open_run(made_up.new_run(tmp_path / "a").path)
-    assert len(run.steps) == len(run.heads) == len(run.params) == len(run.events) == 0
+    assert (
+        len(run.steps)
+        == len(run.heads)
+        == len(run.layers)
+        == len(run.params)
+        == len(run.events)
+        == 0
+    )
     assert run.steps["loss"].dtype == np.float32 and run.steps["tokens"].dtype == np.int64
     assert [member.first_loss for member in run.members] == [None, None]
     assert run.status == "killed" and run.members[0].status == "killed"
@@ -335,6 +343,14 @@ def test_runs_are_listed_and_a_broken_one_says_why(tmp_path):
     assert list_runs(tmp_path / "nowhere") == []
 
 
+def test_a_run_from_before_there_were_layers_opens(tmp_path):
+    finished(tmp_path / "r")
+    (tmp_path / "r" / "part-0000" / "layers-0000.arrow").unlink()
+    run = open_run(tmp_path / "r")
+    assert len(run.layers) == 0 and list(run.layers.columns) == list(COLUMNS["layers"])
+    assert len(run.heads) and run.lost == ()
+
+
 def test_the_report_folder_is_made_once(tmp_path):
     run = open_run(finished(tmp_path / "a").path)
     assert report_dir(run) == tmp_path / "a" / "report"
@@ -348,7 +364,7 @@ def test_opening_a_run_imports_no_torch(tmp_path):
     script = (
         "import sys; from attnscope.runs.reader import open_run; "
         f"run = open_run({str(run)!r}); light = 'pandas' not in sys.modules; "
-        "run.members, run.heads, run.params, run.events, run.lost, run.config; "
+        "run.members, run.heads, run.layers, run.params, run.events, run.lost, run.config; "
         "sys.exit(2 * ('torch' in sys.modules) + 4 * (not light) + (len(run.steps) != 60))"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

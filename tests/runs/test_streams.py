@@ -312,7 +312,7 @@ def test_a_thousand_steps_take_at_most_three_megabytes():
     rng = np.random.default_rng(0)
     groups = [*("embedding", "head"), *(["q", "k", "v", "o", "mlp_in", "mlp_out", "norm"] * 4)]
     size = 0
-    for table, each in {"steps": 1, "heads": 16, "params": 30}.items():
+    for table, each in {"steps": 1, "heads": 16, "layers": 4, "params": 30}.items():
         size += len(encode_schema(table) + END_OF_STREAM)
         for start in range(0, 1000, 10):
             n = 10 * each
@@ -323,6 +323,8 @@ def test_a_thousand_steps_take_at_most_three_megabytes():
             columns["step"] = np.repeat(np.arange(start, start + 10), each)
             if table == "heads":
                 columns["layer"], columns["head"] = np.arange(n) // 4 % 4, np.arange(n) % 4
+            if table == "layers":
+                columns["layer"] = np.arange(n) % 4
             if table == "params":
                 columns["layer"] = np.tile([-1, -1, *np.repeat(np.arange(4), 7)], 10)
                 columns["group"] = np.array(groups * 10, dtype=object)

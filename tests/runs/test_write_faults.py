@@ -64,7 +64,7 @@ def check_kept(path, said, reason):
     run = open_run(path)
     assert run.status in ("failed", "running")  # "failed" where there was room left to say so
     assert list(run.steps["step"]) == sorted([*range(int(match[1]) + 1)] * 2)
-    for table in (run.heads, run.params):
+    for table in (run.heads, run.layers, run.params):
         assert set(table["step"]) >= set(range(len(steps)))
     assert all("are not a complete batch" in line for line in run.lost) and len(run.lost) <= 1
 
@@ -114,7 +114,7 @@ def test_a_killed_writer_leaves_everything_it_had_appended(tmp_path, seed):
         rest = process.stdout.read()
     appended = 1 + rest.count("\n")
     run = open_run(path)
-    for table in (run.steps, run.heads, run.params):
+    for table in (run.steps, run.heads, run.layers, run.params):
         assert set(range(appended)) <= set(table["step"]) <= set(range(appended + 1))
     assert all("are not a complete batch" in line for line in run.lost)
     assert run.ends == {}

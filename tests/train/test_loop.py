@@ -18,6 +18,7 @@ from attnscope.train import evaluation, loop
 from attnscope.train.alarms import Alarms
 from attnscope.train.recording import Recorder
 from attnscope.train.run import resume_run, train_run
+from tests import reference
 from tests.train.small import PAIR, small
 
 EVERYTHING = pytest.mark.parametrize(
@@ -103,7 +104,7 @@ def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path, changes):
     last = "part-0000/checkpoint-00000010.safetensors"
     assert (tmp_path / "whole" / last).read_bytes() == (tmp_path / "cut" / last).read_bytes()
     # What is derived from a block of records at once may differ in its last bit, as blocks begin at other steps.
-    for table in ("heads", "params"):
+    for table in ("heads", "layers", "params"):
         pd.testing.assert_frame_equal(getattr(whole, table), getattr(cut, table), rtol=1e-5)
 
 
@@ -173,7 +174,7 @@ REFERENCE_STEP = {
     "grad_norm": 168.64,
     "log_z": 20.137,
     "activation_rms_max": 7.3773,
-    "token_cosine": 0.41586,
+    "token_cosine": 0.40800,  # over four of the sixteen sequences
     "entropy": 0.81448,
     "max_prob": 0.72113,
     "logit_std": 6.9038,
@@ -249,7 +250,8 @@ def test_records_of_a_crash_are_kept(tmp_path, monkeypatch):
 def test_record_every_n_steps_thins_heads_and_params_only(tmp_path):
     run = attnscope.train_model(small(record={"every": 4}), path=tmp_path / "run")
     assert run.steps["step"].tolist() == list(range(12))
-    assert sorted(set(run.heads["step"])) == [0, 4, 8] == sorted(set(run.params["step"]))
+    for table in (run.heads, run.layers, run.params):
+        assert sorted(set(table["step"])) == [0, 4, 8]
     assert run.steps["grad_norm"].notna().all()
 
 
@@ -279,6 +281,38 @@ def test_tables_are_what_the_metrics_say(tmp_path):
         heads = run.heads[run.heads["member"] == name]
         assert len(heads) == 2 * 2
         assert (heads["rows"] == 4 * 11).all() and (heads["rows_left_out"] == 4).all()
+
+
+def test_the_layers_table_is_the_residual_stream_after_each_layer():
+    config = small(arm=PAIR, data={"batch_size": 6})
+    members = members_of(parse_table(config))
+    data = _data(members[0].config)
+    part = loop.Part([member.config for member in members], vocab_size=data.vocab_size)
+    passed = []
+
+    class Keeping(Recorder):
+        def residual(self, layer, x_MND):
+            passed.append(x_MND.detach().clone())
+            super().residual(layer, x_MND)
+
+    writer = Nowhere()
+    recorder = Keeping(writer, members[0].config)
+    loop.train_step(part, part.setup, data, recorder)
+    recorder.flush([0, 1])
+    table = pd.DataFrame(writer.tables["layers"][0]).set_index(["member", "layer"])
+    assert len(table) == 4 and len(passed) == 2
+    steps = pd.DataFrame(writer.tables["steps"][0]).set_index("member")
+    for layer, x_MND in enumerate(passed):
+        for m, x_ND in enumerate(x_MND):
+            row = table.loc[m, layer]
+            assert row["activation_rms"] == pytest.approx(float(x_ND.square().mean().sqrt()))
+            four_BTD = x_ND.unflatten(0, (6, -1))[:4]
+            expected = reference.token_cosine(four_BTD)
+            assert row["token_cosine"] == pytest.approx(expected, abs=1e-5)
+    largest = table["activation_rms"].groupby("member").max()
+    assert largest.tolist() == steps["activation_rms_max"].tolist()
+    last = table.xs(1, level="layer")["token_cosine"]
+    assert last.tolist() == steps["token_cosine"].tolist()
 
 
 def test_padded_queries_are_left_out_with_and_without_a_padding_mask(tmp_path):

@@ -1,4 +1,6 @@
-"""The residual stream: how large it is, and whether the states of all tokens become one."""
+"""The residual stream: how large it is, and whether the states of all tokens become one; over steps and by layer."""
+
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -8,27 +10,34 @@ from attnscope.report.figures.canvas import (
     MOST_LINES,
     MOST_NAMED,
     canvas_with,
+    colour_of,
     draw_members,
     legend,
     of_many,
+    outcome_style,
     over_steps,
     plain_ticks,
     save,
 )
-from attnscope.report.series import Array, Tables, curve_of, thinned
+from attnscope.report.series import Array, Tables, curve_of, rows_of_member, thinned
 from attnscope.report.verdict import MemberRow
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 COARSE = 150  # bins of a curve that is one of many
 
 
 def draw_activations(tables: Tables, found: Contents) -> Figure | None:
-    """activation_rms_max and token_cosine over steps."""
+    """Above, activation_rms_max and the last layer's token_cosine over steps; below, both by layer."""
     points = COARSE if len(found.members) > MOST_NAMED else 1000
 
     def curve(column: str, member: MemberRow) -> tuple[Array, Array]:
         return thinned(*curve_of(tables, member.name, column), points=points)
 
-    canvas, ((left, right),) = canvas_with(3.0, columns=2)
+    has_layers = bool(len(tables.layers))  # runs of early versions have none
+    canvas, grid = canvas_with(5.4 if has_layers else 3.0, rows=1 + has_layers, columns=2)
+    left, right = grid[0]
 
     def rms(member: MemberRow) -> tuple[Array, Array]:
         steps, values = curve("activation_rms_max", member)
@@ -44,12 +53,48 @@ def draw_activations(tables: Tables, found: Contents) -> Figure | None:
         over_steps(axes)
     plain_ticks(left)
     legend(left)
+    below = ""
+    if has_layers:
+        for axes, column in zip(grid[1], ("activation_rms", "token_cosine"), strict=True):
+            _draw_by_layer(axes, tables, found, column)
+            over_steps(axes)  # layers are whole numbers too
+            axes.set(xlabel="layer", ylabel=column)
+        grid[1][0].set_yscale("log")
+        plain_ticks(grid[1][0])
+        below = " Below: both after each layer, pale and dashed at step 0, solid at the last step where they are finite."
     return save(
         canvas,
         name="activations",
         title="Residual stream",
-        alt="Largest RMS of the residual stream and mean cosine of token states, of every member over steps",
-        caption="Left: the largest RMS of the residual stream over layers. Right: mean cosine similarity between the states "
-        "of different tokens in the last layer; at 1 all tokens look the same (Dong et al. 2021)."
+        alt="RMS of the residual stream and mean cosine of token states, of every member over steps and by layer",
+        caption="Left: RMS of the residual stream, the largest over layers. Right: mean cosine similarity between the states "
+        "of different tokens, in the last layer; at 1 all tokens look the same (Dong et al. 2021)."
+        + below
         + of_many(found, MOST_LINES),
     )
+
+
+def _draw_by_layer(axes: "Axes", tables: Tables, found: Contents, column: str) -> None:
+    is_many = len(found.members) > MOST_NAMED
+    for place, member in enumerate(found.members[:MOST_LINES]):
+        rows_N = rows_of_member(tables.layers, member.name)
+        steps_N, layers_N, values_N = (
+            tables.layers[name].to_numpy()[rows_N] for name in ("step", "layer", column)
+        )
+        finite_N = np.isfinite(values_N)
+        if not finite_N.any():
+            continue
+        colour = outcome_style(member.status)[0] if is_many else colour_of(place)
+        for step in dict.fromkeys((steps_N[finite_N].min(), steps_N[finite_N].max())):
+            here_N = finite_N & (steps_N == step)
+            is_last = step == steps_N[finite_N].max()
+            axes.plot(
+                layers_N[here_N],
+                values_N[here_N],
+                color=colour,
+                alpha=(0.3 if is_many else 1.0) if is_last else (0.1 if is_many else 0.4),
+                linestyle="-" if is_last else "--",
+                linewidth=0.8 if is_many else 1.2,
+                marker="o" if is_last else "",
+                markersize=2 if is_many else 4,
+            )
