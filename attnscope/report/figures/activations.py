@@ -61,7 +61,7 @@ def draw_activations(tables: Tables, found: Contents) -> Figure | None:
             axes.set(xlabel="layer", ylabel=column)
         grid[1][0].set_yscale("log")
         plain_ticks(grid[1][0])
-        below = " Below: both after each layer, pale and dashed at step 0, solid at the last step where they are finite."
+        below = " Below: both after each layer, pale and dashed at the first step, solid at the last one that is finite in every layer."
     return save(
         canvas,
         name="activations",
@@ -78,16 +78,20 @@ def _draw_by_layer(axes: "Axes", tables: Tables, found: Contents, column: str) -
     is_many = len(found.members) > MOST_NAMED
     for place, member in enumerate(found.members[:MOST_LINES]):
         rows_N = rows_of_member(tables.layers, member.name)
-        steps_N, layers_N, values_N = (
-            tables.layers[name].to_numpy()[rows_N] for name in ("step", "layer", column)
+        steps_N, layers_N, rms_N, values_N = (
+            tables.layers[name].to_numpy()[rows_N]
+            for name in ("step", "layer", "activation_rms", column)
         )
-        finite_N = np.isfinite(values_N)
-        if not finite_N.any():
+        broken = np.unique(steps_N[~np.isfinite(rms_N)])
+        whole = np.setdiff1d(
+            steps_N, broken
+        )  # of a step that broke half-way, half the layers tell nothing
+        if not len(whole):
             continue
         colour = outcome_style(member.status)[0] if is_many else colour_of(place)
-        for step in dict.fromkeys((steps_N[finite_N].min(), steps_N[finite_N].max())):
-            here_N = finite_N & (steps_N == step)
-            is_last = step == steps_N[finite_N].max()
+        for step in dict.fromkeys((whole[0], whole[-1])):
+            here_N = steps_N == step
+            is_last = step == whole[-1]
             axes.plot(
                 layers_N[here_N],
                 values_N[here_N],
