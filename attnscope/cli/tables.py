@@ -75,8 +75,8 @@ def print_result(path: Path, *, as_json: bool) -> None:
     for lost in run.lost:
         typer.echo(f"warning: {lost}", err=True)
     console.print()
-    console.print(Text(f"Report: {report}"))
-    console.print(Text(f"Next:   {_next_command(run, found)}"))
+    console.print(Text(f"Report: {report}"), soft_wrap=True)
+    console.print(Text(f"Next:   {_next_command(run, found)}"), soft_wrap=True)
 
 
 def print_comparison(console: Console, found: "Comparison", members: "Sequence[MemberRow]") -> None:
@@ -85,8 +85,9 @@ def print_comparison(console: Console, found: "Comparison", members: "Sequence[M
 
     left_out = False
     for table in comparison_tables(found, members):
-        widths = [max(map(len, column)) for column in zip(table.titles, *table.rows, strict=True)]
-        if len(table.rows) <= MOST_CELLS and sum(widths) + len(widths) <= TOO_WIDE * console.width:
+        if _width_of(table) > console.width:
+            table = table.without("diverged at")
+        if len(table.rows) <= MOST_CELLS and _width_of(table) <= TOO_WIDE * console.width:
             print_block(console, table)
             console.print()
         else:
@@ -94,6 +95,12 @@ def print_comparison(console: Console, found: "Comparison", members: "Sequence[M
     if left_out:
         console.print(Text(f"All {len(found.cells)} cells are in the report."))
         console.print()
+
+
+def _width_of(table: "TableBlock") -> int:
+    """Characters it takes on a narrow terminal, none of its words broken."""
+    widths = [max(map(len, column)) for column in zip(table.titles, *table.rows, strict=True)]
+    return sum(widths) + len(widths)
 
 
 def print_block(console: Console, block: "TableBlock") -> None:
@@ -163,7 +170,7 @@ def cells_as_json(found: "Comparison") -> list[dict[str, object]]:
 
 
 def _next_command(run: "Run", found: "Contents") -> str:
-    """What diverged without the scale is tried again with clipping; of anything else there may be more to see."""
+    """What diverged without the scale is tried again with clipping; anything else is asked for its causes."""
     words = [word for word in run.command if word != "--json"]
     if "--name" in words:  # the name is taken
         at = words.index("--name")
@@ -175,8 +182,7 @@ def _next_command(run: "Run", found: "Contents") -> str:
         and {"--no-scale", "--clip"} & {*words} == {"--no-scale"}
     ):
         return f"{shlex.join(words)} --clip 1.0"
-    folder = str(run.path.parent)
-    return "attnscope runs" + ("" if folder == "runs" else f" {shlex.quote(folder)}")
+    return f"attnscope diagnose {shlex.quote(str(run.path))}"
 
 
 def print_runs(folder: Path, *, as_json: bool) -> None:

@@ -4,7 +4,7 @@ All texts are plain: whoever renders them escapes them.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +29,17 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     words: int
     caption: str = ""
+
+    def without(self, title: str) -> "Table":
+        """The same without a column of numbers; without any of that name, the same."""
+        keep = [
+            place for place, name in enumerate(self.titles) if place < self.words or name != title
+        ]
+        return replace(
+            self,
+            titles=tuple(self.titles[place] for place in keep),
+            rows=tuple(tuple(row[place] for place in keep) for row in self.rows),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

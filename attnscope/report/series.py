@@ -96,6 +96,11 @@ def largest_per_step(steps_N: Array, values_N: Array) -> tuple[Array, Array]:
     return steps_N[starts_S], np.maximum.reduceat(values_N, starts_S)
 
 
+def finite_steps(steps_N: NDArray[np.int32], values_N: Array) -> NDArray[np.int32]:
+    """The steps, ascending, of which every record is finite: of one that broke half-way, the upper layers tell nothing."""
+    return np.setdiff1d(steps_N, steps_N[~np.isfinite(values_N)])
+
+
 def heat(heads: "pd.DataFrame", rows_N: NDArray[np.int64], column: str) -> Heat | None:
     """The mean of a column per layer, head and bin of steps; None where nothing was recorded."""
     found = heat_of(heads, rows_N, column, head_keys(heads)[rows_N])

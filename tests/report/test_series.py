@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from attnscope.report.series import CELLS, POINTS, heat, largest_per_step, thinned
+from attnscope.report.series import CELLS, POINTS, finite_steps, heat, largest_per_step, thinned
 
 
 def test_a_short_curve_stays_as_it_is():
@@ -65,3 +65,10 @@ def test_cells_without_a_finite_value_are_not_numbers():
     found = heat(table, np.arange(len(table)), "max_prob")
     assert np.isnan(found.values[2:, 1]).all() and (found.values[:2] == 0.5).all()
     assert heat(table, np.arange(0), "max_prob") is None
+
+
+def test_steps_that_broke_half_way_are_left_out():
+    steps_N = np.array([0, 0, 1, 1, 2, 2, 3, 3], dtype=np.int32)
+    values_N = np.array([1.0, 2.0, 3.0, 4.0, 5.0, np.inf, np.nan, np.nan])
+    assert finite_steps(steps_N, values_N).tolist() == [0, 1]
+    assert finite_steps(steps_N[4:], values_N[4:]).tolist() == []

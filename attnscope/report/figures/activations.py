@@ -19,7 +19,7 @@ from attnscope.report.figures.canvas import (
     plain_ticks,
     save,
 )
-from attnscope.report.series import Array, Tables, curve_of, rows_of_member, thinned
+from attnscope.report.series import Array, Tables, curve_of, finite_steps, rows_of_member, thinned
 from attnscope.report.verdict import MemberRow
 
 if TYPE_CHECKING:
@@ -82,10 +82,7 @@ def _draw_by_layer(axes: "Axes", tables: Tables, found: Contents, column: str) -
             tables.layers[name].to_numpy()[rows_N]
             for name in ("step", "layer", "activation_rms", column)
         )
-        broken = np.unique(steps_N[~np.isfinite(rms_N)])
-        whole = np.setdiff1d(
-            steps_N, broken
-        )  # of a step that broke half-way, half the layers tell nothing
+        whole = finite_steps(steps_N, rms_N)
         if not len(whole):
             continue
         colour = outcome_style(member.status)[0] if is_many else colour_of(place)

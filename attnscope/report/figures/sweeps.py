@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from attnscope.report.blocks import Figure
 from attnscope.report.compare import ENDED, LR, Cell, Comparison
@@ -31,35 +31,39 @@ if TYPE_CHECKING:
 
 MOST_PANELS = 6
 MOST_TICKS = 24  # values of a setting along one side
+TICK_ROOM = 90  # characters below a panel as wide as the figure
 MOST_ARMS = len(COLOURS) * len(DASHES)
 ROOM_FOR_LOSS = 60  # cells of a panel, up to which each also has its loss in figures
 
-Values = tuple[str, ...]  # of some settings
+Keys = tuple[str, ...]  # settings that share a side of a grid
+Values = tuple[str, ...]  # of such
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Layout:
     """Which settings go across, down and into panels; the others stay as in the baseline."""
 
-    across: Values
-    down: Values
-    panels: Values
+    across: Keys
+    down: Keys
+    panels: Keys
     fixed: Mapping[str, str]
 
 
 def draw_phase(found: Contents) -> Figure | None:
-    """Outcome over the two settings with the most values, a panel for each value of the others."""
+    """Outcome over the two sides of the grid with the most values, a panel for each value of the others."""
     comparison = found.comparison
     if comparison is None or not comparison.axes:
         return None
-    sizes = {key: len(values) for key, values in comparison.axes.items()}
-    ranked = sorted(
-        sizes, key=lambda key: (key != LR, not _is_numeric(comparison, key), -sizes[key])
-    )
-    across, down = ranked[:1], ranked[1:2]
+
+    def rank(keys: Keys) -> tuple[bool, bool, int]:
+        is_numeric = all(_is_numeric(comparison, key) for key in keys)
+        return LR not in keys, not is_numeric, -len(_combinations(comparison, keys))
+
+    across, *others = sorted(_sides(comparison, list(comparison.axes)), key=rank)
+    down = others.pop(0) if others else ()
     return _draw_grid(
         comparison,
-        _laid_out(comparison, across, down, ranked[2:]),
+        _laid_out(comparison, across, down, others),
         name="phase",
         title="Where training breaks",
     )
@@ -70,14 +74,14 @@ def draw_matrix(found: Contents) -> Figure | None:
     comparison = found.comparison
     if comparison is None:
         return None
-    init = [key for key in comparison.axes if key.startswith("init.")]
-    clip = [key for key in comparison.axes if key.startswith("clip.")]
+    init = tuple(key for key in comparison.axes if key.startswith("init."))
+    clip = tuple(key for key in comparison.axes if key.startswith("clip."))
     if not init or not clip or len(init) + len(clip) < 3:
         return None
     others = [key for key in comparison.axes if key not in (*init, *clip)]
     return _draw_grid(
         comparison,
-        _laid_out(comparison, clip, init, others),
+        _laid_out(comparison, clip, init, _sides(comparison, others)),
         name="matrix",
         title="Initialization against clipping",
     )
@@ -148,23 +152,38 @@ def _is_numeric(comparison: Comparison, key: str) -> bool:
     return all(key in subject.numbers for cell in comparison.cells for subject in cell.subjects)
 
 
-def _laid_out(
-    comparison: Comparison, across: Sequence[str], down: Sequence[str], others: Sequence[str]
-) -> _Layout:
+def _sides(comparison: Comparison, keys: Sequence[str]) -> list[Keys]:
+    """Settings of which not all combinations occur (those of an arm, clip.mode and clip.threshold) belong together."""
+    sides: list[Keys] = []
+    for key in keys:
+        tied = [
+            side
+            for side in sides
+            if any(
+                len(_combinations(comparison, (key, other)))
+                < len(comparison.axes[key]) * len(comparison.axes[other])
+                for other in side
+            )
+        ]
+        joined = tuple(other for side in tied for other in side)
+        sides = [side for side in sides if side not in tied] + [(*joined, key)]
+    return sides
+
+
+def _laid_out(comparison: Comparison, across: Keys, down: Keys, others: Sequence[Keys]) -> _Layout:
     """As many of the others as fit become panels."""
-    panels: list[str] = []
-    count = 1
-    for key in others:
-        count *= len(comparison.axes[key])
-        if count > MOST_PANELS:
+    panels: Keys = ()
+    for side in others:
+        if len(_combinations(comparison, (*panels, *side))) > MOST_PANELS:
             break
-        panels.append(key)
+        panels += side
     base = comparison.baseline or comparison.cells[0]
+    rest = [key for side in others for key in side if key not in panels]
     return _Layout(
-        across=tuple(across),
-        down=tuple(down),
-        panels=tuple(panels),
-        fixed={key: base.settings[key] for key in others if key not in panels},
+        across=across,
+        down=down,
+        panels=panels,
+        fixed={key: base.settings[key] for key in rest},
     )
 
 
@@ -196,7 +215,10 @@ def _draw_grid(comparison: Comparison, layout: _Layout, *, name: str, title: str
             xticks=range(len(across)),
             yticks=range(len(down)),
         )
-        axes.set_xticklabels([_tick(x) for x in across], rotation=30 if len(across) > 6 else 0)
+        ticks = [_tick(x) for x in across]
+        is_tight = sum(map(len, ticks)) + 3 * len(ticks) > TICK_ROOM / columns
+        slant: Any = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if is_tight else {}
+        axes.set_xticklabels(ticks, **slant)
         axes.set_yticklabels([_tick(y) for y in down])
         axes.grid(visible=False)
         axes.spines[["left", "bottom"]].set_visible(False)
@@ -241,7 +263,7 @@ def _draw_cell(
             Rectangle((at, bottom), share, tall, facecolor=colour, alpha=0.55, edgecolor="none")
         )
         middle = at + share / 2
-        lift = 0.14 if not small and cell.final_losses else 0.0
+        lift = 0.14 if small or cell.final_losses else 0.0
         axes.plot(
             middle - 0.09 * (not small),
             row + lift,
@@ -250,14 +272,14 @@ def _draw_cell(
             color="black",
             linestyle="",
         )
-        if not small:
-            axes.text(
-                middle + 0.03,
-                row + lift,
-                str(cell.outcomes[status]),
-                va="center",
-                fontsize=7,
-            )
+        axes.text(
+            middle if small else middle + 0.03,
+            row - 0.2 if small else row + lift,
+            str(cell.outcomes[status]),
+            ha="center" if small else "left",
+            va="center",
+            fontsize=6 if small else 7,
+        )
         at += share
     if not small and cell.final_losses:
         mean = sum(cell.final_losses) / len(cell.final_losses)
@@ -294,8 +316,11 @@ def _explain(canvas: object, comparison: Comparison) -> None:
     canvas.legend(handles=handles, loc="outside upper right", ncols=len(handles))
 
 
-def _combinations(comparison: Comparison, keys: Sequence[str]) -> list[Values]:
-    return list(itertools.product(*(comparison.axes[key] for key in keys)))
+def _combinations(comparison: Comparison, keys: Keys) -> list[Values]:
+    """Those that occur, the first setting slowest."""
+    places = [{value: at for at, value in enumerate(comparison.axes[key])} for key in keys]
+    found = {tuple(cell.settings[key] for key in keys) for cell in comparison.cells}
+    return sorted(found, key=lambda values: [at[v] for at, v in zip(places, values, strict=True)])
 
 
 def _tick(values: Values) -> str:
