@@ -321,13 +321,14 @@ def _totals(z: Tensor, visible: Tensor | None) -> dict[str, Tensor]:
     p = seen.softmax(dim=-1)
     max_prob = p.amax(dim=-1)
     max_logit = seen.amax(dim=-1)
-    # entropy = lse - Σ p z, where lse = max z - ln max p.
-    entropy = max_logit - max_prob.log() - torch.linalg.vecdot(p, z)
+    # entropy = lse - Σ p z, where lse = max z - ln max p; from the largest logit on, as large ones would cancel to noise.
+    below = z - max_logit[..., None]
+    entropy = -max_prob.log() - torch.linalg.vecdot(p, below)
     if visible is None:
-        deviation = z - (z.sum(dim=-1) / n)[..., None]
+        deviation = below.sub_((below.sum(dim=-1) / n)[..., None])
         sink = p[..., 0]
     else:
-        deviation = (z - (torch.linalg.vecdot(z, weight) / n)[..., None]).mul_(weight)
+        deviation = below.sub_((torch.linalg.vecdot(below, weight) / n)[..., None]).mul_(weight)
         first = weight.argmax(dim=-1, keepdim=True)
         sink = p.gather(-1, first.expand(*p.shape[:-1], 1)).squeeze(-1)
     square = deviation.square_()

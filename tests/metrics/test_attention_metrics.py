@@ -57,6 +57,21 @@ def test_entropy_of_uniform_attention_is_ln_s():
     assert stats["logit_std"].item() == 0
 
 
+@pytest.mark.parametrize("size", [1e4, 1e9, 1e15])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_entropy_of_an_exploding_head_does_not_drown_in_its_logits(size, masked):
+    """Two keys tie at `size`, which float32 holds to 1e-7 of it, and the others are far below: exactly ln 2."""
+    q = torch.full((1, 1, 4, 1), size)
+    k = torch.tensor([1.0, 1.0, -1.0, -1.0]).reshape(1, 1, 4, 1)
+    visible = torch.tensor([True, True, True, False]).expand(4, 4) if masked else None
+    stats = attention_stats(q, k, 1.0, visible)
+    assert stats["entropy"].item() == pytest.approx(math.log(2), abs=1e-6)
+    assert stats["max_prob"].item() == 0.5 and stats["max_logit"].item() == pytest.approx(size)
+    values = [size, size, -size] if masked else [size, size, -size, -size]
+    spread = reference.variance(values) ** 0.5
+    assert stats["logit_std"].item() == pytest.approx(spread, rel=1e-5)
+
+
 def test_two_keys_by_hand():
     # z = (ln 3, 0): p = (3/4, 1/4)
     q, k = torch.tensor([[[[1.0]]]]), torch.tensor([[[[math.log(3)], [0.0]]]])
