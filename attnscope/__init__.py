@@ -6,7 +6,7 @@ The public API; everything is imported when it is first used, so `import attnsco
     run = attnscope.open_run("runs/unscaled-001")                    # tables as pandas DataFrames
     stats = attnscope.attention_stats(q, k, scale=1.0, mask=mask)    # what happens inside one softmax
 
-Reading order of the package: config, model, metrics, train, runs, report, cli.
+Reading order of the package: config, model, metrics, train, runs, sweep, diagnose, report, cli.
 """
 
 from collections.abc import Callable, Mapping

@@ -31,13 +31,15 @@ def test_help_in_readme(name, golden):
 
 
 def test_the_table_of_configs_is_that_of_their_headers(golden):
-    rows = ["| config | question | time |", "| --- | --- | ---: |"]
+    rows = ["| config | question | attnscope | time |", "| --- | --- | --- | ---: |"]
     for path in sorted((ROOT / "configs").glob("*.toml")):
         header = path.read_text().partition("\n[")[0]
         question = " ".join(re.findall(r"^# ?(.*)$", header.partition("\n#\n")[0], re.MULTILINE))
         time = re.search(r"^# Time: (\d+ s)", header, re.MULTILINE)
-        assert question.strip() and time, path.name
-        rows.append(f"| [{path.stem}](configs/{path.name}) | {question.strip()} | {time[1]} |")
+        command = re.search(rf"^#   attnscope (\w+) configs/{path.name}\b", header, re.MULTILINE)
+        assert question.strip() and time and command, path.name
+        cells = (f"[{path.stem}](configs/{path.name})", question.strip(), command[1], time[1])
+        rows.append(f"| {' | '.join(cells)} |")
     golden(README, "\n".join(rows), between=("<!-- configs -->", "<!-- end -->"))
 
 

@@ -30,6 +30,7 @@ MOST_MEMBERS = 40  # rows of a table on a terminal
 MOST_CELLS = 24
 TOO_WIDE = 1.6  # times the terminal: words would be broken beyond reading
 LONG_TITLE = 20  # characters, from which on a column of numbers may be broken too
+UNBROKEN = 18  # characters of a word that a narrow terminal does not break
 
 STYLES = {
     "trained": "green",
@@ -107,11 +108,14 @@ def print_block(console: Console, block: "TableBlock") -> None:
     """A table of a report on a terminal."""
     gap = 1 if console.width < 100 else 2
     table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold")
+    is_narrow = _width_of(block) > console.width
     for place, title in enumerate(block.titles):
         if place < block.words:
-            table.add_column(Text(title), overflow="fold")
+            longest = max((len(row[place]) for row in block.rows), default=0)
+            table.add_column(Text(title), overflow="fold", min_width=min(longest, UNBROKEN))
         else:
-            table.add_column(Text(title), justify="right", no_wrap=len(title) < LONG_TITLE)
+            shown = title.replace(":", ":\n") if is_narrow else title  # RUN:MEMBER in two lines
+            table.add_column(Text(shown), justify="right", no_wrap=len(title) < LONG_TITLE)
     for row in block.rows:
         cells = [Text(cell) for cell in row]
         for cell in cells[: block.words]:

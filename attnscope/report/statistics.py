@@ -15,6 +15,7 @@ LEVEL = 0.95
 FEWEST = 5
 EXACT = 5  # up to so many values all N^N resamples are looked at
 RESAMPLES = 4000
+FLAT = 0.1  # of the sample's spread; eight in a hundred samples of five normal values have no interval then, of eight none
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
@@ -24,8 +25,8 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
     truth in 83 % of cases, this one in 94 to 95 % (90 % for lognormal values).
 
     Returns:
-        Lower and upper bound; None with fewer than FEWEST values, with one that is not finite, or where most are equal, so that
-        resamples say nothing about the spread.
+        Lower and upper bound; None with fewer than FEWEST values, with one that is not finite, or where most are equal or
+        almost, so that resamples say nothing about the spread.
     """
     x_N = np.asarray(values, dtype=np.float64)
     n = len(x_N)
@@ -40,10 +41,11 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
         index_RN = np.random.default_rng(0).integers(0, n, (RESAMPLES, n))
     x_RN = x_N[index_RN]
     error_R = x_RN.std(axis=1, ddof=1) / math.sqrt(n)
-    # A resample of one value only is infinitely many standard errors away. Where such are frequent (most members tie, a few
-    # diverged), n values do not tell how far the mean could be: dropping them gave intervals that held the truth in 37 to 76 %.
+    # A resample without spread (of one value only, or of values that almost tie) is infinitely many standard errors away. Where
+    # such are frequent, most members tie and a few diverged, and n values do not tell how far the mean could be: dropping those
+    # resamples gave intervals that held the truth in 37 to 76 % of cases, keeping them some that were 10 to 50 times Student's.
     shift_R = x_RN.mean(axis=1) - mean
-    is_flat_R = error_R < 1e-9 * error
+    is_flat_R = error_R < FLAT * error
     t_R = np.where(
         is_flat_R, np.copysign(np.inf, shift_R), shift_R / np.where(is_flat_R, 1, error_R)
     )

@@ -107,8 +107,8 @@ def change_table(found: Comparison) -> Table | None:
 
 HOW_COMPARED = (
     "final loss: mean over the members that did not diverge (smallest to largest), nats per token. loss - baseline: mean over "
-    f"pairs that share seed and data, with its {LEVEL:.0%} bootstrap-t interval from {FEWEST} pairs on; a member that diverged "
-    "counts with its first loss."
+    f"pairs that share seed and data, with its {LEVEL:.0%} bootstrap-t interval from {FEWEST} pairs on, unless most of them "
+    "nearly tie; a member that diverged counts with its first loss."
 )
 
 

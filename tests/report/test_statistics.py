@@ -52,31 +52,48 @@ def test_without_a_first_loss_there_is_none(first):
     assert capped_loss(first, 2.0) is None
 
 
+def simulated(law, n, sweeps, seed):
+    """Intervals of that many simulated sweeps, of those whose paired differences say enough for one; and how many did not."""
+    generator = np.random.default_rng(seed)
+    found, without = [], 0
+    while len(found) < sweeps:
+        noise = (
+            generator.normal(size=n) - 0.3
+            if law == "normal"
+            else generator.lognormal(sigma=0.75, size=n)
+        )
+        interval = mean_interval(noise)
+        found += [interval] if interval else []
+        without += interval is None
+    return found, without
+
+
 @pytest.mark.parametrize("n", [5, 8])
 @pytest.mark.parametrize("law", ["normal", "lognormal"])
 def test_intervals_hold_the_truth(n, law):
     """At nominal 95 %, in at least 90 % of 1,000 simulated sweeps whose paired differences follow `law`."""
-    generator = np.random.default_rng(n)
-    held = 0
-    for _ in range(1000):
-        noise = (
-            generator.normal(size=n) if law == "normal" else generator.lognormal(sigma=0.75, size=n)
-        )
-        truth = -0.3 if law == "normal" else math.exp(0.75**2 / 2)
-        low, high = mean_interval(noise + truth if law == "normal" else noise)
-        held += low <= truth <= high
-    assert held >= 900
+    truth = -0.3 if law == "normal" else math.exp(0.75**2 / 2)
+    found, without = simulated(law, n, 1000, seed=n)
+    assert sum(low <= truth <= high for low, high in found) >= 900
+    assert without <= (0.25 if n == 5 else 0.05) * len(found), "there is one nearly always"
 
 
 def test_an_interval_can_miss():
     """The test above can fail: an interval of half the length holds the truth too rarely."""
-    generator = np.random.default_rng(0)
     held = 0
-    for _ in range(300):
-        low, high = mean_interval(generator.normal(size=5))
+    for low, high in simulated("normal", 5, 300, seed=0)[0]:
         middle, half = (low + high) / 2, (high - low) / 8
-        held += middle - half <= 0 <= middle + half
+        held += middle - half <= -0.3 <= middle + half
     assert held < 0.9 * 300
+
+
+def test_values_in_two_clusters_have_no_interval_of_many_times_their_range():
+    """As pairs have where some diverge and the others train: five of them do not say how often."""
+    generator = np.random.default_rng(2)
+    for _ in range(200):
+        values = -3.0 * (generator.random(5) < 0.5) + 0.05 * generator.normal(size=5)
+        found = mean_interval(values)
+        assert found is None or found[1] - found[0] < 4 * np.ptp(values)
 
 
 def test_an_interval_by_hand():
@@ -134,9 +151,8 @@ def test_no_interval_ends_where_one_value_tells_the_others_apart(values):
 
 
 def test_more_seeds_give_a_shorter_interval():
-    generator = np.random.default_rng(0)
     lengths = {
-        n: np.median([np.diff(mean_interval(generator.normal(size=n))) for _ in range(40)])
+        n: np.median([high - low for low, high in simulated("normal", n, 40, seed=n)[0]])
         for n in (5, 10, 40)
     }
     assert lengths[5] > lengths[10] > lengths[40]
