@@ -5,6 +5,7 @@ Each measurement is a process of its own: what it reports as its largest size is
 
 import multiprocessing
 import os
+import re
 import resource
 import sys
 import tempfile
@@ -170,9 +171,18 @@ def _alone(work: Callable[[Path], None], path: Path) -> Cost:
 def _measured(work: Callable[[Path], None], path: Path) -> Cost:
     began = time.perf_counter()
     work(path)
+    return Cost(seconds=time.perf_counter() - began, peak_bytes=_peak_bytes())
+
+
+def _peak_bytes() -> int:
+    """The largest size of this process. Linux counts in ru_maxrss what the process was forked from, in VmHWM it does not."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        found = re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE)
+        if found:
+            return int(found[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return Cost(seconds=time.perf_counter() - began, peak_bytes=peak)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _open(path: Path) -> None:

@@ -60,6 +60,9 @@ LAYER_COLUMNS = ("activation_rms", "token_cosine")
 
 SAMPLES = 64  # different row samples, used in turn
 BLOCK_BYTES = 64 << 20  # of sampled queries and keys that wait for the end of their block
+LOGITS_AT_ONCE = (
+    1 << 18
+)  # attention logits measured together: as many as the cache holds, twice as fast as a whole block
 
 Array = NDArray[Any]
 _T = TypeVar("_T")
@@ -320,7 +323,14 @@ class Recorder:
             each_layer = [stats for seen in measured for stats in seen.stats]
             found = {name: torch.stack([x[name] for x in each_layer]) for name in HEAD_COLUMNS}
         else:
-            found = statistics_of(stack_rows([rows for seen in measured for rows in seen.rows]))
+            rows = [each for seen in measured for each in seen.rows]
+            call = rows[0].call
+            at_once = max(1, LOGITS_AT_ONCE // (call.q[..., 0].numel() * call.k.shape[-2]))
+            pieces = [
+                statistics_of(stack_rows(rows[first : first + at_once]))
+                for first in range(0, len(rows), at_once)
+            ]
+            found = {name: torch.cat([piece[name] for piece in pieces]) for name in HEAD_COLUMNS}
         return {
             name: x.unflatten(0, (len(measured), self._n_layers)).transpose(1, 2)
             for name, x in found.items()
