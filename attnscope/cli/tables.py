@@ -1,6 +1,7 @@
 """Results on stdout: as tables for people, as JSON for machines."""
 
 import shlex
+import textwrap
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -114,7 +115,8 @@ def print_block(console: Console, block: "TableBlock") -> None:
             longest = max((len(row[place]) for row in block.rows), default=0)
             table.add_column(Text(title), overflow="fold", min_width=min(longest, UNBROKEN))
         else:
-            shown = title.replace(":", ":\n") if is_narrow else title  # RUN:MEMBER in two lines
+            longest = max((len(row[place]) for row in block.rows), default=0)
+            shown = _broken(title, longest) if is_narrow else title
             table.add_column(Text(shown), justify="right", no_wrap=len(title) < LONG_TITLE)
     for row in block.rows:
         cells = [Text(cell) for cell in row]
@@ -124,6 +126,15 @@ def print_block(console: Console, block: "TableBlock") -> None:
             cell.highlight_regex(r"\bstalled\b|\bhides\b|\bstalls\b", "yellow")
         table.add_row(*cells)
     console.print(table)
+
+
+def _broken(title: str, width: int) -> str:
+    """A title in several lines, so that its column is no wider than what stands in it; RUN:MEMBER in two."""
+    return "\n".join(
+        line
+        for part in title.replace(":", ":\n").splitlines()
+        for line in textwrap.wrap(part, max(width, *map(len, part.split())), break_on_hyphens=False)
+    )
 
 
 def _print_members(console: Console, members: "Sequence[MemberRow]") -> None:

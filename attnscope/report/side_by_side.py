@@ -104,10 +104,8 @@ def side_by_side(
 
 def _labels(runs: Sequence[Run]) -> list[str]:
     """Names of the runs; where two folders hold runs of one name, with their folder."""
-    counts = Counter(run.name for run in runs)
     paths = {run.path.resolve() for run in runs}
-    if len(paths) == 1:
-        return [run.name for run in runs]
+    counts = Counter(printable(path.name) for path in paths)
     return [
         run.name
         if counts[run.name] == 1

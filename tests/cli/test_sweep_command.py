@@ -106,6 +106,7 @@ def test_too_little_memory_is_refused_in_words(folder):
     assert said.endswith("Use fewer jobs, a smaller model or a smaller batch.")
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_there_is_and_names_the_way_on(folder):
     words = ["sweep", *FAST, *GRID, "--set", "train.steps=3000", "--name", "stopped"]
     process = start(*words, cwd=folder)
@@ -189,3 +190,22 @@ def test_compare_as_json_and_into_a_folder_of_choice(folder, tmp_path):
 def test_wrong_comparisons_are_refused_in_words(folder, words, said):
     done = attnscope("compare", *words, cwd=folder)
     assert (done.returncode, done.stdout, done.stderr) == (1, "", said + "\n")
+
+
+def test_no_cell_is_cut_where_titles_are_wider_than_what_stands_below(capsys):
+    from rich.console import Console
+
+    from attnscope.cli.tables import print_block
+    from attnscope.report.blocks import Table
+
+    table = Table(
+        titles=("setting", "value", "outcome", "effect", "final loss", "loss - baseline"),
+        rows=(("threshold", "inverse_sqrt1", "3 diverged", "does not help", "3.05 (3.04–3.06)", "+6.8e4"),),
+        words=4,
+    )  # fmt: skip
+    print_block(Console(width=80, highlight=False), table)
+    title, more, row = capsys.readouterr().out.splitlines()
+    assert title.split() == ["loss", "-"] and more.endswith("final loss baseline")
+    assert row.split() == [
+        "threshold", "inverse_sqrt1", "3", "diverged", "does", "not", "help", "3.05", "(3.04–3.06)", "+6.8e4",
+    ]  # fmt: skip

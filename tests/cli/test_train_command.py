@@ -180,6 +180,7 @@ def test_killed_at_20_random_moments_it_opens_reports_and_resumes(tmp_path):
     assert sum(finished) < 10, "most runs ended before they were killed: the test proves nothing"
 
 
+@pytest.mark.slow
 def test_a_full_disk_gives_one_line_and_keeps_what_was_recorded(tmp_path):
     def small_files_only():
         resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))

@@ -258,6 +258,18 @@ def test_a_member_of_a_sweep_beside_a_run(runs):
     assert len(tables.steps) == 60
 
 
+def test_a_run_named_twice_keeps_its_short_name(runs):
+    first, second = (run.entries[0].name for run in (runs["slow"], runs["swept"]))
+    chosen = [
+        Chosen(run=runs["swept"], members=(second,)),
+        Chosen(run=runs["slow"], members=(first,)),
+        Chosen(run=runs["swept"], members=("scale=none seed=1",)),
+    ]
+    _, found = side_by_side(chosen)
+    names = [member.name for member in found.members]
+    assert names == [f"swept:{second}", "slow", "swept:scale=none seed=1"]
+
+
 def test_unlike_runs_are_compared_by_outcome_and_it_is_said(runs):
     _, found = side_by_side([Chosen(run=runs["slow"]), Chosen(run=runs["other"])])
     assert "compare outcomes, not losses" in found.verdict[1]

@@ -212,6 +212,7 @@ print(end.status)
 """
 
 
+@pytest.mark.slow
 def test_killed_three_times_and_resumed_gives_the_table_of_one_uninterrupted(tmp_path):
     """Real processes, kill -9 of the whole sweep; its workers end with it."""
 
