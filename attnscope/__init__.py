@@ -41,7 +41,8 @@ def train_model(
     """
     from attnscope.config import Config, load_config, parse_table
     from attnscope.runs.reader import open_run
-    from attnscope.train.run import next_run_path, train_run
+    from attnscope.runs.writer import next_run_path
+    from attnscope.train.run import train_run
 
     if config is None:
         config = Config()

@@ -365,6 +365,53 @@ def diagnose(
             raise typer.Exit(FOUND)
 
 
+@app.command(context_settings={"allow_interspersed_args": False})
+def watch(
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SCRIPT [ARGS]...",
+            help="What to run, with its own arguments.",
+            show_default=False,
+        ),
+    ],
+    module: Annotated[
+        bool, typer.Option("-m", help="SCRIPT is a module, as in python -m.")
+    ] = False,
+    every: Annotated[
+        int, typer.Option(min=1, help="Measure attention and parameters at every so many steps.")
+    ] = 10,
+    rows: Annotated[
+        str, typer.Option(metavar="N|all", help="Query rows measured per head and call.")
+    ] = "32",
+    name: Annotated[
+        str | None, typer.Option(help="Name of the run directory.", show_default=False)
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the run directory.")] = Path("runs"),
+    debug: Annotated[bool, typer.Option("--debug", help="Errors with a traceback.")] = False,
+) -> None:
+    """Run a training script, unmodified, and record its attention.
+
+    Losses, output, exit code and random numbers are those of plain python.
+
+    Example: attnscope watch train.py --batch_size=16
+    """
+    with one_line_errors(debug=debug):
+        from attnscope.cli.resolve import command_line
+        from attnscope.cli.watching import watch_program
+
+        code = watch_program(
+            words,
+            is_module=module,
+            name=name,
+            out=out,
+            every=every,
+            rows=rows,
+            command=command_line(),
+        )
+    raise typer.Exit(code)
+
+
 @app.command()
 def runs(
     folder: Annotated[

@@ -123,7 +123,7 @@ def run_path(out: Path, name: str | None, stem: str) -> Path:
         RunError: `name` cannot be the name of a folder.
     """
     if name is None:
-        from attnscope.train.run import next_run_path
+        from attnscope.runs.writer import next_run_path
 
         return next_run_path(out, stem)
     if name in ("", ".", "..") or "/" in name or "\\" in name or not name.isprintable():

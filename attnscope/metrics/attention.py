@@ -276,6 +276,18 @@ def statistics_of_all(call: Call) -> dict[str, Tensor]:
     return _finish(totals, _bound(call, _largest_norm(call.q), _largest_norm(call.k)))
 
 
+def statistics_of_logits(z: Tensor, visible: Tensor, bound: Tensor) -> dict[str, Tensor]:
+    """Measure logits that other code computed: column to (H,).
+
+    Args:
+        z: softmax input, masked, (B, H, R, S).
+        visible: True where a query sees a key, like z.
+        bound: to record as max_logit_bound, (H,).
+    """
+    wide = z.to(_wide(z.dtype)).where(visible, 0.0)  # what is hidden adds 0 times a number
+    return _finish(_totals(wide, visible), bound)
+
+
 def max_attn_logit(call: Call) -> Tensor:
     """Largest visible attention logit per head over all rows, exactly, (..., H): what QK-Clip acts on (Kimi K2)."""
     z = _logits(call)

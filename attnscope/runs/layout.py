@@ -33,6 +33,7 @@ TABLE_FILE = re.compile(r"(?P<table>steps|heads|layers|params)-(?P<segment>\d{4}
 EVENTS_FILE = re.compile(r"(?P<table>events)-(?P<segment>\d{4})\.jsonl")
 CHECKPOINT_FILE = re.compile(r"checkpoint-(?P<step>\d{8})\.(?P<kind>json|safetensors)")
 
+KINDS = ("train", "watch")
 END_STATUSES = ("finished", "interrupted", "failed")
 
 # What a reader accepts. Larger files are refused: a small damaged or hostile file must not exhaust the memory.
@@ -218,9 +219,10 @@ class Manifest:
 
     Attributes:
         schema_version: of the whole directory.
+        kind: train, or watch: recorded in code that is not attnscope's.
         created: time in UTC, ISO 8601.
         command: the command line, word by word.
-        config: the resolved config as `attnscope.config.parse_table` reads it.
+        config: the resolved config as `attnscope.config.parse_table` reads it; empty where training was watched.
         members: in the order in which they are shown.
         environment: versions of python, torch and attnscope, the device.
         data: fingerprint and, under `reference`, the losses to compare with (`unigram` tells stalled from trained);
@@ -228,6 +230,7 @@ class Manifest:
     """
 
     schema_version: int
+    kind: str
     created: str
     command: tuple[str, ...]
     config: dict[str, object]

@@ -9,6 +9,7 @@ from typing import Any, NoReturn, TypeGuard
 from attnscope.errors import RunError
 from attnscope.runs.foreign import printable, read_file
 from attnscope.runs.layout import (
+    KINDS,
     MAX_INDEX,
     MAX_JSON_BYTES,
     MAX_MEMBERS,
@@ -76,8 +77,12 @@ def read_manifest(run: Path) -> Manifest:
     if len({(member.part, member.index) for member in members}) < len(members):
         damaged("members", "a list", "a list where part and index together occur once")
     command = take(raw, "command", _is_texts, "a list of texts")
+    kind = raw.get("kind", "train")  # runs of attnscope versions that could not watch do not say
+    if kind not in KINDS:
+        damaged("kind", kind, " or ".join(KINDS))
     return Manifest(
         schema_version=version,
+        kind=kind,
         created=printable(take(raw, "created", lambda x: isinstance(x, str), "a text"), 40),
         command=tuple(printable(word, 1000) for word in command),
         config=take(raw, "config", _is_table, "a table"),

@@ -84,6 +84,7 @@ class Run:
         path: of the directory.
         name: of the directory, fit to show.
         schema_version: of the format.
+        kind: train, or watch: recorded in code that is not attnscope's.
         created: time in UTC, ISO 8601.
         command: the command line, word by word.
         environment: versions and device.
@@ -98,6 +99,7 @@ class Run:
         self.path = path
         self.name = printable(path.resolve().name)
         self.schema_version = manifest.schema_version
+        self.kind = manifest.kind
         self.created = manifest.created
         self.command = manifest.command
         self.environment = manifest.environment
@@ -123,8 +125,13 @@ class Run:
         """The resolved config.
 
         Raises:
-            RunError: it holds what this version does not know.
+            RunError: it holds what this version does not know, or the run was watched and has none.
         """
+        if self.kind == "watch":
+            raise RunError(
+                f"{printable(self.path, 400)} was watched: its training was configured by its own script. "
+                f"Its command: {printable(' '.join(self.command), 200)}"
+            )
         where = f"{printable(self.path / RUN_FILE, 400)}: config"
         try:
             return parse_table(self._manifest.config, where=where)

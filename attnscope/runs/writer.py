@@ -58,8 +58,8 @@ class RunWriter:
         path: Path,
         *,
         command: Sequence[str],
-        config: Config,
-        members: Sequence[Member],
+        config: Config | None,
+        members: Sequence[Member | MemberEntry],
         environment: Mapping[str, object],
         data: Mapping[str, object],
     ) -> "RunWriter":
@@ -68,8 +68,8 @@ class RunWriter:
         Args:
             path: of the directory; folders above it are made.
             command: the command line, word by word.
-            config: resolved.
-            members: from `attnscope.config.members_of`.
+            config: resolved; None where training is watched that attnscope did not configure.
+            members: from `attnscope.config.members_of`, or as run.json will name them.
             environment: versions and device, as JSON understands them.
             data: source, fingerprint, and the losses to compare with under `reference`.
 
@@ -79,9 +79,10 @@ class RunWriter:
         """
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
+            kind="watch" if config is None else "train",
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             command=tuple(command),
-            config=to_table(config),
+            config={} if config is None else to_table(config),
             members=tuple(
                 MemberEntry(
                     name=member.name, part=member.part, index=member.index, settings=member.settings
@@ -99,7 +100,8 @@ class RunWriter:
             above = [folder for folder in path.parents if not folder.exists()]
             path.parent.mkdir(parents=True, exist_ok=True)
             scratch.mkdir()
-            replace_file(scratch / CONFIG_FILE, to_toml(config).encode())
+            if config is not None:
+                replace_file(scratch / CONFIG_FILE, to_toml(config).encode())
             replace_file(scratch / RUN_FILE, encode_manifest(manifest))
             scratch.rename(path)
         except BaseException as error:
@@ -334,6 +336,14 @@ class PartWriter:
             )
         self._failure = RunWriteError(f"{path}: {reason_of(error)}. {rest}")
         raise self._failure from None
+
+
+def next_run_path(folder: Path, stem: str) -> Path:
+    """The first of folder/stem-001, stem-002, ... that does not exist."""
+    number = 1
+    while os.path.lexists(path := folder / f"{stem}-{number:03d}"):
+        number += 1
+    return path
 
 
 def _segment_of(name: str) -> int:

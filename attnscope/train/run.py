@@ -185,14 +185,6 @@ def _train_parts(path: Path, on_progress: OnProgress, should_stop: Callable[[], 
     return "finished"
 
 
-def next_run_path(folder: Path, stem: str) -> Path:
-    """The first of folder/stem-001, stem-002, ... that does not exist."""
-    number = 1
-    while os.path.lexists(path := folder / f"{stem}-{number:03d}"):
-        number += 1
-    return path
-
-
 def by_part(members: Sequence[Member]) -> dict[int, list[Member]]:
     """Members sorted into their parts, each in the order of the axis M."""
     parts: dict[int, list[Member]] = {}

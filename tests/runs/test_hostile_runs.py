@@ -410,9 +410,15 @@ def offences(source):
             yield node.arg
 
 
+# `attnscope watch script.py` runs the script that the user names.
+RUNS_A_SCRIPT = {"watch/script.py": ["exec"]}
+
+
 def test_nothing_in_the_package_executes_what_it_reads():
-    for path in Path(attnscope.__file__).parent.rglob("*.py"):
-        assert list(offences(path.read_text())) == [], path
+    package = Path(attnscope.__file__).parent
+    for path in package.rglob("*.py"):
+        allowed = RUNS_A_SCRIPT.get(str(path.relative_to(package)), [])
+        assert list(offences(path.read_text())) == allowed, path
 
 
 @pytest.mark.parametrize(

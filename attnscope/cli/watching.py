@@ -1,0 +1,107 @@
+"""`attnscope watch`: runs a script, then says on stderr what was seen of it."""
+
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from attnscope.cli.resolve import run_path
+from attnscope.errors import ConfigError
+
+if TYPE_CHECKING:
+    from attnscope.watch.script import Ended, Program
+
+INTERRUPTED = 130
+
+
+def watch_program(
+    words: Sequence[str],
+    *,
+    is_module: bool,
+    name: str | None,
+    out: Path,
+    every: int,
+    rows: str,
+    command: Sequence[str],
+) -> int:
+    """Run what `words` name, watched; the exit code that plain Python would have given.
+
+    Raises:
+        AttnscopeError: there is no such script, or the run directory cannot be made.
+    """
+    from attnscope.watch.script import find_program, watch_script
+
+    target, *arguments = words
+    program = find_program(target, is_module=is_module)
+    stem = target.replace(".", "-") if is_module else program.path.stem
+    where = run_path(out, name, stem)
+    typer.echo(f"attnscope: watching {target} into {where}", err=True)
+    ended = watch_script(
+        program,
+        arguments,
+        where,
+        command=command,
+        every=every,
+        rows=_rows(rows),
+    )
+    code = _exit_code(ended, program)
+    _say_what_was_seen(ended, where)
+    return code
+
+
+def _rows(text: str) -> int | str:
+    if text == "all":
+        return text
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise ConfigError(f'--rows is {text!r}, but must be a whole number, at least 1, or "all".')
+
+
+def _exit_code(ended: "Ended", program: "Program") -> int:
+    """As the interpreter has it, and its traceback where there is one."""
+    from attnscope.watch.script import without_our_frames
+
+    error = ended.error
+    if error is None:
+        return 0
+    if isinstance(error, SystemExit):
+        if error.code is None or isinstance(error.code, int):
+            return error.code or 0
+        print(error.code, file=sys.stderr)
+        return 1
+    error = without_our_frames(error, program)
+    hook = sys.excepthook if sys.excepthook is not sys.__excepthook__ else traceback.print_exception
+    hook(type(error), error, error.__traceback__)
+    return INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
+
+
+def _say_what_was_seen(ended: "Ended", where: Path) -> None:
+    """On stderr: stdout is the script's."""
+    watcher = ended.watcher
+    lines = []
+    if watcher.layers:
+        first, last = watcher.layers[0], watcher.layers[-1]
+        names = first if len(watcher.layers) == 1 else f"{first} to {last}"
+        lines.append(
+            f"{len(watcher.layers)} attention layers ({names}), {watcher.updates} optimizer updates"
+        )
+    else:
+        lines.append(
+            "NO ATTENTION WAS SEEN. Looked for: F.scaled_dot_product_attention, nn.MultiheadAttention, and matmul, bmm or "
+            "einsum followed by a softmax. Did the script train a transformer in this process, in PyTorch?"
+        )
+    if not watcher.updates:
+        lines.append(
+            "NO OPTIMIZER STEP WAS SEEN. Looked for: step() of any torch.optim.Optimizer. Did training begin, and in this "
+            "process?"
+        )
+    if watcher.unmeasured:
+        lines.append(
+            f"{watcher.unmeasured} kinds of calls could not be measured: see the events of the run"
+        )
+    for line in lines:
+        typer.echo(f"attnscope: {line}", err=True)
+    typer.echo(f"attnscope: next: attnscope report {where}", err=True)

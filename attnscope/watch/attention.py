@@ -1,0 +1,195 @@
+"""One attention call in foreign code, brought into the form that the metrics take, and measured.
+
+Shape key: B batch, H head, T query position, S key position, R sampled query position, K d_head, C column.
+"""
+
+from dataclasses import dataclass
+from typing import TypeGuard
+
+import torch
+from torch import Tensor
+
+from attnscope.metrics.attention import (
+    STATISTICS,
+    Call,
+    rows_of,
+    sample_rows,
+    statistics_of,
+    statistics_of_all,
+    statistics_of_logits,
+)
+
+COLUMNS = (*STATISTICS, "rows", "rows_left_out")
+
+# A float mask hides a key by -inf, by the smallest number of its dtype, or by something like -1e4 or -1e9.
+HIDDEN_BELOW = -9e3
+FIT_WITHIN = 0.02  # of the logits' size: a scale explains them
+
+# How a scalar stands in the autograd graph, and what may stand between it and the product.
+_VIEWS = (
+    "View", "UnsafeView", "ReshapeAlias", "Transpose", "Permute", "T", "Expand", "Unsqueeze", "Squeeze", "Clone", "ToCopy",
+    "Contiguous", "Alias",
+)  # fmt: skip
+_DEPTH = 24
+
+
+class NotMeasuredError(Exception):
+    """A call that cannot be measured; says why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """An attention call.
+
+    Attributes:
+        q: (B, H, T, K).
+        k: (B, H, S, K); None where the product q kᵀ was not seen.
+        z: attention logits, masked, (B, H, T, S), where the code computed them; None = they are scale q kᵀ.
+        scale: what the call multiplied q kᵀ by; None where `z` must tell.
+        factor: what q and k were multiplied by before, q (scale) kᵀ; None where it cannot be seen.
+        visible: boolean, broadcastable to (B, H, T, S); None = everything.
+        bias: added to the scaled logits; None = nothing.
+        mask: none, causal, padding, boolean or float: in words.
+        backend: sdpa, eager, ...
+    """
+
+    q: Tensor
+    k: Tensor | None
+    z: Tensor | None
+    scale: float | None
+    factor: float | None
+    visible: Tensor | None
+    bias: Tensor | None
+    mask: str
+    backend: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What the record keeps of a call.
+
+    Attributes:
+        columns_CH: COLUMNS of the heads table.
+        fit: of a call that computed logits: the scale that explains them best and what it leaves unexplained, twice
+            (`fit_scale`); else None.
+    """
+
+    columns_CH: Tensor
+    fit: Tensor | None
+
+
+@torch.no_grad()
+def measure(seen: Seen, *, rows: int | str, seed: int) -> Measured:
+    """Statistics of a call over sampled rows or all of them."""
+    n_batch, _, n_queries, _ = seen.q.shape
+    sample = (
+        None
+        if isinstance(rows, str)
+        else sample_rows(
+            n_batch=n_batch, n_queries=n_queries, rows=rows, seed=seed, device=seen.q.device
+        )
+    )
+    fit = None
+    if seen.z is None:
+        assert seen.k is not None and seen.scale is not None
+        call = Call(
+            q=seen.q.detach(),
+            k=seen.k.detach(),
+            attn_scale=torch.tensor(seen.scale, device=seen.q.device),
+            visible=seen.visible,
+            bias=None if seen.bias is None else seen.bias.detach(),
+            softcap=0.0,
+        )
+        found = statistics_of_all(call) if sample is None else statistics_of(rows_of(call, sample))
+    else:
+        call = Call(
+            q=seen.q.detach(),
+            k=(seen.q if seen.k is None else seen.k).detach(),
+            attn_scale=torch.ones((), device=seen.q.device),
+            visible=None,
+            bias=seen.z.detach(),  # cut like a bias
+            softcap=0.0,
+        )
+        if sample is not None:
+            cut = rows_of(call, sample)
+            call, q_norm, k_norm = cut.call, cut.q_norm, cut.k_norm
+        else:
+            q_norm, k_norm = (
+                torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).amax(dim=(0, 2))
+                for x in (call.q, call.k)
+            )
+        assert call.bias is not None
+        z = call.bias.float()
+        visible = z > HIDDEN_BELOW
+        bound = torch.full_like(q_norm, float("nan"))
+        if seen.k is not None:
+            raw = call.q.float() @ call.k.float().mT
+            # Large logits may be below any fixed number: hidden is what is far below the product, too.
+            visible = visible | ((z - raw).abs() < -HIDDEN_BELOW) & z.isfinite()
+            fit = fit_scale(raw, z, visible)
+            bound = fit[0].abs() * q_norm * k_norm
+        found = statistics_of_logits(z, visible, bound)
+    return Measured(columns_CH=torch.stack([found[name].float() for name in COLUMNS]), fit=fit)
+
+
+def fit_scale(raw: Tensor, z: Tensor, visible: Tensor) -> Tensor:
+    """The factor between q kᵀ and the logits by least squares, and the share of z that it leaves unexplained, twice: (4,).
+
+    The second time from differences between sequences, in which a bias that all share (ALiBi, T5) cancels; NaN where there
+    is only one sequence.
+    """
+    found = [*_least_squares(raw, z, visible)]
+    if len(raw) > 1:
+        both = visible[1:] & visible[:-1]
+        found += _least_squares(raw[1:] - raw[:-1], z[1:] - z[:-1], both)
+    else:
+        found += [torch.full_like(found[0], float("nan"))] * 2
+    return torch.stack(found)
+
+
+def scale_of(fit: tuple[float, ...]) -> float | None:
+    """The scale that a fit names; None where none explains the logits (a soft-cap, a bias of its own for each sequence)."""
+    plain, unexplained, across, unexplained_across = fit
+    if unexplained < FIT_WITHIN:
+        return plain
+    return across if unexplained_across < FIT_WITHIN else None
+
+
+def scalar_factor(x: Tensor) -> float | None:
+    """The number that `x` was last multiplied by, through views; 1 where there is none, None where it cannot be seen.
+
+    Read from the autograd graph, without unpacking anything that checkpointing would have to compute again.
+    """
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return None
+    node, factor = x.grad_fn, 1.0
+    for _ in range(_DEPTH):
+        if node is None:
+            break
+        kind = node.name().removesuffix("0").removesuffix("Backward")
+        if kind in ("Mul", "Div"):
+            inputs = [each for each, _ in node.next_functions]
+            other = getattr(node, "_saved_other", None)
+            if len(inputs) != 2 or inputs[1] is not None or not _is_number(other):
+                break
+            factor = factor * float(other) if kind == "Mul" else factor / float(other)
+            node = inputs[0]
+        elif kind in _VIEWS:
+            node = node.next_functions[0][0]
+        else:
+            break
+    return factor
+
+
+def _is_number(x: object) -> TypeGuard[float | Tensor]:
+    """A Python number as autograd keeps it: without axes, on the host."""
+    return isinstance(x, int | float) or (
+        isinstance(x, Tensor) and x.dim() == 0 and x.device.type == "cpu"
+    )
+
+
+def _least_squares(raw: Tensor, z: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+    raw, z = raw.where(visible, 0.0), z.where(visible, 0.0)
+    factor = (raw * z).sum() / raw.square().sum()
+    rest = torch.linalg.vector_norm(z - factor * raw) / torch.linalg.vector_norm(z)
+    return factor, rest

@@ -1,0 +1,127 @@
+"""Names of modules and parameters as the script's own model has them: transformer.h.3.attn, layer 3."""
+
+import gc
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+# What wrappers put before the names of the model they wrap: DistributedDataParallel, torch.compile, checkpoint_wrapper.
+WRAPPERS = re.compile(
+    r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+FRAMES = 8  # looked through for the module that a call belongs to
+
+# What models call their number of heads.
+HEADS = ("num_heads", "n_heads", "n_head", "heads", "num_attention_heads", "nhead")
+
+
+class Modules:
+    """Knows modules by name.
+
+    Invariant: holds no reference to a module, so that a watched model can be freed.
+    """
+
+    def __init__(self) -> None:
+        self._names: dict[int, str] = {}
+
+    def add(self, root: nn.Module) -> None:
+        """Learn the names of everything in `root`."""
+        for name, module in root.named_modules():
+            self._names[id(module)] = without_wrappers(name)
+
+    def name_of(self, module: nn.Module) -> str:
+        """Path from the largest model that holds the module; the name of its class where nothing holds it."""
+        if id(module) not in self._names:
+            self.add(root_of(module))
+        return self._names[id(module)] or type(module).__name__
+
+
+def without_wrappers(name: str) -> str:
+    """The name without what torch.compile, DistributedDataParallel and the like put into it."""
+    return WRAPPERS.sub("", f"{name}.").removesuffix(".")
+
+
+def root_of(module: nn.Module) -> nn.Module:
+    """The largest module alive that holds `module`; itself if none does."""
+    holders = [each for each in _modules_alive() if any(part is module for part in each.modules())]
+    return max(holders, key=lambda each: sum(1 for _ in each.modules()), default=module)
+
+
+def parameter_names(parameters: list[Tensor]) -> dict[int, str]:
+    """Id of each parameter to its name in the largest module alive that has it, else parameter 0, 1, ..."""
+    wanted = {id(parameter) for parameter in parameters}
+    names: dict[int, str] = {}
+    sizes: dict[int, int] = {}
+    for module in _modules_alive():
+        own = {id(p): name for name, p in module.named_parameters()}
+        for key in wanted & own.keys():
+            if len(own) > sizes.get(key, 0):
+                names[key], sizes[key] = without_wrappers(own[key]), len(own)
+    return {
+        id(parameter): names.get(id(parameter), f"parameter {number}")
+        for number, parameter in enumerate(parameters)
+    }
+
+
+def places(names: Mapping[int, str]) -> dict[int, tuple[int, str]]:
+    """Parameter to layer and group: transformer.h.3.attn.c_attn.weight is in layer 3, group attn.c_attn.
+
+    The layer is the first number in the name; -1 where there is none. Weight and bias are one group. Where there are several
+    stacks of layers (encoder.layers.0, decoder.layers.0) the group says which.
+    """
+    cut = {key: _cut(name) for key, name in names.items()}
+    stacks = {stack for stack, layer, _ in cut.values() if layer >= 0}
+    found = {}
+    for key, (stack, layer, rest) in cut.items():
+        named = f"{stack} {rest}" if layer >= 0 and len(stacks) > 1 else rest
+        found[key] = (layer, named or names[key])
+    return found
+
+
+def module_of_call() -> nn.Module | None:
+    """The module whose method is nearest to the caller on the stack.
+
+    Only what stands first in a method is looked at, so that no frame outside of modules is touched.
+    """
+    frame = sys._getframe(1).f_back
+    looked_at = 0
+    while frame is not None and looked_at < FRAMES:
+        code = frame.f_code
+        if not code.co_filename.startswith(_OURS):
+            looked_at += 1
+            if code.co_argcount:
+                first: Any = frame.f_locals.get(code.co_varnames[0])
+                if isinstance(first, nn.Module) and not isinstance(first, nn.Softmax):
+                    return first
+        frame = frame.f_back
+    return None
+
+
+def n_heads_of(module: nn.Module | None) -> int | None:
+    """How many heads a module says it has."""
+    for name in HEADS:
+        value = getattr(module, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def _cut(name: str) -> tuple[str, int, str]:
+    words = name.split(".")
+    if words[-1] in ("weight", "bias") and len(words) > 1:
+        words = words[:-1]
+    for at, word in enumerate(words):
+        if word.isdecimal():
+            return ".".join(words[:at]), int(word), ".".join(words[at + 1 :]) or words[at - 1]
+    return "", -1, ".".join(words)
+
+
+def _modules_alive() -> list[nn.Module]:
+    # issubclass(type(x)) and not isinstance(x): lazy objects would be loaded by it.
+    return [each for each in gc.get_objects() if issubclass(type(each), nn.Module)]
+
+
+_OURS = __file__.rpartition("/")[0]

@@ -1,0 +1,110 @@
+"""Functions of PyTorch replaced by ones that look at what passes, and put back.
+
+A replacement calls the original with the arguments as they came and returns what it returned. Nothing is looked at while
+torch.compile traces: a compiled graph is that of the unwatched script.
+"""
+
+import functools
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Original = Callable[..., Any]
+Look = Callable[[Original, tuple[Any, ...], dict[str, Any]], Any]
+
+
+class Patches:
+    """What is replaced at the moment.
+
+    Invariant: `restore` puts every attribute back to what stood there before, the latest first.
+    """
+
+    def __init__(self, is_wanted: Callable[[], bool]) -> None:
+        """`is_wanted` is asked at every call whether anybody looks."""
+        self._is_wanted = is_wanted
+        self._put_back: list[Callable[[], None]] = []
+        self._inside = threading.local()
+
+    def replace(self, owners: list[Any], name: str, look: Look) -> None:
+        """Replace `name` of each owner that has it, and other modules' names for the same function.
+
+        Owners that have the same function get the same replacement. A function that a replaced one calls is not looked
+        at again.
+        """
+        made: dict[int, Callable[..., Any]] = {}
+        for owner in owners:
+            original = getattr(owner, name, None)
+            if original is None:
+                continue
+            new = made.get(id(original))
+            if new is None:
+                new = made[id(original)] = self._watched(original, look)
+                if not isinstance(owner, type):
+                    self._replace_aliases(original, new)
+            if getattr(owner, name) is original:
+                self._set(owner, name, new)
+
+    def restore(self) -> None:
+        """Put everything back."""
+        while self._put_back:
+            self._put_back.pop()()
+
+    def undisturbed(self) -> "_Undisturbed":
+        """A context in which calls are not looked at: for our own computations."""
+        return _Undisturbed(self._inside)
+
+    def _watched(self, original: Original, look: Look) -> Callable[..., Any]:
+        inside, is_wanted = self._inside, self._is_wanted
+
+        @functools.wraps(original)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return original(*args, **kwargs)
+            if not is_wanted() or getattr(inside, "busy", False):
+                return original(*args, **kwargs)
+            inside.busy = True
+            try:
+                return look(original, args, kwargs)
+            finally:
+                inside.busy = False
+
+        return watched
+
+    def _set(self, owner: Any, name: str, new: object) -> None:
+        own = vars(owner).get(name, _MISSING)  # a class may have inherited it
+        setattr(owner, name, new)
+        if own is _MISSING:
+            self._put_back.append(lambda: delattr(owner, name))
+        else:
+            self._put_back.append(lambda: setattr(owner, name, own))
+
+    def _replace_aliases(self, original: Original, new: object) -> None:
+        """Names that `from module import function` bound before anybody watched."""
+        for module in list(sys.modules.values()):
+            names = getattr(module, "__dict__", None)
+            if not isinstance(names, dict):
+                continue
+            for name, value in list(names.items()):
+                if value is original:
+                    self._set(module, name, new)
+
+
+class _Undisturbed:
+    """Sets the mark by which replacements know that they are inside one another."""
+
+    def __init__(self, inside: threading.local) -> None:
+        self._inside = inside
+        self._before = False
+
+    def __enter__(self) -> None:
+        self._before = getattr(self._inside, "busy", False)
+        self._inside.busy = True
+
+    def __exit__(self, *_: object) -> None:
+        self._inside.busy = self._before
+
+
+_MISSING = object()

@@ -1,0 +1,314 @@
+"""From what was seen of foreign steps to rows on disk, a block of steps at a time; the host waits for the device only here.
+
+Shape key: C column, H head, P parameter.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from attnscope.runs.layout import COLUMNS as TABLES
+from attnscope.runs.outcome import LossWatch
+from attnscope.runs.writer import PartWriter
+from attnscope.watch.attention import COLUMNS as HEAD_COLUMNS
+from attnscope.watch.attention import scale_of
+
+PARAMETER_COLUMNS = ("grad_norm", "grad_max", "nonfinite", "weight_norm", "update_norm")
+LOSS_SHARE = (
+    1e-3  # how near a loss's last factor must be to 1 / micro-batches to count as a mean over them
+)
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """An attention layer as it was first seen.
+
+    Attributes:
+        number: in the order of first calls; `layer` in the tables.
+        name: path of its module.
+        n_heads: query heads.
+        d_head: size of a query.
+        mask: in words.
+        dtype: of the queries.
+        backend: sdpa, eager, fast path.
+        scale: what q kᵀ was multiplied by in the call; None where `fit` tells.
+        factor: what q and k were multiplied by before; None where it could not be seen.
+        fit: see `attnscope.watch.attention.Measured`.
+    """
+
+    number: int
+    name: str
+    n_heads: int
+    d_head: int
+    mask: str
+    dtype: str
+    backend: str
+    scale: float | None
+    factor: float | None
+    fit: Tensor | None
+
+    def described(self) -> dict[str, object]:
+        """As the events file has it; waits for the device where the scale was fitted."""
+        scale = self.scale
+        if self.fit is not None:
+            scale = scale_of(tuple(self.fit.tolist()))
+        applied = None if scale is None or self.factor is None else scale * self.factor
+        return {
+            "layer": self.number,
+            "name": self.name,
+            "n_heads": self.n_heads,
+            "d_head": self.d_head,
+            "scale": applied,
+            "mask": self.mask,
+            "dtype": self.dtype,
+            "backend": self.backend,
+        }
+
+
+@dataclass(slots=True, kw_only=True)
+class Step:
+    """What was seen of one step.
+
+    Attributes:
+        number: optimizer updates done before it.
+        measured: whether attention and parameters were looked at.
+        losses: given to backward, with the number each was last multiplied by.
+        heads: layer to what was measured of its calls in training, else in evaluation, (C, H) each.
+        training: layers with calls in training.
+        parameters: (layer, group) along P.
+        sizes: PARAMETER_COLUMNS, (P,) each.
+    """
+
+    number: int
+    measured: bool
+    losses: list[tuple[Tensor, float | None]] = field(default_factory=list)
+    heads: dict[int, list[Tensor]] = field(default_factory=dict)
+    training: set[int] = field(default_factory=set)
+    parameters: list[tuple[int, str]] = field(default_factory=list)
+    sizes: dict[str, list[Tensor]] = field(default_factory=dict)
+    grad_norm: Tensor | None = None
+    clip_factor: Tensor | None = None
+    lr: float = math.nan
+    loss_scale: Tensor | None = None
+    step_ms: float = 0.0
+
+
+class Recorder:
+    """The block that is not on disk yet.
+
+    Invariant: a block has whole steps only.
+    """
+
+    def __init__(self, writer: PartWriter) -> None:
+        self._writer = writer
+        self._block: list[Step] = []
+        self._since = time.perf_counter()
+        self._layers: dict[int, str] = {}
+        self._undescribed: list[tuple[int, Layer]] = []
+        self._watch = LossWatch()
+        self._reported: set[str] = set()
+
+    def add_layer(self, step: int, layer: Layer) -> None:
+        """A layer was seen for the first time."""
+        self._layers[layer.number] = layer.name
+        self._undescribed.append((step, layer))
+
+    def add(self, step: Step) -> None:
+        """A step is over."""
+        self._block.append(step)
+
+    def due(self, seconds: float) -> bool:
+        """Whether the block has waited this long."""
+        return time.perf_counter() - self._since >= seconds
+
+    def event(self, kind: str, *, step: int, **fields: object) -> None:
+        """Something happened once."""
+        self._writer.event(kind, step=step, member=0, **fields)
+
+    def flush(self) -> None:
+        """Write the block and forget it.
+
+        Raises:
+            RunWriteError: the disk did not take it.
+        """
+        self._since = time.perf_counter()
+        for step, layer in self._undescribed:
+            self.event("attention", step=step, **layer.described())
+        self._undescribed.clear()
+        block, self._block = self._block, []
+        if not block:
+            return
+        steps = _steps(block)
+        heads = _heads([step for step in block if step.heads])
+        params = _params([step for step in block if step.parameters])
+        for table, columns in (("steps", steps), ("heads", heads), ("params", params)):
+            if columns:
+                self._writer.append(table, columns)
+        self._alarm(steps, heads, params)
+
+    def finish(self, status: str, **fields: object) -> None:
+        """Write what is left and say how it ended."""
+        self.flush()
+        self._writer.finish(status, **fields)
+
+    def _alarm(
+        self, steps: dict[str, Array], heads: dict[str, Array], params: dict[str, Array]
+    ) -> None:
+        """The events of a block, in the order of their steps."""
+        found: list[tuple[int, str, dict[str, object]]] = []
+        bad = ~np.isfinite(steps["loss"]) & ~np.isnan(steps["lr"])  # without a loss there is no lr
+        found += self._first(steps["step"][bad], "loss", [])
+        if heads:
+            bad = ~np.isfinite(heads["max_logit_bound"]) & ~np.isfinite(heads["max_logit"])
+            where = [self._layers[int(layer)] for layer in heads["layer"][bad]]
+            found += self._first(heads["step"][bad], "attention logits", where)
+        if params:
+            bad = params["nonfinite"] > 0
+            where = [
+                f"layer {layer} {group}" if layer >= 0 else str(group)
+                for layer, group in zip(params["layer"][bad], params["group"][bad], strict=True)
+            ]
+            found += self._first(params["step"][bad], "gradient", where)
+        self._watch.feed(steps["step"], steps["loss"])
+        if self._watch.diverged_at is not None and "diverged" not in self._reported:
+            self._reported.add("diverged")
+            found.append((self._watch.diverged_at, "diverged", {"why": self._watch.why}))
+        for step, kind, fields in sorted(found, key=lambda each: each[0]):
+            self.event(kind, step=step, **fields)
+
+    def _first(
+        self, steps: Array, tensor: str, where: Sequence[str]
+    ) -> list[tuple[int, str, dict[str, object]]]:
+        if not len(steps) or tensor in self._reported:
+            return []
+        self._reported.add(tensor)
+        first = int(steps[0])
+        fields: dict[str, object] = {"tensor": tensor}
+        if where:
+            places = [place for place, step in zip(where, steps, strict=True) if step == first]
+            fields["where"] = list(dict.fromkeys(places))
+        return [(first, "nonfinite", fields)]
+
+
+def _steps(block: Sequence[Step]) -> dict[str, Array]:
+    n = len(block)
+    columns = {name: np.full(n, np.nan) for name in TABLES["steps"]}
+    columns["step"] = np.array([step.number for step in block])
+    columns["member"] = np.zeros(n, dtype=np.int64)
+    columns["tokens"] = np.zeros(n, dtype=np.int64)  # what a token is, only the script knows
+    losses = iter(_on_host([loss for step in block for loss, _ in step.losses]))
+    columns["loss"] = np.array([_loss(step, [next(losses) for _ in step.losses]) for step in block])
+    for name in ("grad_norm", "clip_factor", "loss_scale"):
+        values = [getattr(step, name) for step in block]
+        found = iter(_on_host([value for value in values if value is not None]))
+        columns[name] = np.array([math.nan if value is None else next(found) for value in values])
+    columns["lr"] = np.array([step.lr for step in block])
+    columns["clip_factor"] = np.nan_to_num(columns["clip_factor"], nan=1.0)
+    columns["loss_scale"] = np.nan_to_num(columns["loss_scale"], nan=1.0)
+    columns["step_ms"] = np.array([step.step_ms for step in block])
+    return columns
+
+
+def _loss(step: Step, losses: list[float]) -> float:
+    """Mean over micro-batches; the sum of losses that the script divided by their number is that mean."""
+    n = len(losses)
+    if not n:
+        return math.nan
+    divided = n > 1 and all(
+        factor is not None and abs(factor * n - 1) < LOSS_SHARE for _, factor in step.losses
+    )
+    return sum(losses) / (1 if divided else n)
+
+
+def _heads(block: Sequence[Step]) -> dict[str, Array]:
+    """One row per step, layer and head; several calls of a layer in one step are one row."""
+    calls = [call for step in block for each in step.heads.values() for call in each]
+    if not calls:
+        return {}
+    sizes = [call.shape[1] for call in calls]
+    device = calls[0].device
+    joined = torch.cat([call.to(device) for call in calls], dim=1).cpu().numpy()
+    pieces = iter(np.split(joined, np.cumsum(sizes)[:-1], axis=1))
+    rows: dict[str, list[Array]] = {name: [] for name in TABLES["heads"]}
+    for step in block:
+        for layer, each in sorted(step.heads.items()):
+            found = _together([dict(zip(HEAD_COLUMNS, next(pieces), strict=True)) for _ in each])
+            n_heads = len(found["rows"])
+            rows["step"].append(np.full(n_heads, step.number))
+            rows["member"].append(np.zeros(n_heads, dtype=np.int64))
+            rows["layer"].append(np.full(n_heads, layer))
+            rows["head"].append(np.arange(n_heads))
+            for name in HEAD_COLUMNS:
+                rows[name].append(found[name])
+    return {name: np.concatenate(each) for name, each in rows.items()}
+
+
+def _together(calls: list[dict[str, Array]]) -> dict[str, Array]:
+    """The statistics of several calls as if their rows had been in one; calls with other numbers of heads are left out."""
+    calls = [call for call in calls if len(call["rows"]) == len(calls[0]["rows"])]
+    if len(calls) == 1:
+        return calls[0]
+    stacked = {name: np.stack([call[name] for call in calls]) for name in HEAD_COLUMNS}
+    share = stacked["rows"] / np.maximum(stacked["rows"].sum(axis=0), 1)
+    found = {}
+    for name, values in stacked.items():
+        if name in ("rows", "rows_left_out"):
+            found[name] = values.sum(axis=0)
+        elif name in ("max_logit", "max_logit_bound"):
+            found[name] = np.where(np.isnan(values).all(axis=0), np.nan, np.fmax.reduce(values))
+        elif name == "logit_std":
+            found[name] = np.sqrt((share * values**2).sum(axis=0))
+        else:
+            found[name] = (share * values).sum(axis=0)
+    return found
+
+
+def _params(block: Sequence[Step]) -> dict[str, Array]:
+    """One row per step, layer and group."""
+    if not block:
+        return {}
+    rows: dict[str, list[Array]] = {name: [] for name in TABLES["params"]}
+    for step in block:
+        names = list(dict.fromkeys(step.parameters))
+        place = np.array([names.index(each) for each in step.parameters])
+        found = {
+            name: np.concatenate([x.cpu().double().numpy() for x in step.sizes[name]])
+            for name in PARAMETER_COLUMNS
+        }
+        with np.errstate(all="ignore"):
+            sizes = {
+                name: np.sqrt(np.bincount(place, weights=found[name] ** 2, minlength=len(names)))
+                for name in ("grad_norm", "weight_norm", "update_norm")
+            }
+            sizes["update_ratio"] = sizes["update_norm"] / sizes["weight_norm"]
+        largest = np.full(len(names), -np.inf)
+        np.maximum.at(largest, place, found["grad_max"])
+        sizes["grad_max"] = largest
+        sizes["nonfinite"] = np.bincount(
+            place, weights=found["nonfinite"], minlength=len(names)
+        ).astype(np.int64)
+        rows["step"].append(np.full(len(names), step.number))
+        rows["member"].append(np.zeros(len(names), dtype=np.int64))
+        rows["layer"].append(np.array([layer for layer, _ in names]))
+        rows["group"].append(np.array([group for _, group in names], dtype=object))
+        for name, values in sizes.items():
+            rows[name].append(values)
+    return {name: np.concatenate(each) for name, each in rows.items()}
+
+
+def _on_host(values: Sequence[Tensor]) -> list[float]:
+    """Scalars, in one copy per device."""
+    if not values:
+        return []
+    device = values[0].device
+    stacked = torch.stack([value.detach().float().reshape(()).to(device) for value in values])
+    return list(map(float, stacked.cpu().tolist()))

@@ -1,0 +1,145 @@
+"""Runs an unmodified script as `python` would, watched.
+
+The script sees its own argv, `__name__`, path and working directory; its output, exit code, traceback, random numbers and
+losses are those of plain Python. Whatever ends it, the record is written first.
+"""
+
+import importlib.util
+import sys
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from attnscope.errors import ConfigError
+from attnscope.watch.attach import Watcher, open_watcher
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Program:
+    """What is to be run: the file of a script or of a module's main program."""
+
+    path: Path
+    module: str | None
+    code: types.CodeType
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """How a script ended.
+
+    Attributes:
+        watcher: stopped.
+        error: what came out of the script; None = it ran to its end.
+    """
+
+    watcher: Watcher
+    error: BaseException | None
+
+
+def find_program(target: str, *, is_module: bool) -> Program:
+    """Read and compile a script, or the main program of a module as `python -m` finds it.
+
+    Raises:
+        ConfigError: there is none, or it is not Python.
+    """
+    if is_module:
+        path = _main_file(target)
+    else:
+        path = Path(target)
+        if path.is_dir():
+            path = path / "__main__.py"
+        if not path.is_file():
+            raise ConfigError(
+                f"{target}: there is no such script. Give the path of a Python file, or a module with -m."
+            )
+    try:
+        source = path.read_bytes()
+        code = compile(source, str(path), "exec", dont_inherit=True)
+    except (SyntaxError, ValueError) as error:
+        line = getattr(error, "lineno", None)
+        place = f"{path}:{line}" if line else str(path)
+        said = getattr(error, "msg", None) or error
+        raise ConfigError(
+            f"{place}: this is not Python: {said}. Give the script that trains."
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from None
+    return Program(path=path, module=target if is_module else None, code=code)
+
+
+def watch_script(
+    program: Program,
+    arguments: Sequence[str],
+    path: Path,
+    *,
+    command: Sequence[str],
+    every: int,
+    rows: int | str,
+) -> Ended:
+    """Run a program with these arguments, watched into `path`.
+
+    Raises:
+        RunError: the run exists.
+        RunWriteError: the place cannot be written, or the disk is full at the end.
+    """
+    watcher = open_watcher(path, command=command, every=every, rows=rows)
+    error: BaseException | None = None
+    try:
+        _run(program, arguments)
+    except BaseException as raised:
+        error = raised
+    watcher.stop_after(error)
+    return Ended(watcher=watcher, error=error)
+
+
+def without_our_frames(error: BaseException, program: Program) -> BaseException:
+    """The error with the traceback that plain Python would show: from the script's first line on."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code is not program.code:
+        trace = trace.tb_next
+    return error.with_traceback(trace or error.__traceback__)
+
+
+def _run(program: Program, arguments: Sequence[str]) -> None:
+    """Like `python SCRIPT` or `python -m MODULE`."""
+    main = types.ModuleType("__main__")
+    names: dict[str, Any] = main.__dict__
+    names["__file__"] = str(program.path)
+    names["__builtins__"] = __builtins__
+    if program.module is None:
+        names["__cached__"] = None
+        sys.path[0] = str(program.path.resolve().parent)
+    else:
+        spec = importlib.util.find_spec(_main_name(program.module))
+        names["__spec__"] = spec
+        names["__package__"] = spec.parent if spec else ""
+        names["__loader__"] = spec.loader if spec else None
+        sys.path[0] = str(Path.cwd())
+    sys.argv[:] = [str(program.path), *arguments]
+    sys.modules["__main__"] = main
+    exec(program.code, names)
+
+
+def _main_file(module: str) -> Path:
+    where = str(Path.cwd())
+    if sys.path[0] != where:
+        sys.path.insert(0, where)
+    try:
+        spec = importlib.util.find_spec(_main_name(module))
+    except (ImportError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"-m {module}: no such module: {error}. Is it installed, or below this folder?"
+        ) from None
+    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+        raise ConfigError(
+            f"-m {module}: no such module, or it has no main program in Python. Is it installed, or below this folder?"
+        )
+    return Path(spec.origin)
+
+
+def _main_name(module: str) -> str:
+    """A package is run by its __main__."""
+    spec = importlib.util.find_spec(module)
+    return f"{module}.__main__" if spec is not None and spec.submodule_search_locations else module

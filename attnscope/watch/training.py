@@ -1,0 +1,128 @@
+"""Sees where a training step begins and ends in foreign code: losses, clipping, loss scaling, optimizer steps."""
+
+import weakref
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from attnscope.watch.patches import Original, Patches
+
+
+class OnTraining(Protocol):
+    """What is told of a step, in the order in which things happen."""
+
+    def loss(self, loss: Tensor) -> None:
+        """A scalar is about to be differentiated; without what GradScaler multiplied it by."""
+
+    def before_clipping(self, parameters: list[Tensor]) -> None:
+        """Gradients are about to be clipped."""
+
+    def clipped(self, factor: Tensor | None, total_norm: Tensor | None) -> None:
+        """Gradients have been clipped: by this factor and from this L2 norm, where the call tells."""
+
+    def before_update(self, optimizer: torch.optim.Optimizer) -> None:
+        """The optimizer is about to step."""
+
+    def after_update(self, optimizer: torch.optim.Optimizer) -> None:
+        """The optimizer has stepped."""
+
+    def scaled(self, loss_scale: Tensor | None, *, skipped: bool) -> None:
+        """GradScaler was asked to step; `skipped` if it kept the optimizer from it."""
+
+
+class Training:
+    """What is done at each of these moments."""
+
+    def __init__(self, patches: Patches, told: OnTraining) -> None:
+        self._told = told
+        self._scaled: tuple[weakref.ref[Tensor], Tensor] | None = None
+        self._stepped = False
+        patches.replace([torch.Tensor, torch.autograd], "backward", self._backward)
+        utils = torch.nn.utils
+        patches.replace([utils, utils.clip_grad], "clip_grad_norm_", self._clip_norm)
+        patches.replace([utils, utils.clip_grad], "clip_grad_value_", self._clip_value)
+        patches.replace([torch.amp.GradScaler], "scale", self._scale)
+        patches.replace([torch.amp.GradScaler], "step", self._scaler_step)
+        self._hooks = [
+            register_optimizer_step_pre_hook(self._before),
+            register_optimizer_step_post_hook(self._after),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks of optimizers away; patches are restored by their owner."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _before(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+        self._told.before_update(optimizer)
+
+    def _after(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+        self._stepped = True
+        self._told.after_update(optimizer)
+
+    def _backward(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        roots = args[0] if args else kwargs.get("tensors")
+        for root in [roots] if isinstance(roots, Tensor) else roots or ():
+            if isinstance(root, Tensor) and root.numel() == 1:
+                self._told.loss(self._without_scale(root))
+        return original(*args, **kwargs)
+
+    def _scale(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        scaled = original(*args, **kwargs)
+        given = args[1] if len(args) > 1 else kwargs.get("outputs")
+        if isinstance(given, Tensor) and isinstance(scaled, Tensor):
+            self._scaled = weakref.ref(scaled), given
+        return scaled
+
+    def _without_scale(self, root: Tensor) -> Tensor:
+        if self._scaled is None or self._scaled[0]() is not root:
+            return root
+        given = self._scaled[1]
+        self._scaled = None
+        return given
+
+    def _scaler_step(
+        self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        self._stepped = False
+        scaler = args[0]
+        value = getattr(scaler, "_scale", None) if scaler.is_enabled() else None
+        self._told.scaled(None if value is None else value.detach().clone(), skipped=False)
+        result = original(*args, **kwargs)
+        if not self._stepped:
+            self._told.scaled(None, skipped=True)
+        return result
+
+    def _clip_norm(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        parameters, args = _kept(args, kwargs)
+        max_norm = args[1] if len(args) > 1 else kwargs.get("max_norm")
+        norm_type = args[2] if len(args) > 2 else kwargs.get("norm_type", 2.0)
+        self._told.before_clipping(parameters)
+        total = original(*args, **kwargs)
+        with torch.no_grad():
+            factor = (float(max_norm or 0.0) / (total.detach() + 1e-6)).clamp(max=1.0)
+        self._told.clipped(factor, total.detach() if float(norm_type) == 2.0 else None)
+        return total
+
+    def _clip_value(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        parameters, args = _kept(args, kwargs)
+        self._told.before_clipping(parameters)
+        result = original(*args, **kwargs)
+        self._told.clipped(None, None)
+        return result
+
+
+def _kept(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], tuple[Any, ...]]:
+    """The parameters given to clipping; what can be gone through only once is given on as a list."""
+    given = args[0] if args else kwargs["parameters"]
+    parameters = [given] if isinstance(given, Tensor) else list(given)
+    if args:
+        args = (parameters, *args[1:])
+    else:
+        kwargs["parameters"] = parameters
+    return [p for p in parameters if isinstance(p, Tensor)], args
