@@ -5,11 +5,13 @@ One watcher at a time: what it replaces in PyTorch belongs to the whole process.
 
 import os
 import platform
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +20,15 @@ from attnscope.errors import RunError
 from attnscope.runs.layout import RUN_FILE, MemberEntry
 from attnscope.runs.writer import RunWriter, next_run_path
 from attnscope.watch.attention import Seen, measure, scalar_factor
-from attnscope.watch.capture import Capture
+from attnscope.watch.capture import Capture, in_backward
 from attnscope.watch.names import Modules, parameter_names, places
 from attnscope.watch.parameters import Before, gradient_sizes, total_norm
-from attnscope.watch.patches import Patches
+from attnscope.watch.patches import Original, Patches
 from attnscope.watch.recording import PARAMETER_COLUMNS, Layer, Recorder, Step
 from attnscope.watch.training import Training
+
+if TYPE_CHECKING:
+    from attnscope.watch.compiled import Probes
 
 FLUSH_SECONDS = 0.75  # a killed process loses at most this and the step it was in
 EVERY = 10  # steps between those at which attention and parameters are measured
@@ -64,6 +69,7 @@ class Watcher:
         self._begun = time.perf_counter()
         self._now = Step(number=0, measured=True)
         self._is_on = False
+        self._probes: Probes | None = None
         self._seeing = Patches(lambda: self._is_on and (self._now.measured or self._stepped))
         self._hearing = Patches(lambda: self._is_on)
 
@@ -94,6 +100,9 @@ class Watcher:
             self._seeing, on_attention=self._on_attention, on_unmeasured=self._on_unmeasured
         )
         self._training = Training(self._hearing, self)
+        self._hearing.replace([torch], "compile", self._compile)
+        if "torch._dynamo" in sys.modules:  # something may be compiled already, and be traced later
+            self._install_probes()
         os.register_at_fork(after_in_child=self._forked)
 
     def add_model(self, model: nn.Module) -> None:
@@ -112,6 +121,8 @@ class Watcher:
         _watching = None
         self._is_on = False
         self._training.remove()
+        if self._probes is not None:
+            self._probes.remove()
         self._hearing.restore()
         self._seeing.restore()
         self._capture.forget()
@@ -205,6 +216,36 @@ class Watcher:
             shapes=shapes,
             reason=reason,
         )
+
+    def _on_compiled(
+        self,
+        module: nn.Module | None,
+        backend: str,
+        tensors: list[Tensor],
+        see: Callable[[], Seen],
+    ) -> None:
+        if self._is_on and (self._now.measured or self._stepped) and not in_backward():
+            with self._seeing.undisturbed(), torch.no_grad():
+                self._capture.hand_on(module, backend, tensors, see)
+
+    def _compile(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        backend = kwargs.get("backend", "inductor")
+        if backend == "inductor":
+            self._install_probes()
+        else:
+            self._on_unmeasured(
+                None,
+                "compiled",
+                [],
+                f"torch.compile with backend {backend!r}: only inductor's graphs can be watched",
+            )
+        return original(*args, **kwargs)
+
+    def _install_probes(self) -> None:
+        if self._probes is None:
+            from attnscope.watch.compiled import Probes
+
+            self._probes = Probes(self._on_compiled)
 
     def loss(self, loss: Tensor) -> None:
         """See `OnTraining`."""

@@ -49,8 +49,8 @@ class Seen:
         factor: what q and k were multiplied by before, q (scale) kᵀ; None where it cannot be seen.
         visible: boolean, broadcastable to (B, H, T, S); None = everything.
         bias: added to the scaled logits; None = nothing.
-        mask: none, causal, padding, boolean or float: in words.
-        backend: sdpa, eager, ...
+        mask: none, causal, boolean, float, or in the logits.
+        backend: sdpa, eager, fast path, compiled sdpa, compiled eager.
     """
 
     q: Tensor

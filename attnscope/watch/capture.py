@@ -7,7 +7,7 @@ forward passes and are not counted again.
 Shape key: B batch, H head, T query position, S key position, K d_head.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -52,7 +52,7 @@ class Capture:
 
     def _fused(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         out = original(*args, **kwargs)
-        self._look(lambda _: _seen_fused(*args, **kwargs), "sdpa", args)
+        self._look(lambda _: seen_fused(*args, **kwargs), "sdpa", args)
         return out
 
     def _product(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -80,7 +80,7 @@ class Capture:
             if product is not None:
                 self._products.forget()
                 self._look(
-                    lambda module: _seen_by_hand(z, product, n_heads_of(module)), "eager", (z,)
+                    lambda module: seen_by_hand(z, product, n_heads_of(module)), "eager", (z,)
                 )
             elif z.dim() >= 4 and z.shape[-1] > 1:
                 self._look(lambda _: _unseen_product(), "eager", (z,))
@@ -103,12 +103,20 @@ class Capture:
     def _look(
         self, seen: Callable[[nn.Module | None], Seen], backend: str, tensors: tuple[Any, ...]
     ) -> None:
-        """Hand on what was seen; whatever goes wrong in looking is said, and the script goes on."""
-        if torch._C._current_graph_task_id() != -1:
-            return
-        module = module_of_call()
+        if not in_backward():
+            module = module_of_call()
+            self.hand_on(module, backend, tensors, lambda: seen(module))
+
+    def hand_on(
+        self,
+        module: nn.Module | None,
+        backend: str,
+        tensors: Sequence[Any],
+        see: Callable[[], Seen],
+    ) -> None:
+        """Hand on what is seen; whatever goes wrong in looking is said, and the script goes on."""
         try:
-            self._on_attention(module, seen(module))
+            self._on_attention(module, see())
         except NotMeasuredError as error:
             reason = str(error)
         except Exception as error:
@@ -120,7 +128,12 @@ class Capture:
         self._on_unmeasured(module, backend, shapes, reason)
 
 
-def _seen_fused(
+def in_backward() -> bool:
+    """Whether autograd runs: what is called then is a forward pass recomputed by checkpointing."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def seen_fused(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -129,8 +142,10 @@ def _seen_fused(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    *,
+    factor: float | None = None,
 ) -> Seen:
-    """A call of F.scaled_dot_product_attention."""
+    """A call of F.scaled_dot_product_attention; `factor` is what q and k were multiplied by before, where that is known."""
     if query.is_nested or key.is_nested:
         raise NotMeasuredError("nested tensors")
     q, k = _four_axes(query), _four_axes(key)
@@ -146,12 +161,14 @@ def _seen_fused(
         mask = "causal"
     applied = query.shape[-1] ** -0.5 if scale is None else float(scale)
     return Seen(
-        q=q, k=k, z=None, scale=applied, factor=_factor(query, key), visible=visible, bias=bias, mask=mask, backend="sdpa",
+        q=q, k=k, z=None, scale=applied, factor=_factor(query, key) if factor is None else factor, visible=visible, bias=bias, mask=mask, backend="sdpa",
     )  # fmt: skip
 
 
-def _seen_by_hand(z: Tensor, product: Product, n_heads: int | None) -> Seen:
-    """Logits that a softmax was given, and the product behind them."""
+def seen_by_hand(
+    z: Tensor, product: Product, n_heads: int | None, *, factor: float | None = None
+) -> Seen:
+    """Logits that a softmax was given, and the product behind them; `factor` as in `seen_fused`."""
     n_queries, n_keys = z.shape[-2:]
     if z.dim() == 3 and n_heads and len(z) % n_heads == 0:
         n_batch = len(z) // n_heads
@@ -163,7 +180,7 @@ def _seen_by_hand(z: Tensor, product: Product, n_heads: int | None) -> Seen:
         k=product.k().reshape(*grid, n_keys, -1),
         z=z.reshape(*grid, n_queries, n_keys),
         scale=None,
-        factor=_factor(product.left, product.right),
+        factor=_factor(product.left, product.right) if factor is None else factor,
         visible=None,
         bias=None,
         mask="in the logits",

@@ -50,6 +50,11 @@ def root_of(module: nn.Module) -> nn.Module:
     return max(holders, key=lambda each: sum(1 for _ in each.modules()), default=module)
 
 
+def module_with_id(number: int) -> nn.Module | None:
+    """The module alive that has this id."""
+    return next((each for each in _modules_alive() if id(each) == number), None)
+
+
 def parameter_names(parameters: list[Tensor]) -> dict[int, str]:
     """Id of each parameter to its name in the largest module alive that has it, else parameter 0, 1, ..."""
     wanted = {id(parameter) for parameter in parameters}

@@ -95,11 +95,20 @@ def watch_script(
 
 
 def without_our_frames(error: BaseException, program: Program) -> BaseException:
-    """The error with the traceback that plain Python would show: from the script's first line on."""
+    """The error with the traceback that plain Python would show: from the script's first line on, and nothing of ours."""
+    kept = []
     trace = error.__traceback__
-    while trace is not None and trace.tb_frame.f_code is not program.code:
+    is_inside = False
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        is_inside = is_inside or code is program.code
+        if is_inside and not code.co_filename.startswith(_OURS):
+            kept.append(trace)
         trace = trace.tb_next
-    return error.with_traceback(trace or error.__traceback__)
+    shown: types.TracebackType | None = None
+    for each in reversed(kept):
+        shown = types.TracebackType(shown, each.tb_frame, each.tb_lasti, each.tb_lineno)
+    return error.with_traceback(shown or error.__traceback__)
 
 
 def _run(program: Program, arguments: Sequence[str]) -> None:
@@ -143,3 +152,6 @@ def _main_name(module: str) -> str:
     """A package is run by its __main__."""
     spec = importlib.util.find_spec(module)
     return f"{module}.__main__" if spec is not None and spec.submodule_search_locations else module
+
+
+_OURS = str(Path(__file__).parent)
