@@ -18,7 +18,11 @@ from attnscope.diagnose.by_member import (
 )
 from attnscope.diagnose.finding import MOST_EVIDENCE, Evidence, Finding, of_several
 from attnscope.runs.reader import Run
+from attnscope.runs.watched import AttentionLayer, attention_layers, optimizers_of
 
+FITTED_TOLERANCE = (
+    0.03  # of a scale that was fitted to logits: what the fit may leave unexplained, and a digit
+)
 SCALE_TOLERANCE = 0.01  # a scale typed with two digits is meant to be 1/sqrt(d_head)
 
 # Mean entropy_ratio at step 0. Measured on 12 shapes (no, pre and post norm; 2, 4 and 8 layers; d_head 16 to 64; seq_len 32
@@ -41,13 +45,16 @@ def applied_scale(run: Run) -> Finding | None:
     """Logits are multiplied by something else than 1/sqrt(d_head).
 
     What it looks at: attention.scale of each member, resolved for every layer, against 1/sqrt(d_head); beside it the
-    measured logit_std of layer 0 against what theory gives at this scale. A learned scale is no finding.
+    measured logit_std of layer 0 against what theory gives at this scale. A learned scale is no finding. In watched runs,
+    the scale that each layer was seen to apply.
     Why it matters: the dot product of two vectors of d_head independent unit-variance entries has a standard deviation
     of sqrt(d_head). What the scale does not take back is in the softmax: a larger one sharpens it until no gradient
     reaches q and k, a smaller one flattens it.
     What to try: attention.scale = inverse_sqrt.
     Source: Vaswani et al. 2017, section 3.2.1; 1/d_head: Yang et al. 2022 (muP).
     """
+    if run.kind == "watch":
+        return _scale_seen(run)
     found: dict[str, tuple[float, Evidence]] = {}
     config_of: dict[str, Config] = {}
     for entry, config in zip(run.entries, configs_of(run), strict=True):
@@ -115,6 +122,54 @@ def applied_scale(run: Run) -> Finding | None:
     )
 
 
+def _scale_seen(run: Run) -> Finding | None:
+    """Of a watched run: layers that were seen to multiply q.k by something else."""
+    layers = [layer for layer in attention_layers(run) if layer.scale]
+    odd = [
+        layer
+        for layer in layers
+        if not math.isclose(abs(layer.scale or 0), layer.d_head**-0.5, rel_tol=FITTED_TOLERANCE)
+    ]
+    if not odd:
+        return None
+
+    def off(layer: AttentionLayer) -> float:
+        return abs(math.log(abs(layer.scale or 1) * math.sqrt(layer.d_head)))
+
+    worst_first = sorted(odd, key=off, reverse=True)
+    worst = worst_first[0]
+    scale, expected = abs(worst.scale or 0), worst.d_head**-0.5
+    times = f"{scale / expected:.3g} times" if scale > expected else f"1/{expected / scale:.3g} of"
+    names = tuple(dict.fromkeys(layer.member for layer in odd))
+    return Finding(
+        rule="applied_scale",
+        title="Attention logits are not scaled by 1/sqrt(d_head)",
+        kind="cause",
+        summary=(
+            f"{len(odd)} of {len(layers)} attention layers do not multiply q.k by 1/sqrt(d_head). {worst.name} multiplies it by "
+            f"{scale:.3g}, {times} 1/sqrt({worst.d_head}) = {expected:.3g}."
+        ),
+        members=names,
+        evidence=tuple(
+            Evidence(
+                member=layer.member,
+                layer=layer.layer,
+                group=layer.name,
+                quantity="scale",
+                value=layer.scale,
+                threshold=layer.d_head**-0.5,
+            )
+            for layer in worst_first[:MOST_EVIDENCE]
+        ),
+        evidence_left_out=max(0, len(odd) - MOST_EVIDENCE),
+        remedy=(
+            "If it is not on purpose (T5 leaves it out and initializes smaller weights, muP uses 1/d_head), multiply q.k by "
+            "1/sqrt(d_head): F.scaled_dot_product_attention does so where no scale is given."
+        ),
+        source="Vaswani et al. 2017, section 3.2.1",
+    )
+
+
 def saturated_at_start(run: Run) -> Finding | None:
     """The softmax is close to one-hot before anything is learned.
 
@@ -169,8 +224,8 @@ def saturated_at_start(run: Run) -> Finding | None:
         evidence=evidence,
         evidence_left_out=len(place_N) - len(evidence),
         remedy=(
-            "Make the logits smaller: attention.scale = inverse_sqrt, a smaller init.qk_gain or init.gain, "
-            "model.norm = pre, or attention.qk_norm."
+            "Make the logits smaller: 1/sqrt(d_head) (attention.scale = inverse_sqrt), smaller initial weights "
+            "(init.qk_gain, init.gain), normalization before attention (model.norm = pre), or attention.qk_norm."
         ),
         source=MEASURED,
     )
@@ -190,7 +245,13 @@ def clipping_always_on(run: Run) -> Finding | None:
     n_members = len(run.entries)
     configs = configs_of(run)
     optimizers = [None if config is None else config.optimizer for config in configs]
-    by_size_M = np.array([each is None or each.name == "sgd" for each in optimizers])
+    seen = optimizers_of(run)
+    by_size_M = np.array(
+        [
+            seen.get(entry.name, {"SGD"}) == {"SGD"} if each is None else each.name == "sgd"
+            for entry, each in zip(run.entries, optimizers, strict=True)
+        ]
+    )
     warmup_M = np.array([0 if each is None else each.warmup_steps for each in optimizers])
     codes_N, step_N, factor_N = sorted_by_member(run.steps, ("step", "clip_factor"))
     counted_N = by_size_M[codes_N] & (step_N >= warmup_M[codes_N]) & ~np.isnan(factor_N)

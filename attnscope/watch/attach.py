@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -62,6 +63,7 @@ class Watcher:
         self._names: dict[int, str] = {}
         self._before: dict[int, tuple[list[Tensor], Before]] = {}
         self._gradients: list[tuple[list[int], dict[str, Tensor]]] = []
+        self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._unmeasured: set[tuple[object, ...]] = set()
         self._stepped = False
         self._updates = 0
@@ -128,7 +130,7 @@ class Watcher:
         self._capture.forget()
         if os.getpid() != self._process:
             return
-        if self._stepped or self._now.losses or self._now.heads:
+        if self._stepped or self._now.losses or (self._now.heads and not self._updates):
             self._end_step()
         self._recorder.finish(
             status,
@@ -245,7 +247,9 @@ class Watcher:
         if self._probes is None:
             from attnscope.watch.compiled import Probes
 
-            self._probes = Probes(self._on_compiled)
+            self._probes = Probes(
+                self._on_compiled, lambda reason: self._on_unmeasured(None, "compiled", [], reason)
+            )
 
     def loss(self, loss: Tensor) -> None:
         """See `OnTraining`."""
@@ -283,6 +287,10 @@ class Watcher:
             return
         parameters = _parameters(optimizer)
         now = self._now
+        if optimizer not in self._optimizers:
+            self._optimizers.add(optimizer)
+            kind, n_parameters = type(optimizer).__name__, sum(p.numel() for p in parameters)
+            self._recorder.event("optimizer", step=now.number, name=kind, parameters=n_parameters)
         if now.grad_norm is None:
             now.grad_norm = total_norm(parameters)
         now.lr = max(

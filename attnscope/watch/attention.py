@@ -80,7 +80,12 @@ class Measured:
 
 @torch.no_grad()
 def measure(seen: Seen, *, rows: int | str, seed: int) -> Measured:
-    """Statistics of a call over sampled rows or all of them."""
+    """Statistics of a call over sampled rows or all of them, in float32 whatever autocast says."""
+    with torch.autocast(seen.q.device.type, enabled=False):
+        return _measure(seen, rows=rows, seed=seed)
+
+
+def _measure(seen: Seen, *, rows: int | str, seed: int) -> Measured:
     n_batch, _, n_queries, _ = seen.q.shape
     sample = (
         None

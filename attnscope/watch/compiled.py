@@ -53,14 +53,14 @@ class Probes:
     Invariant: graphs outlive us; their probes do nothing once `remove` was called.
     """
 
-    def __init__(self, on_call: OnCall) -> None:
+    def __init__(self, on_call: OnCall, on_failure: Callable[[str], object]) -> None:
         import torch._inductor.config as config  # heavy, and only scripts that compile need it
 
         self._config = config
         self._before = config.pre_grad_custom_pass
         self._log = logging.getLogger("torch._inductor.codecache")
         self._log.addFilter(_not_of_our_pass)
-        _told.on_call = on_call
+        _told.on_call, _told.on_failure = on_call, on_failure
         _told.passed_on = self._before if callable(self._before) else None
         config.pre_grad_custom_pass = _insert_probes
 
@@ -76,6 +76,7 @@ class _Told:
     """Who is told of calls, and the script's own pass over graphs. Inductor copies its settings: a pass is a plain function."""
 
     on_call: OnCall | None = None
+    on_failure: Callable[[str], object] = lambda _reason: None
     passed_on: Callable[[fx.Graph], object] | None = None
 
 
@@ -88,11 +89,16 @@ def _insert_probes(graph: fx.Graph) -> None:
     if _told.passed_on is not None:
         _told.passed_on(graph)
     for node in list(graph.nodes):
-        found = _fused_at(node) or _softmax_at(node)
-        if found is not None:
-            site, inputs = found
-            _SITES.append(site)
-            _insert(graph, node, len(_SITES) - 1, inputs)
+        try:
+            found = _fused_at(node) or _softmax_at(node)
+            if found is not None:
+                site, inputs = found
+                _SITES.append(site)
+                _insert(graph, node, len(_SITES) - 1, inputs)
+        except Exception as error:
+            # A graph that we do not understand must compile as it would without us.
+            reason = f"{type(error).__name__}: {error}"[:200]
+            _told.on_failure(f"a compiled graph with {node.format_node()}: {reason}"[:300])
 
 
 @torch.library.custom_op("attnscope::probe", mutates_args=("sink",))

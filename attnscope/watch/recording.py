@@ -147,7 +147,7 @@ class Recorder:
         block, self._block = self._block, []
         if not block:
             return
-        steps = _steps(block)
+        steps = _steps([step for step in block if step.losses])
         heads = _heads([step for step in block if step.heads])
         params = _params([step for step in block if step.parameters])
         for table, columns in (("steps", steps), ("heads", heads), ("params", params)):
@@ -165,8 +165,9 @@ class Recorder:
     ) -> None:
         """The events of a block, in the order of their steps."""
         found: list[tuple[int, str, dict[str, object]]] = []
-        bad = ~np.isfinite(steps["loss"]) & ~np.isnan(steps["lr"])  # without a loss there is no lr
-        found += self._first(steps["step"][bad], "loss", [])
+        if steps:
+            found += self._first(steps["step"][~np.isfinite(steps["loss"])], "loss", [])
+            self._watch.feed(steps["step"], steps["loss"])
         if heads:
             bad = ~np.isfinite(heads["max_logit_bound"]) & ~np.isfinite(heads["max_logit"])
             where = [self._layers[int(layer)] for layer in heads["layer"][bad]]
@@ -178,7 +179,6 @@ class Recorder:
                 for layer, group in zip(params["layer"][bad], params["group"][bad], strict=True)
             ]
             found += self._first(params["step"][bad], "gradient", where)
-        self._watch.feed(steps["step"], steps["loss"])
         if self._watch.diverged_at is not None and "diverged" not in self._reported:
             self._reported.add("diverged")
             found.append((self._watch.diverged_at, "diverged", {"why": self._watch.why}))
@@ -200,7 +200,10 @@ class Recorder:
 
 
 def _steps(block: Sequence[Step]) -> dict[str, Array]:
+    """One row per step whose loss was seen."""
     n = len(block)
+    if not n:
+        return {}
     columns = {name: np.full(n, np.nan) for name in TABLES["steps"]}
     columns["step"] = np.array([step.number for step in block])
     columns["member"] = np.zeros(n, dtype=np.int64)
@@ -291,7 +294,8 @@ def _params(block: Sequence[Step]) -> dict[str, Array]:
             }
             sizes["update_ratio"] = sizes["update_norm"] / sizes["weight_norm"]
         largest = np.full(len(names), -np.inf)
-        np.maximum.at(largest, place, found["grad_max"])
+        with np.errstate(invalid="ignore"):
+            np.maximum.at(largest, place, found["grad_max"])
         sizes["grad_max"] = largest
         sizes["nonfinite"] = np.bincount(
             place, weights=found["nonfinite"], minlength=len(names)

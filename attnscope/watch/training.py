@@ -10,6 +10,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from attnscope.watch.parameters import total_norm
 from attnscope.watch.patches import Original, Patches
 
 
@@ -112,8 +113,11 @@ class Training:
     def _clip_value(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         parameters, args = _kept(args, kwargs)
         self._told.before_clipping(parameters)
+        before = total_norm(parameters)
         result = original(*args, **kwargs)
-        self._told.clipped(None, None)
+        after = total_norm(parameters)
+        factor = None if before is None or after is None else after / before
+        self._told.clipped(factor, before)
         return result
 
 
