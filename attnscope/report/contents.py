@@ -25,11 +25,13 @@ from attnscope.report.verdict import MemberRow, Softmax, verdict_of
 from attnscope.runs.foreign import printable
 from attnscope.runs.layout import to_json
 from attnscope.runs.reader import MemberRecord, Run
+from attnscope.runs.watched import AttentionLayer, NotMeasured, attention_layers, not_measured
 
 if TYPE_CHECKING:
     import pandas as pd
 
 MOST_EVENTS = 200
+TOLD_ELSEWHERE = ("start", "evaluation", "generation", "attention", "not_measured")
 MOST_TEXT = 2000  # characters of a generated text
 
 
@@ -89,6 +91,8 @@ class Contents:
         rows: query rows measured per head and step, the smallest and the largest number; None if nothing was.
         environment: versions and device, as texts.
         data: fingerprint of what was trained on, as texts.
+        layers: attention layers that were seen in a watched run.
+        not_measured: calls that were seen there and could not be measured.
         findings: what the rules found, causes first.
         comparison: cells of a sweep; None where the run has none.
         lost: what could not be read.
@@ -109,6 +113,8 @@ class Contents:
     rows: tuple[int, int] | None
     environment: Mapping[str, str]
     data: Mapping[str, str]
+    layers: tuple[AttentionLayer, ...]
+    not_measured: tuple[NotMeasured, ...]
     findings: tuple[Finding, ...]
     comparison: Comparison | None
     lost: tuple[str, ...]
@@ -148,7 +154,7 @@ def contents(run: Run) -> Contents:
         (
             Happening(step=step, member=member, kind=kind, what=_in_words(kind, fields))
             for step, member, kind, fields in events
-            if kind not in ("start", "evaluation", "generation")
+            if kind not in TOLD_ELSEWHERE
         ),
         key=lambda each: each.step,
     )
@@ -172,6 +178,8 @@ def contents(run: Run) -> Contents:
         rows=_rows(run.heads),
         environment=_texts(run.environment),
         data=_texts(run.data.get("fingerprint")),
+        layers=attention_layers(run),
+        not_measured=not_measured(run),
         findings=diagnose(run),
         comparison=comparison,
         lost=tuple(printable(note, 400) for note in run.lost),

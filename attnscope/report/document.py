@@ -52,6 +52,7 @@ def document_of(found: Contents, figures: Sequence[Figure]) -> tuple[Section, ..
             blocks=comparison_tables(found.comparison, found.members) if found.comparison else [],
         ),
         Section(key="findings", title="Findings", blocks=_findings(found.findings)),
+        Section(key="layers", title="Attention that was seen", blocks=_layers(found)),
         Section(key="differing", title="What differs", blocks=_differing(found)),
         Section(key="members", title="Members", blocks=[_members(found)]),
         Section(key="detail", title="Layers and heads", blocks=drawn([*DETAIL, *others])),
@@ -84,6 +85,49 @@ def _findings(findings: Sequence[Finding]) -> list[Block]:
         if finding.evidence:
             blocks.append(_evidence(finding.evidence, finding.evidence_left_out))
         blocks.append(Notes(items=(f"Try: {finding.remedy}", f"Source: {finding.source}")))
+    return blocks
+
+
+def _layers(found: Contents) -> list[Block]:
+    """Of a watched run: each attention layer once, as its first member saw it."""
+    first = {layer.layer: layer for layer in reversed(found.layers)}
+    blocks: list[Block] = []
+    if first:
+        blocks.append(
+            Table(
+                titles=(
+                    "layer",
+                    "name",
+                    "backend",
+                    "mask",
+                    "dtype",
+                    "heads",
+                    "d_head",
+                    "scale",
+                    "1/√d_head",
+                ),
+                rows=tuple(
+                    (
+                        str(number),
+                        layer.name,
+                        layer.backend,
+                        layer.mask,
+                        layer.dtype,
+                        str(layer.n_heads),
+                        str(layer.d_head),
+                        _value(layer.scale),
+                        _value(layer.d_head**-0.5),
+                    )
+                    for number, layer in sorted(first.items())
+                ),
+                words=5,
+                caption="scale: what q·k was multiplied by, factors of q and k before the call included; - where no single "
+                "number does. Where the code computes its logits itself, it was fitted to them.",
+            )
+        )
+    if found.not_measured:
+        said = dict.fromkeys(f"{x.name} ({x.backend}): {x.reason}" for x in found.not_measured)
+        blocks += [Heading(text="Seen, but not measured"), Notes(items=tuple(said)[:50])]
     return blocks
 
 

@@ -166,6 +166,8 @@ def _merged(
         generations=(),
         environment=_shared(each.environment for each in found),
         data=_shared(each.data for each in found),
+        layers=(),
+        not_measured=(),
         findings=(),
         comparison=comparison,
         lost=tuple(

@@ -124,7 +124,7 @@ def test_output_weights_and_random_numbers_are_those_of_plain_python(script, way
     found = open_run(script.parent / "runs" / "r")
     assert found.status == "finished" and found.kind == "watch" and found.lost == ()
     assert found.steps["step"].tolist() == list(range(12))
-    printed = [float(line.split()[1]) for line in plain.stdout.splitlines() if line[0].isdigit()][0]
+    printed = float(plain.stdout.splitlines()[1].split()[1])
     assert found.steps["loss"][0] == pytest.approx(2 * printed, rel=0.05), "mean of both halves"
     assert sorted(set(found.heads["step"])) == [0, 2, 4, 6, 8, 10]
     assert found.heads["rows"].min() > 32, "two micro-batches of up to 32 rows each"
@@ -170,11 +170,10 @@ def test_killed_it_keeps_the_records_until_the_last_second(script):
     process = subprocess.Popen(
         words, cwd=script.parent, env={**os.environ, "STEPS": "100000"}, stdout=subprocess.PIPE, text=True
     )  # fmt: skip
-    last = 0
+    last, began = 0, None
     for line in process.stdout:
         if line[0].isdigit():
-            last = int(line.split()[0])
-            began = began if last > 1 else time.monotonic()
+            last, began = int(line.split()[0]), began or time.monotonic()
             if last > 20 and time.monotonic() - began > 2:
                 break
     process.send_signal(signal.SIGKILL)

@@ -281,14 +281,14 @@ def test_a_child_process_records_nothing(tmp_path):
 
 def test_wrong_uses_give_one_line(tmp_path):
     model = Small()
-    with watch_model(path=tmp_path / "run"), pytest.raises(RunError, match="being watched already, into .*run. Stop that one first."):  # fmt: skip
+    with watch_model(path=tmp_path / "run"), pytest.raises(RunError, match=r"being watched already, into .*run\. Stop that one first\."):  # fmt: skip
         watch_model(path=tmp_path / "second")
     assert not (tmp_path / "second").exists()
-    with pytest.raises(RunError, match="already exists. Choose another --name."):
+    with pytest.raises(RunError, match=r"already exists\. Choose another --name\."):
         watch_model(path=tmp_path / "run")
     with pytest.raises(RunError, match="every is 0 and rows 32, but they must be at least 1"):
         watch_model(path=tmp_path / "second", every=0)
     other = torch.optim.SGD(Small().parameters(), lr=0.1)
-    with pytest.raises(RunError, match="4 parameters of the optimizer are not the model's."):
+    with pytest.raises(RunError, match=r"4 parameters of the optimizer are not the model's\."):
         watch_model(model, other, tmp_path / "second")
     assert attach._watching is None
