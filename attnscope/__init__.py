@@ -5,8 +5,9 @@ The public API; everything is imported when it is first used, so `import attnsco
     run = attnscope.train_model({"attention": {"scale": "none"}})    # trains, records, returns the run
     run = attnscope.open_run("runs/unscaled-001")                    # tables as pandas DataFrames
     stats = attnscope.attention_stats(q, k, scale=1.0, mask=mask)    # what happens inside one softmax
+    for checked in attnscope.check_model(model, batch): ...          # leaks, masks, scale of any model
 
-Reading order of the package: config, model, metrics, train, runs, sweep, diagnose, report, cli.
+Reading order of the package: config, model, metrics, train, runs, sweep, diagnose, report, check, cli.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,12 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from attnscope.check.model import check_model
     from attnscope.config import Config
     from attnscope.metrics.attention import attention_stats
     from attnscope.runs.reader import Run, open_run
     from attnscope.train.loop import Progress
 
-__all__ = ["attention_stats", "open_run", "train_model"]
+__all__ = ["attention_stats", "check_model", "open_run", "train_model"]
 
 
 def train_model(
@@ -69,4 +71,8 @@ def __getattr__(name: str) -> object:
         from attnscope.metrics.attention import attention_stats
 
         return attention_stats
+    if name == "check_model":
+        from attnscope.check.model import check_model
+
+        return check_model
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from attnscope.bench.overhead import Overhead
     from attnscope.bench.reports import ReportCost
     from attnscope.bench.sweeps import SweepGain
+    from attnscope.bench.watching import WatchOverhead
     from attnscope.report.blocks import Table as TableBlock
     from attnscope.report.compare import Comparison
     from attnscope.report.contents import Contents
@@ -247,6 +248,21 @@ def print_overhead(found: "Overhead", *, as_json: bool) -> None:
         f"tables on disk                        {found.mb_per_1000_steps:.2f} MB per 1,000 steps",
         f"tokens/s                              {found.recorded_tokens_s:,.0f} recorded, "
         f"{found.plain_tokens_s:,.0f} plain",
+    ):
+        typer.echo(line)
+
+
+def print_watch_overhead(found: "WatchOverhead", *, as_json: bool) -> None:
+    """Print what `attnscope bench overhead --watch` measured."""
+    if as_json:
+        typer.echo(to_json(asdict(found), indent=1))
+        return
+    for line in (
+        "Ratios of step times: median (middle half); d_model 256, 4 layers, seq_len 256, batch 8, fused attention, AdamW.",
+        f"watched, every step / not watched        {found.every_step}",
+        f"watched, every {found.every} steps / not watched    {found.default}",
+        f"not watched / itself                     {found.unwatched}",
+        f"step without attnscope                   {found.step_ms:.0f} ms",
     ):
         typer.echo(line)
 

@@ -1,5 +1,6 @@
 """`attnscope watch`: runs a script, then says on stderr what was seen of it."""
 
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -25,6 +26,8 @@ def watch_program(
     out: Path,
     every: int,
     rows: str,
+    stop_on: Sequence[str],
+    log_to: str | None,
     command: Sequence[str],
 ) -> int:
     """Run what `words` name, watched; the exit code that plain Python would have given.
@@ -38,7 +41,9 @@ def watch_program(
     program = find_program(target, is_module=is_module)
     stem = target.replace(".", "-") if is_module else program.path.stem
     where = run_path(out, name, stem)
-    typer.echo(f"attnscope: watching {target} into {where}", err=True)
+    speaks = os.environ.get("RANK", "0") == "0"  # under torchrun, one for all
+    if speaks:
+        typer.echo(f"attnscope: watching {target} into {where}", err=True)
     ended = watch_script(
         program,
         arguments,
@@ -46,9 +51,12 @@ def watch_program(
         command=command,
         every=every,
         rows=_rows(rows),
+        stop_on=stop_on,
+        log_to=log_to,
     )
     code = _exit_code(ended, program)
-    _say_what_was_seen(ended, where)
+    if speaks:
+        _say_what_was_seen(ended, where)
     return code
 
 
@@ -63,10 +71,14 @@ def _rows(text: str) -> int | str:
 def _exit_code(ended: "Ended", program: "Program") -> int:
     """As the interpreter has it, and its traceback where there is one."""
     from attnscope.watch.script import without_our_frames
+    from attnscope.watch.stopping import StoppedError
 
     error = ended.error
     if error is None:
         return 0
+    if isinstance(error, StoppedError):
+        for line in error.__notes__:
+            typer.echo(line, err=True)
     if isinstance(error, SystemExit):
         if error.code is None or isinstance(error.code, int):
             return error.code or 0
@@ -98,6 +110,8 @@ def _say_what_was_seen(ended: "Ended", where: Path) -> None:
             "NO OPTIMIZER STEP WAS SEEN. Looked for: step() of any torch.optim.Optimizer. Did training begin, and in this "
             "process?"
         )
+    if watcher.failure is not None:
+        lines.append(f"error: {watcher.failure}")
     if watcher.unmeasured:
         lines.append(
             f"{watcher.unmeasured} kinds of calls could not be measured: see the events of the run"

@@ -201,8 +201,8 @@ def rows_of(call: Call, sample: Rows) -> AttentionRows:
             bias=None if call.bias is None else _pick(call.bias, sample),
             softcap=call.softcap,
         ),
-        q_norm=_largest_norm(call.q),
-        k_norm=_largest_norm(call.k),
+        q_norm=largest_norm(call.q),
+        k_norm=largest_norm(call.k),
     )
 
 
@@ -273,7 +273,7 @@ def statistics_of_all(call: Call) -> dict[str, Tensor]:
                 totals[name] = torch.maximum(totals[name], value)
             else:
                 totals[name] = totals[name] + value
-    return _finish(totals, _bound(call, _largest_norm(call.q), _largest_norm(call.k)))
+    return _finish(totals, _bound(call, largest_norm(call.q), largest_norm(call.k)))
 
 
 def statistics_of_logits(z: Tensor, visible: Tensor, bound: Tensor) -> dict[str, Tensor]:
@@ -305,7 +305,7 @@ def _logits(call: Call) -> Tensor:
     return z if call.bias is None else z + call.bias
 
 
-def _largest_norm(x: Tensor) -> Tensor:
+def largest_norm(x: Tensor) -> Tensor:
     """max‖x‖ over batch and positions, (..., H)."""
     return torch.linalg.vector_norm(x, dim=-1, dtype=_wide(x.dtype)).amax(dim=(-3, -1))
 

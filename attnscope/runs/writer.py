@@ -93,7 +93,7 @@ class RunWriter:
             data=dict(data),
         )
         if os.path.lexists(path):
-            _refuse(path)
+            _refuse(path, resumable=config is not None)
         scratch = path.parent / f".{secrets.token_hex(8)}.new"
         above: list[Path] = []
         try:
@@ -112,7 +112,7 @@ class RunWriter:
             if not isinstance(error, OSError):
                 raise
             if error.errno in (errno.EEXIST, errno.ENOTEMPTY) and is_folder(path):
-                _refuse(path)  # somebody was faster
+                _refuse(path, resumable=config is not None)  # somebody was faster
             reason = reason_of(error)
             if isinstance(error, FileExistsError | NotADirectoryError):
                 reason = f"{next(above for above in path.parents if above.exists())} is a file"
@@ -351,9 +351,9 @@ def _segment_of(name: str) -> int:
     return int(found["segment"]) if found else -1
 
 
-def _refuse(path: Path) -> NoReturn:
+def _refuse(path: Path, *, resumable: bool) -> NoReturn:
     way_out = "Choose another --name."
-    if (path / RUN_FILE).is_file():
+    if resumable and (path / RUN_FILE).is_file():
         way_out = (
             "Choose another --name, or go on with it: "
             f"attnscope train --resume {shlex.quote(str(path))}"

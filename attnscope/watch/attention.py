@@ -12,6 +12,7 @@ from torch import Tensor
 from attnscope.metrics.attention import (
     STATISTICS,
     Call,
+    largest_norm,
     rows_of,
     sample_rows,
     statistics_of,
@@ -119,22 +120,28 @@ def _measure(seen: Seen, *, rows: int | str, seed: int) -> Measured:
             cut = rows_of(call, sample)
             call, q_norm, k_norm = cut.call, cut.q_norm, cut.k_norm
         else:
-            q_norm, k_norm = (
-                torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).amax(dim=(0, 2))
-                for x in (call.q, call.k)
-            )
+            q_norm, k_norm = largest_norm(call.q), largest_norm(call.k)
         assert call.bias is not None
         z = call.bias.float()
-        visible = z > HIDDEN_BELOW
+        raw = None if seen.k is None else call.q.float() @ call.k.float().mT
+        visible = visible_logits(z, raw)
         bound = torch.full_like(q_norm, float("nan"))
-        if seen.k is not None:
-            raw = call.q.float() @ call.k.float().mT
-            # Large logits may be below any fixed number: hidden is what is far below the product, too.
-            visible = visible | ((z - raw).abs() < -HIDDEN_BELOW) & z.isfinite()
+        if raw is not None:
             fit = fit_scale(raw, z, visible)
             bound = fit[0].abs() * q_norm * k_norm
         found = statistics_of_logits(z, visible, bound)
     return Measured(columns_CH=torch.stack([found[name].float() for name in COLUMNS]), fit=fit)
+
+
+def visible_logits(z: Tensor, raw: Tensor | None) -> Tensor:
+    """Which logits are not masked, like z: hidden is what is far below zero and, where q kᵀ is known, far below it, too.
+
+    Large logits may be below any fixed number.
+    """
+    visible = z > HIDDEN_BELOW
+    if raw is None:
+        return visible
+    return visible | ((z - raw).abs() < -HIDDEN_BELOW) & z.isfinite()
 
 
 def fit_scale(raw: Tensor, z: Tensor, visible: Tensor) -> Tensor:

@@ -12,6 +12,16 @@ from torch import Tensor
 MOST_COPIED = 8 << 20
 
 
+def parameters_of(optimizer: torch.optim.Optimizer, *, with_gradient: bool = True) -> list[Tensor]:
+    """What an optimizer moves; by default only what has a gradient."""
+    return [
+        p
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if not with_gradient or p.grad is not None
+    ]
+
+
 @torch.no_grad()
 def gradient_sizes(parameters: Sequence[Tensor]) -> dict[str, Tensor]:
     """grad_norm, grad_max and nonfinite, (P,) each; 0 where there is no gradient."""

@@ -5,7 +5,7 @@ Shape key: C column, H head, P parameter.
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,9 @@ LOSS_SHARE = (
 )
 
 Array = NDArray[Any]
+Tables = dict[str, dict[str, Array]]
+# Called with steps and heads of each block that is on disk; returns what went wrong, to be recorded.
+OnBlock = Callable[[dict[str, Array], dict[str, Array]], str | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,8 +111,9 @@ class Recorder:
     Invariant: a block has whole steps only.
     """
 
-    def __init__(self, writer: PartWriter) -> None:
+    def __init__(self, writer: PartWriter, on_block: OnBlock | None = None) -> None:
         self._writer = writer
+        self._on_block = on_block
         self._block: list[Step] = []
         self._since = time.perf_counter()
         self._layers: dict[int, str] = {}
@@ -134,8 +138,8 @@ class Recorder:
         """Something happened once."""
         self._writer.event(kind, step=step, member=0, **fields)
 
-    def flush(self) -> None:
-        """Write the block and forget it.
+    def flush(self) -> Tables:
+        """Write the block and forget it; its tables, empty where there was none.
 
         Raises:
             RunWriteError: the disk did not take it.
@@ -146,14 +150,19 @@ class Recorder:
         self._undescribed.clear()
         block, self._block = self._block, []
         if not block:
-            return
+            return {}
         steps = _steps([step for step in block if step.losses])
         heads = _heads([step for step in block if step.heads])
         params = _params([step for step in block if step.parameters])
-        for table, columns in (("steps", steps), ("heads", heads), ("params", params)):
+        tables = {"steps": steps, "heads": heads, "params": params}
+        for table, columns in tables.items():
             if columns:
                 self._writer.append(table, columns)
         self._alarm(steps, heads, params)
+        failure = None if self._on_block is None else self._on_block(steps, heads)
+        if failure is not None:
+            self.event("tracker_failed", step=block[-1].number, reason=failure)
+        return tables
 
     def finish(self, status: str, **fields: object) -> None:
         """Write what is left and say how it ended."""

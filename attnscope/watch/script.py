@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from attnscope.errors import ConfigError
-from attnscope.watch.attach import Watcher, open_watcher
+from attnscope.watch.attach import open_watcher
+from attnscope.watch.watcher import Watcher
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +78,8 @@ def watch_script(
     command: Sequence[str],
     every: int,
     rows: int | str,
+    stop_on: Sequence[str] = (),
+    log_to: str | None = None,
 ) -> Ended:
     """Run a program with these arguments, watched into `path`.
 
@@ -84,7 +87,9 @@ def watch_script(
         RunError: the run exists.
         RunWriteError: the place cannot be written, or the disk is full at the end.
     """
-    watcher = open_watcher(path, command=command, every=every, rows=rows)
+    watcher = open_watcher(
+        path, command=command, every=every, rows=rows, stop_on=stop_on, log_to=log_to
+    )
     error: BaseException | None = None
     try:
         _run(program, arguments)

@@ -1,5 +1,6 @@
 """Sees where a training step begins and ends in foreign code: losses, clipping, loss scaling, optimizer steps."""
 
+import functools
 import weakref
 from typing import Any, Protocol
 
@@ -59,8 +60,26 @@ class Training:
         for hook in self._hooks:
             hook.remove()
 
-    def _before(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
-        self._told.before_update(optimizer)
+    def _before(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Where the step has a closure, the gradients of the update are there when that first returns."""
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if not callable(closure):
+            self._told.before_update(optimizer)
+            return None
+        told = iter((False, True))
+
+        @functools.wraps(closure)
+        def watched() -> Any:
+            result = closure()
+            if not next(told, True):
+                self._told.before_update(optimizer)
+            return result
+
+        if len(args) > 1:
+            return (args[0], watched, *args[2:]), kwargs
+        return args, {**kwargs, "closure": watched}
 
     def _after(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
         self._stepped = True
@@ -105,9 +124,11 @@ class Training:
         norm_type = args[2] if len(args) > 2 else kwargs.get("norm_type", 2.0)
         self._told.before_clipping(parameters)
         total = original(*args, **kwargs)
-        with torch.no_grad():
-            factor = (float(max_norm or 0.0) / (total.detach() + 1e-6)).clamp(max=1.0)
-        self._told.clipped(factor, total.detach() if float(norm_type) == 2.0 else None)
+        norm = total.detach()
+        if hasattr(norm, "full_tensor"):  # all ranks are here: clipping waits for all of them, too
+            norm = norm.full_tensor()
+        factor = (float(max_norm or 0.0) / (norm + 1e-6)).clamp(max=1.0)
+        self._told.clipped(factor, norm if float(norm_type) == 2.0 else None)
         return total
 
     def _clip_value(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -126,7 +126,7 @@ def test_output_weights_and_random_numbers_are_those_of_plain_python(script, way
     assert found.steps["step"].tolist() == list(range(12))
     printed = float(plain.stdout.splitlines()[1].split()[1])
     assert found.steps["loss"][0] == pytest.approx(2 * printed, rel=0.05), "mean of both halves"
-    assert sorted(set(found.heads["step"])) == [0, 2, 4, 6, 8, 10]
+    assert sorted(set(found.heads["step"])) == list(range(12))
     assert found.heads["rows"].min() > 32, "two micro-batches of up to 32 rows each"
     assert [layer["scale"] for layer in layers_of(found)] == pytest.approx([0.25] * 2)
     groups = found.params[found.params["step"] == 4]

@@ -10,8 +10,8 @@ from torch import nn
 
 from attnscope.errors import RunError
 from attnscope.runs.reader import open_run
-from attnscope.watch import attach
 from attnscope.watch.attach import watch_model
+from attnscope.watch.watcher import watching
 
 X = torch.randn(4, 6, 16, generator=torch.Generator().manual_seed(0))
 
@@ -209,6 +209,13 @@ def test_evaluation_between_steps_does_not_mix_with_training(tmp_path):
     assert run.heads.equals(plain.heads)
 
 
+def test_attention_is_measured_at_the_first_20_steps_and_at_every_so_many(tmp_path):
+    run = train(tmp_path / "run", plain_step, steps=33, every=5)
+    assert run.heads["step"].tolist() == [*range(20), 20, 25, 30]
+    assert sorted(set(run.params["step"])) == [*range(20), 20, 25, 30]
+    assert run.steps["step"].tolist() == list(range(33))
+
+
 @pytest.mark.parametrize("every", [1, 3])
 def test_losses_weights_and_random_numbers_are_bit_equal(tmp_path, every):
     def run(watched):
@@ -219,7 +226,7 @@ def test_losses_weights_and_random_numbers_are_bit_equal(tmp_path, every):
         losses = []
 
         def go():
-            for _ in range(7):
+            for _ in range(27):
                 loss = loss_of(model)
                 optimizer.zero_grad()
                 loss.backward()
@@ -260,7 +267,7 @@ def test_nothing_is_left_behind_after_an_exception(tmp_path):
     assert {name: vars(torch.Tensor).get(name) for name in own} == own
     hooks = sys.modules["torch.optim.optimizer"]
     assert not hooks._global_optimizer_pre_hooks and not hooks._global_optimizer_post_hooks
-    assert attach._watching is None
+    assert watching() is None
     found = open_run(tmp_path / "run")
     assert found.status == "failed" and found.ends[0]["error"] == "RuntimeError: no"
     assert len(found.steps) == 1
@@ -291,4 +298,4 @@ def test_wrong_uses_give_one_line(tmp_path):
     other = torch.optim.SGD(Small().parameters(), lr=0.1)
     with pytest.raises(RunError, match=r"4 parameters of the optimizer are not the model's\."):
         watch_model(model, other, tmp_path / "second")
-    assert attach._watching is None
+    assert watching() is None

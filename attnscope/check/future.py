@@ -1,0 +1,273 @@
+"""Whether outputs know positions that come after their own.
+
+Shape key: B batch, T position whose output is looked at, S position that is changed.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attnscope.check.attention import Attention, Looked, spread
+from attnscope.check.batch import changed_at
+from attnscope.check.case import NOISE, Case, Mode, change_BT, first_changed
+from attnscope.check.result import MOST_EVIDENCE, Checked, many, short, skipped
+from attnscope.check.sight import Direction, Sight, direction_of, sight_of
+
+CHANGED = 8  # positions, one after the other
+CHANGED_IN_TRAINING = 3
+MASK = (
+    "Hide what comes after the query in every layer: is_causal=True, or logits.masked_fill(ones(T, T).triu(1), -inf) before the "
+    "softmax."
+)
+NAME = "future leak"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reach:
+    """Who reacts to whom.
+
+    Attributes:
+        change_TS: how strongly the output at T reacts to position S.
+        known_TS: where that was tried.
+        how: by changing positions, by gradients too.
+    """
+
+    change_TS: Tensor
+    known_TS: Tensor
+    how: str
+
+    @property
+    def sight(self) -> Sight:
+        """Pairs that react."""
+        return sight_of(self.change_TS > NOISE, self.known_TS)
+
+
+def future_leak(case: Case, looked: Looked, *, causal: bool | None) -> Checked:
+    """Whether a later position changes an earlier output, in evaluation and in training.
+
+    Args:
+        case: what is checked.
+        looked: its attention, and gradients between positions.
+        causal: True = nothing may leak, False = the future is meant to be seen, None = all or nothing may leak.
+    """
+    n_positions = case.grid[1]
+    if n_positions < 2:
+        return skipped(NAME, "The batch has a single position.", "Give longer sequences.")
+    if not case.usable("evaluation"):
+        return skipped(
+            NAME,
+            f"Nothing can be told: {case.why_unusable('evaluation')}.",
+            "Repair that first (see the other checks).",
+        )
+    reach = _reach(case, looked)
+    sight = reach.sight
+    direction = direction_of(sight)
+    layers = [each for each in looked.calls if each.direction is not None]
+    if direction == "alone":
+        return Checked(
+            name=NAME,
+            status="skipped",
+            finding=f"No output reacts to any other position than its own ({reach.how}).",
+            evidence=_layer_rows(layers),
+            remedy=(
+                "Projections that start at zero hide what attention does: check the model after some training steps. If it "
+                "has been trained, its attention has no effect, or it takes another axis than the second for positions."
+            ),
+        )
+    if direction == "causal":
+        in_training = _leak_in_training(case)
+        if in_training is not None:
+            return in_training
+        return Checked(
+            name=NAME,
+            status="failed" if causal is False else "passed",
+            finding=(
+                f"Looks causal{', though it is meant to see the future' if causal is False else ''}: none of "
+                f"{many(sight.could_ahead, 'pair')} of an output and a later position reacts ({reach.how}); "
+                f"{many(sight.behind, 'pair')} with an earlier position do."
+            ),
+            evidence=_pair_rows(reach, "evaluation", ahead=False)[:1] + _layer_rows(layers),
+            remedy="Leave out the causal mask." if causal is False else "",
+        )
+    return _leaking(case, reach, sight, direction, layers, causal)
+
+
+def _leaking(
+    case: Case,
+    reach: Reach,
+    sight: Sight,
+    direction: Direction,
+    layers: list[Attention],
+    causal: bool | None,
+) -> Checked:
+    pairs = (
+        f"{sight.ahead:,} of {many(sight.could_ahead, 'pair')} of an output and a later position react ({reach.how}), up to "
+        f"{many(sight.farthest, 'position')} ahead"
+    )
+    partly = _partly(direction, sight, layers, case.grid[1])
+    rows = _pair_rows(reach, "evaluation", ahead=True)
+    if (causal is None and not partly) or causal is False:
+        return Checked(
+            name=NAME,
+            status="passed",
+            finding=f"Attends to the future{', but ' + partly if partly else ''}: {pairs}.",
+            evidence=rows[:3] + _layer_rows(layers),
+            remedy="",
+        )
+    first = _first_leaking_module(case, reach)
+    begins = f"; the first module whose output changes is {first}" if first else ""
+    if first:
+        rows = ({**rows[0], "first module": first}, *rows[1:])
+    return Checked(
+        name=NAME,
+        status="failed",
+        finding=(
+            f"Attends to the future{', ' + partly if partly else ', though it is meant to be causal'}: {pairs}{begins}."
+        ),
+        evidence=rows[:3] + _layer_rows(layers),
+        remedy=MASK
+        + (
+            ""
+            if causal
+            else " Where sight of part of the future is meant (a prefix), say causal=False."
+        ),
+    )
+
+
+def _partly(direction: Direction, sight: Sight, layers: list[Attention], n_positions: int) -> str:
+    """Why a leak looks like a mistake and not like an encoder; empty where it does not."""
+    if direction == "backwards":
+        return "and not to the past: the mask is the wrong way round"
+    kinds = {each.direction for each in layers} - {"alone"}
+    causal = sum(each.direction == "causal" for each in layers)
+    if kinds == {"causal"}:
+        return f"though the masks of {many(causal, 'attention layer')} are causal: something else mixes positions"
+    if "causal" in kinds:
+        open_layers = [each.layer for each in layers if each.direction != "causal"]
+        names = ", ".join(open_layers[:3]) + (", ..." if len(open_layers) > 3 else "")
+        return f"in {len(open_layers)} of {many(len(layers), 'attention layer')} ({names})"
+    if "partly" in kinds:
+        odd = [each for each in layers if each.direction == "partly"]
+        ahead = max(each.farthest for each in odd)
+        return f"in part: {odd[0].layer} sees up to {many(ahead, 'position')} ahead"
+    if direction == "partly":
+        share = sight.mirrored / sight.mirrors if sight.mirrors else 0.0
+        return f"in part: {share:.0%} of what outputs see behind them they see at the same distance ahead"
+    return ""
+
+
+def _reach(case: Case, looked: Looked) -> Reach:
+    n_positions = case.grid[1]
+    real_BT = case.batch.real_BT
+    change_TS = torch.zeros(n_positions, n_positions, device=real_BT.device)
+    known_TS = torch.zeros_like(change_TS, dtype=torch.bool)
+    pairs_BTS = real_BT[:, :, None] & real_BT[:, None, :]
+    real_TS = pairs_BTS.any(dim=0)
+    changed = [j for j in spread(n_positions, CHANGED) if real_BT[:, j].any()]
+    for j in changed:
+        change_TS[:, j] = _column(case, j, "evaluation")
+        known_TS[:, j] = True
+    for i, reacts_T in looked.reacts.items():
+        change_TS[i] = torch.maximum(change_TS[i], reacts_T.to(change_TS))
+        known_TS[i] = True
+    how = f"{many(len(changed), 'position')} changed"
+    if looked.reacts:
+        how += f", gradients of {len(looked.reacts)}"
+    return Reach(change_TS=change_TS, known_TS=known_TS & real_TS, how=how)
+
+
+def _column(case: Case, j: int, mode: Mode) -> Tensor:
+    """How much each position's output changes with position j, (T,), in the sequences in which neither is padding."""
+    real_BT = case.batch.real_BT
+    after = case.run(_changed_at_position(case, j), mode)
+    change = change_BT(case.outputs[mode], after)
+    return change.masked_fill(~(real_BT & real_BT[:, j : j + 1]), 0.0).amax(dim=0)
+
+
+def _changed_at_position(case: Case, j: int) -> Tensor:
+    where_BT = torch.zeros_like(case.batch.real_BT)
+    where_BT[:, j] = case.batch.real_BT[:, j]
+    return changed_at(case.batch, where_BT)
+
+
+def _leak_in_training(case: Case) -> Checked | None:
+    """A leak that evaluation does not show: statistics over positions, an expert that is full."""
+    if not case.usable("training"):
+        return None
+    real_BT = case.batch.real_BT
+    for j in reversed(spread(case.grid[1], CHANGED_IN_TRAINING)):
+        if j == 0 or not real_BT[:, j].any():
+            continue
+        column_T = _column(case, j, "training")[:j]
+        leaked = int((column_T > NOISE).sum())
+        if not leaked:
+            continue
+        i = int(column_T.argmax())
+        first = _first_changed_before(case, j, "training")
+        begins = f", first in {first}" if first else ""
+        return Checked(
+            name=NAME,
+            status="failed",
+            finding=(
+                f"Attends to the future in training only: position {j} changes {leaked} of {many(j, 'output')} before it, by up "
+                f"to {short(float(column_T[i]))} of the largest output{begins}."
+            ),
+            evidence=({**_pair_row("training", i, j, float(column_T[i])), "first module": first},),
+            remedy="Take no statistics over positions or sequences while training: LayerNorm or RMSNorm instead of BatchNorm.",
+        )
+    return None
+
+
+def _first_leaking_module(case: Case, reach: Reach) -> str | None:
+    """From the changed position that leaks most."""
+    n_positions = case.grid[1]
+    above_TS = torch.ones_like(reach.known_TS).triu(1)
+    leaks_S = reach.change_TS.where(above_TS & reach.known_TS, 0.0).amax(dim=0)
+    tried = spread(n_positions, CHANGED)
+    j = max(tried, key=lambda at: float(leaks_S[at]))
+    return _first_changed_before(case, j, "evaluation")
+
+
+def _first_changed_before(case: Case, j: int, mode: Mode) -> str | None:
+    real_BT = case.batch.real_BT
+    before_BT = real_BT & real_BT[:, j : j + 1]
+    before_BT[:, j:] = False
+    return first_changed(
+        case.trace(case.batch.input, mode),
+        case.trace(_changed_at_position(case, j), mode),
+        before_BT,
+    )
+
+
+def _pair_rows(reach: Reach, mode: Mode, *, ahead: bool) -> tuple[dict[str, object], ...]:
+    """The pairs that react most."""
+    side_TS = torch.ones_like(reach.known_TS)
+    side_TS = side_TS.triu(1) if ahead else side_TS.tril(-1)
+    change_TS = reach.change_TS.where(side_TS & reach.known_TS, 0.0)
+    top = change_TS.flatten().topk(min(3, change_TS.numel()))
+    n = change_TS.shape[1]
+    return tuple(
+        _pair_row(mode, at // n, at % n, value)
+        for value, at in zip(top.values.tolist(), top.indices.tolist(), strict=True)
+        if value > NOISE
+    )
+
+
+def _pair_row(mode: Mode, i: int, j: int, change: float) -> dict[str, object]:
+    return {
+        "mode": mode,
+        "output": i,
+        "reacts to": j,
+        "change": change,
+        "compared with": NOISE,
+    }
+
+
+def _layer_rows(layers: list[Attention]) -> tuple[dict[str, object], ...]:
+    """Those that are not causal first."""
+    order = sorted(layers, key=lambda each: each.direction == "causal")
+    rows: list[dict[str, object]] = [
+        {"layer": each.layer, "sees": each.direction, "ahead": each.farthest} for each in order
+    ]
+    return tuple(rows[: MOST_EVIDENCE - 3])

@@ -1,0 +1,71 @@
+"""`check_model`: every check on one model and one batch."""
+
+import torch
+from torch import nn
+
+from attnscope.check.attention import look
+from attnscope.check.case import open_case
+from attnscope.check.future import future_leak
+from attnscope.check.leaks import batch_leak, padding_leak
+from attnscope.check.masks import masked_rows
+from attnscope.check.repeats import dropout_in_evaluation, repeatable_training
+from attnscope.check.result import Checked
+from attnscope.check.scale import attention_scale, head_shapes
+from attnscope.check.undisturbed import undisturbed
+from attnscope.errors import ShapeError
+
+# Each is check(case, looked) -> Checked; before them stands future_leak, which is told what the model is meant to be.
+CHECKS = (
+    padding_leak,
+    batch_leak,
+    dropout_in_evaluation,
+    repeatable_training,
+    masked_rows,
+    attention_scale,
+    head_shapes,
+)
+
+
+def check_model(
+    model: nn.Module, batch: object, *, causal: bool | None = None
+) -> tuple[Checked, ...]:
+    """Check a model for leaks, broken masks, wrong scales and passes that cannot be repeated.
+
+    The model is called some thirty times, and is left exactly as it was, as are random numbers. It takes a copy of the
+    weights. What a model keeps outside of its modules (a file, a global variable) is its own affair.
+
+    Args:
+        model: any module, on any device, in training or evaluation mode.
+        batch: token ids (B, T), floats (B, T, D), a tuple of positional arguments, or a dict of keyword arguments
+            (input_ids, attention_mask, labels). With two sequences or more, of which one is padded, every check applies.
+        causal: whether the model is meant to be causal. None = say what it is; only sight of part of the future fails.
+
+    Returns:
+        One result per check, in a fixed order.
+
+    Raises:
+        ShapeError: no input in the batch, or no output with a row for each position.
+        AttnscopeError: the forward pass raised an exception.
+    """
+    if not isinstance(model, nn.Module):
+        raise ShapeError(f"model: is a {type(model).__name__}, but must be a torch.nn.Module.")
+    model = _unwrapped(model)
+    with undisturbed(model):
+        case = open_case(model, batch)
+        looked = look(case)
+        with torch.no_grad():
+            first = future_leak(case, looked, causal=causal)
+            return (first, *(check(case, looked) for check in CHECKS))
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside of torch.compile and data parallelism: the same weights, and attention that can be seen."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(
+            model, nn.DataParallel | nn.parallel.DistributedDataParallel
+        ):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner

@@ -1,0 +1,82 @@
+"""In which directions positions see one another.
+
+Shape key: ... heads or nothing, T query position, S key position (as many).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Direction = Literal["causal", "both ways", "partly", "backwards", "alone"]
+
+# Of what is seen behind, the share that is seen at the same distance ahead: above, sight is meant to go both ways. A window
+# has 1 and a causal mask shifted by one 1 / T or less.
+MIRRORED = 0.9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sight:
+    """Pairs of positions.
+
+    Attributes:
+        behind: pairs in which a query sees a position before its own.
+        ahead: pairs in which it sees one after its own.
+        could_ahead: pairs of the second kind that were looked at.
+        farthest: positions between a query and the last that it sees ahead.
+        mirrored: of the pairs seen behind that have a counterpart at the same distance ahead, those that see it too.
+        mirrors: pairs seen behind that have a counterpart.
+    """
+
+    behind: int
+    ahead: int
+    could_ahead: int
+    farthest: int
+    mirrored: int
+    mirrors: int
+
+
+def sight_of(sees_TS: Tensor, known_TS: Tensor) -> Sight:
+    """Count pairs.
+
+    Args:
+        sees_TS: True where a query sees a key, (..., T, T).
+        known_TS: True where that is known; the rest is left out.
+    """
+    sees = sees_TS & known_TS
+    n = sees.shape[-1]
+    t_T1 = torch.arange(n, device=sees.device)[:, None]
+    s_1S = torch.arange(n, device=sees.device)[None, :]
+    ahead = sees & (s_1S > t_T1)
+    mirrored = mirrors = 0
+    # A whole row is known from a gradient, a whole column from a changed position: both have their own mirror.
+    for seen, known, behind in (
+        (sees, known_TS, s_1S < t_T1),
+        (sees.mT, known_TS.mT, s_1S > t_T1),
+    ):
+        opposite = 2 * t_T1 - s_1S
+        there = (opposite >= 0) & (opposite < n) & behind
+        opposite = opposite.clamp(0, n - 1).expand(seen.shape)
+        pairs = seen & there & known.expand(seen.shape).gather(-1, opposite)
+        mirrors += int(pairs.sum())
+        mirrored += int((pairs & seen.gather(-1, opposite)).sum())
+    return Sight(
+        behind=int((sees & (s_1S < t_T1)).sum()),
+        ahead=int(ahead.sum()),
+        could_ahead=int((known_TS.expand(sees.shape) & (s_1S > t_T1)).sum()),
+        farthest=int((s_1S - t_T1).expand(sees.shape)[ahead].max()) if ahead.any() else 0,
+        mirrored=mirrored,
+        mirrors=mirrors,
+    )
+
+
+def direction_of(sight: Sight) -> Direction:
+    """What the pairs amount to."""
+    if not sight.ahead:
+        return "causal" if sight.behind else "alone"
+    if not sight.behind:
+        return "backwards"
+    # Of two positions none has room on both sides: what is seen ahead is all that there is.
+    share = sight.mirrored / sight.mirrors if sight.mirrors else sight.ahead / sight.could_ahead
+    return "both ways" if share >= MIRRORED else "partly"

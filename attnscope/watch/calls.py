@@ -1,0 +1,82 @@
+"""The attention calls of one forward pass, each with the name of its module: for who holds a model and wants to look once.
+
+Shape key: B batch, H head, T query position, S key position.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from attnscope.watch.attention import Seen, fit_scale, scale_of, visible_logits
+from attnscope.watch.capture import Capture
+from attnscope.watch.names import Modules
+from attnscope.watch.patches import Patches
+
+# Called with the name of the module that made the call, the module (None outside of modules), and what was seen.
+OnCall = Callable[[str, nn.Module | None, Seen], None]
+
+
+@contextmanager
+def attention_calls(model: nn.Module, on_call: OnCall) -> Iterator[list[str]]:
+    """Hand each attention call that is made inside to `on_call`, while it is made.
+
+    Args:
+        model: gives the modules their names.
+        on_call: what it raises becomes a line of what could not be seen.
+
+    Yields:
+        What could not be seen, one line a call; it grows.
+    """
+    modules = Modules()
+    modules.add(model)
+    unseen: list[str] = []
+
+    def name_of(module: nn.Module | None) -> str:
+        return "attention" if module is None else modules.name_of(module)
+
+    def on_attention(module: nn.Module | None, seen: Seen) -> None:
+        on_call(name_of(module), module, seen)
+
+    def on_unmeasured(
+        module: nn.Module | None, backend: str, shapes: list[list[int]], reason: str
+    ) -> None:
+        unseen.append(f"{name_of(module)} ({backend}, {shapes}): {reason}")
+
+    patches = Patches(lambda: True)
+    try:
+        capture = Capture(patches, on_attention=on_attention, on_unmeasured=on_unmeasured)
+        try:
+            yield unseen
+        finally:
+            capture.forget()
+    finally:
+        patches.restore()
+
+
+@torch.no_grad()
+def visible_keys(seen: Seen) -> Tensor:
+    """Which keys each query sees, boolean (B, H, T, S)."""
+    n_batch, n_heads, n_queries, _ = seen.q.shape
+    if seen.z is not None:
+        raw = None if seen.k is None else seen.q.float() @ seen.k.float().mT
+        return visible_logits(seen.z, raw)
+    assert seen.k is not None
+    grid = (n_batch, n_heads, n_queries, seen.k.shape[-2])
+    if seen.visible is None:
+        return torch.ones(grid, dtype=torch.bool, device=seen.q.device)
+    return seen.visible.expand(grid)
+
+
+@torch.no_grad()
+def applied_scale(seen: Seen) -> float | None:
+    """What multiplies q kᵀ altogether, before and in the call; None where it cannot be told.
+
+    Of a call made without gradients, what q and k were multiplied by before cannot be seen.
+    """
+    scale = seen.scale
+    if seen.z is not None and seen.k is not None:
+        raw = seen.q.float() @ seen.k.float().mT
+        scale = scale_of(tuple(fit_scale(raw, seen.z.float(), visible_keys(seen)).tolist()))
+    return None if scale is None or seen.factor is None else scale * seen.factor
