@@ -9,6 +9,8 @@ import pytest
 from attnscope.runs.reader import open_run
 from tests.cli.test_train_command import FAST, attnscope, start
 
+pytestmark = pytest.mark.slow  # whole sweeps, each in a process of its own
+
 GRID = ["--vary", "attention.scale=inverse_sqrt,none", "--vary", "init.gain=0.5,4"]
 
 
@@ -106,7 +108,6 @@ def test_too_little_memory_is_refused_in_words(folder):
     assert said.endswith("Use fewer jobs, a smaller model or a smaller batch.")
 
 
-@pytest.mark.slow
 def test_ctrl_c_keeps_what_there_is_and_names_the_way_on(folder):
     words = ["sweep", *FAST, *GRID, "--set", "train.steps=3000", "--name", "stopped"]
     process = start(*words, cwd=folder)

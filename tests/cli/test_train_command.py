@@ -76,6 +76,7 @@ def test_no_scale_trains_a_pair_and_says_what_happened(tmp_path):
     assert run.command[:2] == ("attnscope", "train")
 
 
+@pytest.mark.slow
 def test_json_is_strict_and_alone_on_stdout(tmp_path):
     done = attnscope("train", "--no-scale", "--steps", "30", "--json", cwd=tmp_path)
 
@@ -89,6 +90,7 @@ def test_json_is_strict_and_alone_on_stdout(tmp_path):
     assert Path(tmp_path / said["report"]).is_file()
 
 
+@pytest.mark.slow
 def test_runs_get_the_next_free_name_and_a_given_name_is_never_overwritten(tmp_path):
     for _ in range(2):
         assert attnscope("train", *FAST, "--steps", "2", cwd=tmp_path).returncode == 0
@@ -103,6 +105,7 @@ def test_runs_get_the_next_free_name_and_a_given_name_is_never_overwritten(tmp_p
     assert (tmp_path / "runs" / "train-001" / "run.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_with_a_checkpoint_and_resume_finishes(tmp_path):
     process = start("train", *FAST, "--steps", "100000", "--name", "r", cwd=tmp_path)
     run = tmp_path / "runs" / "r"
@@ -210,6 +213,7 @@ def test_an_unwritable_folder_gives_one_line(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_nothing_is_left_to_resume_in_a_finished_run(tmp_path):
     attnscope("train", *FAST, "--steps", "2", "--name", "r", cwd=tmp_path)
     done = attnscope("train", "--resume", "runs/r", cwd=tmp_path)
@@ -225,6 +229,7 @@ def test_debug_shows_the_traceback(tmp_path):
     assert "Traceback" in attnscope("report", "nowhere", "--debug", cwd=tmp_path).stderr
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_is_not_an_error_worth_a_traceback(tmp_path):
     attnscope("train", *FAST, "--steps", "2", "--name", "r", cwd=tmp_path)
     command = f"{sys.executable} -m attnscope runs | head -c 1 > /dev/null"
@@ -232,6 +237,7 @@ def test_a_closed_pipe_is_not_an_error_worth_a_traceback(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["runs", "elsewhere"])
 def test_runs_lists_what_is_there(tmp_path, folder):
     attnscope("train", *FAST, "--steps", "2", "--name", "r", "--out", folder, cwd=tmp_path)
@@ -257,6 +263,7 @@ def test_compiled_training_records_the_same_first_steps(tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_without_a_compiler_compile_gives_one_line(tmp_path):
     environment = {
         "CXX": "nowhere/g++",

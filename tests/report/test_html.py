@@ -107,6 +107,7 @@ def test_64_members_stay_below_3_megabytes(tmp_path):
     assert place.stat().st_size < 3_000_000
 
 
+@pytest.mark.slow
 def test_500_members_fit_and_what_is_left_out_is_said(tmp_path):
     run = big(tmp_path / "r", 500, 40)
     place = write_report(run)

@@ -138,6 +138,7 @@ def test_hugging_face_stops_on_conditions_and_logs_to_a_tracker(hugging_face, tm
     assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_hugging_face_a_callback_added_later_stops_when_its_trainer_trains_again_or_is_freed(
     hugging_face, tmp_path
 ):
@@ -168,6 +169,7 @@ trainer.train()
 """
 
 
+@pytest.mark.slow
 def test_hugging_face_a_process_that_dies_of_an_exception_says_which(hugging_face, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT.format(path=sys.path))
     done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300)  # fmt: skip
@@ -278,6 +280,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_lightning_ranks_are_members_of_one_run_that_none_of_them_named(tmp_path):
     pytest.importorskip("lightning.pytorch", reason="Lightning")
     (tmp_path / "script.py").write_text(RANKS.format(path=sys.path))

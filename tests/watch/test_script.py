@@ -155,6 +155,7 @@ def test_sys_exit_passes_its_code_on(script):
     assert open_run(script.parent / "runs" / "r").status == "finished"
 
 
+@pytest.mark.slow
 def test_a_module_of_a_package(script):
     package = script.parent / "pkg"
     package.mkdir()
