@@ -135,6 +135,7 @@ class _Supervisor:
 
     def carry_out(self) -> SweepEnd:
         """Work until nothing is left or somebody asked to stop."""
+        is_first = True
         while self._running or (self._waiting and not self._stopping):
             if not self._stopping and self._should_stop():
                 self._stopping = True
@@ -144,6 +145,9 @@ class _Supervisor:
                 if future is None:
                     break
                 self._running[future] = self._waiting.popleft()
+            if is_first:  # what ends at once was seen to begin
+                self._look(always=True)
+                is_first = False
             done, _ = wait(self._running, timeout=LOOK_S, return_when=FIRST_COMPLETED)
             for future in done:
                 self._take(self._running.pop(future), future)
