@@ -5,9 +5,11 @@ The public API; everything is imported when it is first used, so `import attnsco
     run = attnscope.train_model({"attention": {"scale": "none"}})    # trains, records, returns the run
     run = attnscope.open_run("runs/unscaled-001")                    # tables as pandas DataFrames
     stats = attnscope.attention_stats(q, k, scale=1.0, mask=mask)    # what happens inside one softmax
+    with attnscope.watch_model(model, optimizer, "runs/mine"): ...   # records training that is not attnscope's
     for checked in attnscope.check_model(model, batch): ...          # leaks, masks, scale of any model
 
-Reading order of the package: config, model, metrics, train, runs, sweep, diagnose, report, check, cli.
+Reading order of the package: config, model, metrics, train, runs, sweep, watch, check, diagnose, report,
+export, cli.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,8 +22,9 @@ if TYPE_CHECKING:
     from attnscope.metrics.attention import attention_stats
     from attnscope.runs.reader import Run, open_run
     from attnscope.train.loop import Progress
+    from attnscope.watch.attach import watch_model
 
-__all__ = ["attention_stats", "check_model", "open_run", "train_model"]
+__all__ = ["attention_stats", "check_model", "open_run", "train_model", "watch_model"]
 
 
 def train_model(
@@ -75,4 +78,8 @@ def __getattr__(name: str) -> object:
         from attnscope.check.model import check_model
 
         return check_model
+    if name == "watch_model":
+        from attnscope.watch.attach import watch_model
+
+        return watch_model
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

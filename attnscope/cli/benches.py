@@ -26,7 +26,7 @@ def overhead(
     """Time what recording costs and an ensemble saves.
 
     Recording against no recording, the loop against a plain one, sixteen members against sixteen runs; about two
-    minutes.
+    minutes. With --watch, about four.
 
     Example: attnscope bench overhead
     """
