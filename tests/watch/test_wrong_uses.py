@@ -1,0 +1,55 @@
+"""`attnscope watch` used wrongly: one clear line, nothing made, and "nothing seen" is said loudly."""
+
+import pytest
+from typer.testing import CliRunner
+
+from attnscope.cli import app
+from tests.watch.test_script import watch
+
+
+def said(folder, monkeypatch, *words):
+    monkeypatch.chdir(folder)
+    done = CliRunner().invoke(app, ["watch", *words])
+    return done.exit_code, done.stderr.strip()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["gone.py"], "error: gone.py: there is no such script. Give the path of a Python file, or a module with -m."),
+        (["bad.py"], "error: bad.py:2: this is not Python: '(' was never closed. Give the script that trains."),
+        (["zero.bin"], "error: zero.bin: this is not Python: source code string cannot contain null bytes. Give the script that trains."),
+        (["-m", "no_such_module"], "error: -m no_such_module: no such module, or it has no main program in Python. Is it installed, or below this folder?"),
+        (["--rows", "0", "ok.py"], "error: --rows is '0', but must be a whole number, at least 1, or \"all\"."),
+        (["--rows", "some", "ok.py"], "error: --rows is 'some', but must be a whole number, at least 1, or \"all\"."),
+        (["--name", "a/b", "ok.py"], "error: --name is 'a/b', but must be the name of a folder. Use --out for where it stands."),
+        (["--stop-on", "nan", "ok.py"], "error: --stop-on is 'nan', but must be nonfinite, explosion, or a column and a threshold, as in max_logit>1e4."),
+    ],
+)  # fmt: skip
+def test_one_line_and_no_run_directory(tmp_path, monkeypatch, words, message):
+    (tmp_path / "bad.py").write_text("x = 1\nprint((x)\n")
+    (tmp_path / "zero.bin").write_bytes(b"x = 1\0")
+    (tmp_path / "ok.py").write_text("raise RuntimeError('must not run')\n")
+    code, text = said(tmp_path, monkeypatch, *words)
+    assert code == 1
+    assert text.splitlines()[-1] == message
+    assert not (tmp_path / "runs").exists()
+
+
+def test_nothing_seen_is_said_loudly_with_what_was_looked_for(tmp_path):
+    (tmp_path / "train.py").write_text("print('no torch here')\n")
+    done = watch("train.py", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout == "no torch here\n"
+    assert (
+        "attnscope: NO ATTENTION WAS SEEN. Looked for: F.scaled_dot_product_attention"
+        in done.stderr
+    )
+    assert "attnscope: NO OPTIMIZER STEP WAS SEEN. Looked for: step() of any" in done.stderr
+
+
+def test_an_existing_run_is_left_alone_and_the_script_does_not_run(tmp_path):
+    (tmp_path / "train.py").write_text("print('ran')\n")
+    (tmp_path / "runs" / "r").mkdir(parents=True)
+    done = watch("train.py", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines()[-1] == "error: runs/r already exists. Choose another --name."
