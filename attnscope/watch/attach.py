@@ -124,7 +124,7 @@ def open_watcher(
     log = TrackerLog(log_to, path) if log_to is not None and rank == 0 else None
     watcher = Watcher(
         path,
-        Recorder(RunWriter(path).part(rank), log),
+        Recorder(RunWriter(path.absolute()).part(rank), log),  # the script may change its folder
         every=every,
         rows=rows,
         stopper=Stopper(conditions) if conditions else None,

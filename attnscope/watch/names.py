@@ -3,6 +3,7 @@
 import gc
 import re
 import sys
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,18 +26,19 @@ class Modules:
     """
 
     def __init__(self) -> None:
-        self._names: dict[int, str] = {}
+        # By module and not by its id, which a model made later may have again.
+        self._names: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
     def add(self, root: nn.Module) -> None:
         """Learn the names of everything in `root`."""
         for name, module in root.named_modules():
-            self._names[id(module)] = without_wrappers(name)
+            self._names[module] = without_wrappers(name)
 
     def name_of(self, module: nn.Module) -> str:
         """Path from the largest model that holds the module; the name of its class where nothing holds it."""
-        if id(module) not in self._names:
+        if module not in self._names:
             self.add(root_of(module))
-        return self._names[id(module)] or type(module).__name__
+        return self._names[module] or type(module).__name__
 
 
 def without_wrappers(name: str) -> str:

@@ -144,8 +144,7 @@ class Watcher:
     def stop(self, status: str = "finished", **fields: object) -> None:
         """Put PyTorch back as it was, and write what is left. Said twice, the first one counts.
 
-        Raises:
-            RunWriteError: the disk did not take it.
+        Where the disk does not take it, there is a warning, and `failure` says why.
         """
         global _watching
         if _watching is not self:

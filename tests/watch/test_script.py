@@ -155,6 +155,17 @@ def test_sys_exit_passes_its_code_on(script):
     assert open_run(script.parent / "runs" / "r").status == "finished"
 
 
+def test_a_script_that_changes_its_folder_is_recorded_where_it_began(script):
+    elsewhere = script.parent / "elsewhere"
+    elsewhere.mkdir()
+    script.write_text(f"import os\nos.chdir({str(elsewhere)!r})\n{PROGRAM}")
+    watched = watch("train.py", cwd=script.parent)
+    assert watched.returncode == 0 and "no longer watches" not in watched.stderr
+    found = open_run(script.parent / "runs" / "r")
+    assert found.status == "finished" and len(found.steps) == 12
+    assert not any(elsewhere.iterdir())
+
+
 @pytest.mark.slow
 def test_a_module_of_a_package(script):
     package = script.parent / "pkg"

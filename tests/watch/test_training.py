@@ -273,6 +273,23 @@ def test_nothing_is_left_behind_after_an_exception(tmp_path):
     assert len(found.steps) == 1
 
 
+def test_a_model_made_after_another_was_freed_has_its_own_names(tmp_path):
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Small()
+
+        def forward(self, x):
+            return self.inner(x)
+
+    with watch_model(path=tmp_path / "run") as watcher:
+        for kind in (Small, Inner, Small, Inner):
+            model = kind()
+            plain_step(model, torch.optim.SGD(model.parameters(), lr=0.1))
+            del model
+    assert watcher.layers == ("Small", "inner")
+
+
 def test_a_child_process_records_nothing(tmp_path):
     model = Small()
     with watch_model(model, path=tmp_path / "run") as watcher:
