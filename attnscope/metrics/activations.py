@@ -9,19 +9,27 @@ from torch import Tensor
 SEQUENCES = 4  # of a batch, whose tokens are compared; all of them would cost as much as the rest of the recording
 
 
-def activation_norm(x_MND: Tensor) -> Tensor:
-    """L2 norm of a residual stream, (M,) float32; √(N D) times its root mean square."""
-    return torch.linalg.vector_norm(x_MND, dim=(1, 2), dtype=torch.float32)
+def token_norms(x_MND: Tensor) -> Tensor:
+    """L2 norm of the state of every token, (M, N) float32: what the two statistics below have in common."""
+    return torch.linalg.vector_norm(x_MND, dim=-1, dtype=torch.float32)
 
 
-def token_total(x_MND: Tensor, *, n_batch: int) -> Tensor:
+def activation_rms(norm_MN: Tensor, *, d_model: int) -> Tensor:
+    """Root mean square of a residual stream, (...), from the norms of its tokens, (..., N)."""
+    size = norm_MN.shape[-1] * d_model
+    return torch.linalg.vector_norm(norm_MN, dim=-1) / size**0.5
+
+
+def token_total(x_MND: Tensor, norm_MN: Tensor, *, n_batch: int) -> Tensor:
     """Sum of the unit states of the tokens of each of the first SEQUENCES sequences, (M, B, D) float32, for `token_cosine`."""
     n_members, n_tokens, _ = x_MND.shape
     seq_len, n_used = n_tokens // n_batch, min(n_batch, SEQUENCES)
-    x_PTD = x_MND[:, : n_used * seq_len].reshape(n_members * n_used, seq_len, -1).float()
-    length_PT1 = torch.linalg.vector_norm(x_PTD, dim=-1, keepdim=True)
+    x_PTD, norm_PT1 = (
+        x[:, : n_used * seq_len].reshape(n_members * n_used, seq_len, -1).float()
+        for x in (x_MND, norm_MN)
+    )
     # 1/‖x_t‖ as a row vector times x: the unit states are never written down.
-    total_P1D = torch.bmm(length_PT1.clamp_(min=1e-12).reciprocal_().mT, x_PTD)
+    total_P1D = torch.bmm(norm_PT1.clamp(min=1e-12).reciprocal_().mT, x_PTD)
     return total_P1D.view(n_members, n_used, -1)
 
 

@@ -8,15 +8,20 @@ Shape key: ... any leading axes (member, layer), B batch, H head, T query positi
 position, K d_head.
 """
 
-import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from attnscope.errors import ShapeError
+from attnscope.metrics.rows import (
+    AttentionRows,
+    Call,
+    largest_norm,
+    rows_of,
+    sample_rows,
+    wide,
+)
 
 SATURATED_ABOVE = 0.99  # of max_prob
 FLAT_BEYOND = 5.0  # logits this far from their row's mean leave the softmax without a gradient
@@ -36,44 +41,6 @@ STATISTICS = (
     "softmax_gain",
     "sink",
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rows:
-    """Which query rows to look at: every combination of these sequences and positions.
-
-    At equal distances they are slices, which costs less than int64 indices.
-    """
-
-    sequences: slice | Tensor
-    positions: slice | Tensor
-
-
-@lru_cache(maxsize=256)
-def sample_rows(
-    *, n_batch: int, n_queries: int, rows: int, seed: int, device: torch.device
-) -> Rows | None:
-    """Draw about `rows` query rows per head from at most 4 sequences; None where that would be all of them.
-
-    Sequences are equally likely, and so are positions (where they cannot stand at equal distances, all but the first,
-    which under a causal mask sees one key and has no softmax to speak of). The generator is the draw's own: training
-    numbers do not change.
-    """
-    if rows >= n_batch * (n_queries - 1) or n_queries < 2:
-        return None
-    generator = random.Random(seed)
-
-    def draw(size: int, wanted: int, first: int) -> slice | Tensor:
-        distance, rest = divmod(size, wanted)
-        if rest == 0:
-            return slice(generator.randrange(distance), None, distance)
-        return torch.tensor(generator.sample(range(first, size), wanted)).to(
-            device, non_blocking=True
-        )
-
-    n_sequences = min(n_batch, 4, rows)
-    n_positions = min(-(-rows // n_sequences), n_queries - 1)
-    return Rows(sequences=draw(n_batch, n_sequences, 0), positions=draw(n_queries, n_positions, 1))
 
 
 def attention_stats(
@@ -153,94 +120,6 @@ def attention_stats(
     return statistics_of_all(call) if sample is None else statistics_of(rows_of(call, sample))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Call:
-    """One attention call: what decides its weights. All but q and k broadcast to (..., B, H, T, S).
-
-    Attributes:
-        q: (..., B, H, T, K).
-        k: (..., B, H, S, K).
-        attn_scale: what multiplies q.k.
-        visible: True = visible; None = everything.
-        bias: added after scale and soft-cap; None = nothing.
-        softcap: c of c tanh(z / c); 0 = off.
-    """
-
-    q: Tensor
-    k: Tensor
-    attn_scale: Tensor
-    visible: Tensor | None
-    bias: Tensor | None
-    softcap: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionRows:
-    """Some query rows of an attention call, and what is known of all its rows.
-
-    Attributes:
-        call: with the chosen rows only: q (..., B, H, R, K).
-        q_norm: max‖q‖ over all rows, (..., H).
-        k_norm: max‖k‖ over all keys, (..., H).
-    """
-
-    call: Call
-    q_norm: Tensor
-    k_norm: Tensor
-
-
-def rows_of(call: Call, sample: Rows) -> AttentionRows:
-    """Cut the sampled rows out of a call, to be measured later."""
-    return AttentionRows(
-        call=Call(
-            # Views would keep all of q and k.
-            q=_pick(call.q, sample).contiguous(),
-            k=_pick(call.k, sample, positions=False).contiguous(),
-            attn_scale=_kept(_pick(call.attn_scale, sample)),
-            visible=None if call.visible is None else _pick(call.visible, sample),
-            bias=None if call.bias is None else _pick(call.bias, sample),
-            softcap=call.softcap,
-        ),
-        q_norm=largest_norm(call.q),
-        k_norm=largest_norm(call.k),
-    )
-
-
-def _kept(attn_scale: Tensor) -> Tensor:
-    """A scale that is learned moves on before it is looked at."""
-    return attn_scale.clone() if attn_scale.requires_grad else attn_scale
-
-
-def stack_rows(rows: Sequence[AttentionRows]) -> AttentionRows:
-    """Put rows of one shape behind one another along a new first axis, so that one pass measures them all.
-
-    Takes calls with q (M, B, H, R, K), attn_scale (M, 1, 1 or H, 1, 1) and visible (R, S), (B or 1, 1, R, S) or None; the
-    same soft-cap and bias, (H, R, S) or None, in all of them.
-    """
-    calls = [each.call for each in rows]
-    masks = [call.visible for call in calls if call.visible is not None]
-    visible = None
-    if masks:
-        shape = torch.broadcast_shapes((1, 1, 1, 1, 1), *{mask.shape for mask in masks})
-        everything = torch.ones((), dtype=torch.bool, device=masks[0].device)
-        visible = torch.stack(
-            [(everything if call.visible is None else call.visible).expand(shape) for call in calls]
-        )
-    biases = [call.bias[None, None] for call in calls if call.bias is not None]
-    return AttentionRows(
-        call=Call(
-            q=torch.stack([call.q for call in calls]),
-            k=torch.stack([call.k for call in calls]),
-            attn_scale=torch.stack([call.attn_scale for call in calls]),
-            visible=visible,
-            bias=torch.stack(biases) if biases else None,
-            softcap=calls[0].softcap,
-        ),
-        q_norm=torch.stack([each.q_norm for each in rows]),
-        k_norm=torch.stack([each.k_norm for each in rows]),
-    )
-
-
 def statistics_of(rows: AttentionRows) -> dict[str, Tensor]:
     """Measure rows: column to (..., H)."""
     totals = _totals(_logits(rows.call), rows.call.visible)
@@ -284,8 +163,8 @@ def statistics_of_logits(z: Tensor, visible: Tensor, bound: Tensor) -> dict[str,
         visible: True where a query sees a key, like z.
         bound: to record as max_logit_bound, (H,).
     """
-    wide = z.to(_wide(z.dtype)).where(visible, 0.0)  # what is hidden adds 0 times a number
-    return _finish(_totals(wide, visible), bound)
+    numbers = z.to(wide(z.dtype)).where(visible, 0.0)  # what is hidden adds 0 times a number
+    return _finish(_totals(numbers, visible), bound)
 
 
 def max_attn_logit(call: Call) -> Tensor:
@@ -298,16 +177,11 @@ def max_attn_logit(call: Call) -> Tensor:
 
 def _logits(call: Call) -> Tensor:
     """Softmax input, not yet masked, (..., B, H, T, S)."""
-    wide = _wide(call.q.dtype)
-    z = call.q.to(wide) @ call.k.to(wide).mT * call.attn_scale
+    dtype = wide(call.q.dtype)
+    z = call.q.to(dtype) @ call.k.to(dtype).mT * call.attn_scale
     if call.softcap:
         z = call.softcap * torch.tanh(z / call.softcap)
     return z if call.bias is None else z + call.bias
-
-
-def largest_norm(x: Tensor) -> Tensor:
-    """max‖x‖ over batch and positions, (..., H)."""
-    return torch.linalg.vector_norm(x, dim=-1, dtype=_wide(x.dtype)).amax(dim=(-3, -1))
 
 
 def _bound(call: Call, q_norm: Tensor, k_norm: Tensor) -> Tensor:
@@ -374,17 +248,3 @@ def _finish(totals: Mapping[str, Tensor], bound: Tensor) -> dict[str, Tensor]:
     stats["max_logit_bound"] = bound.to(n_rows.dtype).expand(n_rows.shape)
     ordered = {name: stats[name] for name in STATISTICS}
     return ordered | {"rows": n_rows, "rows_left_out": totals["rows_left_out"]}
-
-
-def _pick(x: Tensor, sample: Rows, *, positions: bool = True) -> Tensor:
-    """Sampled sequences (axis -4) and positions (axis -2); an axis that is absent or broadcast is left alone."""
-    if x.dim() >= 4 and x.shape[-4] > 1:
-        x = x[..., sample.sequences, :, :, :]
-    if positions and x.dim() >= 2 and x.shape[-2] > 1:
-        at = sample.positions
-        x = x[..., at, :] if isinstance(at, slice) else x.index_select(-2, at)
-    return x
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype == torch.float64 else torch.float32

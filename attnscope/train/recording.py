@@ -18,17 +18,13 @@ from torch import Tensor
 
 from attnscope.config import Config
 from attnscope.data import Batch
-from attnscope.metrics.activations import activation_norm, token_cosine, token_total
-from attnscope.metrics.attention import (
-    STATISTICS,
-    AttentionRows,
-    Rows,
-    rows_of,
-    sample_rows,
-    stack_rows,
-    statistics_of,
-    statistics_of_all,
+from attnscope.metrics.activations import (
+    activation_rms,
+    token_cosine,
+    token_norms,
+    token_total,
 )
+from attnscope.metrics.attention import STATISTICS, statistics_of, statistics_of_all
 from attnscope.metrics.gradients import (
     PARAMETER_STATISTICS,
     Grouping,
@@ -38,6 +34,7 @@ from attnscope.metrics.gradients import (
     parameter_stats,
 )
 from attnscope.metrics.loss import TokenLosses, output_logit_max
+from attnscope.metrics.rows import Rows, Shelf, sample_rows
 from attnscope.model import AttentionInputs
 from attnscope.runs.writer import PartWriter
 from attnscope.train.step import Clipped, attention_call
@@ -60,9 +57,6 @@ LAYER_COLUMNS = ("activation_rms", "token_cosine")
 
 SAMPLES = 64  # different row samples, used in turn
 BLOCK_BYTES = 64 << 20  # of sampled queries and keys that wait for the end of their block
-LOGITS_AT_ONCE = (
-    1 << 18
-)  # attention logits measured together: as many as the cache holds, twice as fast as a whole block
 
 Array = NDArray[Any]
 _T = TypeVar("_T")
@@ -110,9 +104,8 @@ class Seen:
     measures: bool
     real_BS: Tensor | None
     sample: Rows | None
-    rows: list[AttentionRows] = field(default_factory=list)
     stats: list[dict[str, Tensor]] = field(default_factory=list)
-    residual_norm_M: list[Tensor] = field(default_factory=list)
+    token_norm_MN: list[Tensor] = field(default_factory=list)
     token_total_MBD: list[Tensor] = field(default_factory=list)
     forward_M: list[Tensor] = field(default_factory=list)
     clip: Clipped | None = None
@@ -137,12 +130,12 @@ class Recorder:
         self._n_batch = config.data.batch_size
         self._n_layers = config.model.n_layers
         self._seq_len = config.model.seq_len
-        self._residual_size = config.data.batch_size * config.model.seq_len * config.model.d_model
+        self._d_model = config.model.d_model
         self._tokens_per_step = config.data.batch_size * config.model.seq_len
         self._last = time.perf_counter()
         self._block: list[Seen] = []
         self._block_ms = 0.0
-        self._step_bytes = 0
+        self._shelf = Shelf()
         self._sheet: Sheet | None = None
         if config.train.compile:  # what looks at a graph is no part of it
             self.attention = torch.compiler.disable(self.attention)  # type: ignore[method-assign]
@@ -179,14 +172,15 @@ class Recorder:
         if self._now.sample is None:
             self._now.stats.append(statistics_of_all(call))
         else:
-            self._now.rows.append(rows_of(call, self._now.sample))
+            self._shelf.put(call, self._now.sample)
 
     @torch.no_grad()
     def residual(self, layer: int, x_MND: Tensor) -> None:
         """Size of the residual stream after a layer, and how alike its tokens are."""
-        self._now.residual_norm_M.append(activation_norm(x_MND))
+        norm_MN = token_norms(x_MND)
+        self._now.token_norm_MN.append(norm_MN)
         if self._now.measures or layer == self._n_layers - 1:
-            self._now.token_total_MBD.append(token_total(x_MND, n_batch=self._n_batch))
+            self._now.token_total_MBD.append(token_total(x_MND, norm_MN, n_batch=self._n_batch))
 
     @torch.no_grad()
     def output(self, output_logits_MNV: Tensor, losses: TokenLosses) -> None:
@@ -229,12 +223,10 @@ class Recorder:
         self._last = time_now
         self._block.append(now)
         self._block_ms += now.step_ms
-        if not self._step_bytes:  # the same at every step of a block
-            self._step_bytes = sum(rows.call.q.nbytes + rows.call.k.nbytes for rows in now.rows)
 
     def due(self, seconds: float) -> bool:
         """Whether the block has waited this long, or holds as much as a block should."""
-        return self._step_bytes * len(self._block) > BLOCK_BYTES or self._block_ms >= 1000 * seconds
+        return self._shelf.nbytes > BLOCK_BYTES or self._block_ms >= 1000 * seconds
 
     def flush(self, members: Sequence[int]) -> Block | None:
         """Write the block and forget it; None if it is empty.
@@ -244,7 +236,7 @@ class Recorder:
         """
         if not self._block:
             return None
-        seen, self._block, self._block_ms, self._step_bytes = self._block, [], 0.0, 0
+        seen, self._block, self._block_ms = self._block, [], 0.0
         block = self._on_host(seen, members)
         self._sheet = None  # members may leave now
         for table, columns in tables_of(block, self._tokens_per_step).items():
@@ -283,7 +275,7 @@ class Recorder:
     def _steps(self, seen: Sequence[Seen]) -> list[Tensor]:
         """STEP_COLUMNS, each (S, M)."""
         forward_CSM = _stacked(*(each.forward_M for each in seen))
-        norm_LSM = _stacked(*(each.residual_norm_M for each in seen))
+        rms_LSM = self._activation_rms(seen)
         total_SMBD = torch.stack([each.token_total_MBD[-1] for each in seen])
         clips = [_there(each.clip) for each in seen]
         unknown_M = torch.full_like(forward_CSM[0, 0], float("nan"))
@@ -291,18 +283,22 @@ class Recorder:
         return [
             *forward_CSM,
             token_cosine(total_SMBD, seq_len=self._seq_len),
-            norm_LSM.amax(dim=0) / self._residual_size**0.5,
+            rms_LSM.amax(dim=0),
             torch.stack([_there(each.grad_norm_M) for each in seen]),
             *_stacked(*([clip.factor_M, clip.lr_M, clip.loss_scale_M] for clip in clips)),
             torch.stack([unknown_M if x is None else x for x in val_losses]),
         ]
 
+    def _activation_rms(self, seen: Sequence[Seen]) -> Tensor:
+        """(L, S, M)."""
+        norm_LSMN = _stacked(*(each.token_norm_MN for each in seen))
+        return activation_rms(norm_LSMN, d_model=self._d_model)
+
     def _layers(self, measured: Sequence[Seen]) -> list[Tensor]:
         """LAYER_COLUMNS, each (S, M, L)."""
-        norm_LSM = _stacked(*(each.residual_norm_M for each in measured))
         total_LSMBD = _stacked(*(each.token_total_MBD for each in measured))
         found_LSM = (
-            norm_LSM / self._residual_size**0.5,
+            self._activation_rms(measured),
             token_cosine(total_LSMBD, seq_len=self._seq_len),
         )
         return [x_LSM.permute(1, 2, 0) for x_LSM in found_LSM]
@@ -323,13 +319,10 @@ class Recorder:
             each_layer = [stats for seen in measured for stats in seen.stats]
             found = {name: torch.stack([x[name] for x in each_layer]) for name in HEAD_COLUMNS}
         else:
-            rows = [each for seen in measured for each in seen.rows]
-            call = rows[0].call
-            at_once = max(1, LOGITS_AT_ONCE // (call.q[..., 0].numel() * call.k.shape[-2]))
             pieces = [
-                statistics_of(stack_rows(rows[first : first + at_once]))
-                for first in range(0, len(rows), at_once)
+                statistics_of(rows) for rows in self._shelf.pieces(len(measured) * self._n_layers)
             ]
+            self._shelf.clear()
             found = {name: torch.cat([piece[name] for piece in pieces]) for name in HEAD_COLUMNS}
         return {
             name: x.unflatten(0, (len(measured), self._n_layers)).transpose(1, 2)

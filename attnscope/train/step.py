@@ -12,9 +12,10 @@ from torch import Tensor
 
 from attnscope.config import Config
 from attnscope.data import IGNORE, Batch
-from attnscope.metrics.attention import Call, max_attn_logit
+from attnscope.metrics.attention import max_attn_logit
 from attnscope.metrics.gradients import Grouping, global_norm, group_norms, group_parameters
 from attnscope.metrics.loss import TokenLosses, token_losses
+from attnscope.metrics.rows import Call
 from attnscope.model import AttentionInputs, Geometry, Observer, attn_scales, geometry
 from attnscope.train.clipping import clip_gradients
 from attnscope.train.optimizer import OPTIMIZERS, Hyper, State, add_decay

@@ -11,14 +11,11 @@ from torch import Tensor
 
 from attnscope.metrics.attention import (
     STATISTICS,
-    Call,
-    largest_norm,
-    rows_of,
-    sample_rows,
     statistics_of,
     statistics_of_all,
     statistics_of_logits,
 )
+from attnscope.metrics.rows import Call, largest_norm, rows_of, sample_rows
 
 COLUMNS = (*STATISTICS, "rows", "rows_left_out")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from attnscope.data import IGNORE
-from attnscope.metrics.activations import activation_norm, token_cosine, token_total
+from attnscope.metrics.activations import activation_rms, token_cosine, token_norms, token_total
 from attnscope.metrics.gradients import (
     PARAMETER_STATISTICS,
     Sheet,
@@ -236,7 +236,8 @@ def states(correlation=0.0):
 
 
 def cosine(x_MBTD):
-    total = token_total(x_MBTD.flatten(1, 2), n_batch=x_MBTD.shape[1])
+    x_MND = x_MBTD.flatten(1, 2)
+    total = token_total(x_MND, token_norms(x_MND), n_batch=x_MBTD.shape[1])
     return token_cosine(total, seq_len=x_MBTD.shape[2])
 
 
@@ -262,16 +263,25 @@ def test_token_cosine_is_one_for_equal_tokens_and_minus_one_for_opposite_ones():
     assert cosine(opposite[None]).item() == pytest.approx(-1, abs=1e-6)
 
 
-def test_activation_norm_is_the_root_of_the_sum_of_squares():
+def rms(x_MND):
+    return activation_rms(token_norms(x_MND), d_model=x_MND.shape[-1])
+
+
+def test_activation_rms_is_the_root_of_the_mean_square():
     x_MND = states().flatten(1, 2)
-    for m, found in enumerate(activation_norm(x_MND)):
+    for m, found in enumerate(rms(x_MND)):
         numbers = x_MND[m].flatten().tolist()
-        assert found.item() == pytest.approx(math.sqrt(sum(x * x for x in numbers)))
+        mean = sum(x * x for x in numbers) / len(numbers)
+        assert found.item() == pytest.approx(math.sqrt(mean))
+
+
+def test_a_token_of_zeros_is_like_no_other():
+    x_MBTD = states()
+    x_MBTD[:, :, 0] = 0
+    assert cosine(x_MBTD).isfinite().all()
 
 
 def test_activation_statistics_of_half_precision_do_not_overflow():
     large = torch.full((1, 2, 3, 4), 30_000.0, dtype=torch.float16)
-    assert activation_norm(large.flatten(1, 2)).item() == pytest.approx(
-        30_000 * math.sqrt(6 * 4), rel=1e-3
-    )
+    assert rms(large.flatten(1, 2)).item() == pytest.approx(30_000, rel=1e-3)
     assert cosine(large).item() == pytest.approx(1, abs=1e-5)
