@@ -6,6 +6,7 @@ The public API; everything is imported when it is first used, so `import attnsco
     run = attnscope.open_run("runs/unscaled-001")                    # tables as pandas DataFrames
     stats = attnscope.attention_stats(q, k, scale=1.0, mask=mask)    # what happens inside one softmax
     with attnscope.watch_model(model, optimizer, "runs/mine"): ...   # records training that is not attnscope's
+    step = attnscope.load_snapshot("runs/mine/part-0000/snapshot-00000041.safetensors")  # what led to a break
     for checked in attnscope.check_model(model, batch): ...          # leaks, masks, scale of any model
 
 Reading order of the package: config, model, metrics, train, runs, sweep, watch, check, diagnose, report,
@@ -21,10 +22,18 @@ if TYPE_CHECKING:
     from attnscope.config import Config
     from attnscope.metrics.attention import attention_stats
     from attnscope.runs.reader import Run, open_run
+    from attnscope.runs.snapshot import load_snapshot
     from attnscope.train.loop import Progress
     from attnscope.watch.attach import watch_model
 
-__all__ = ["attention_stats", "check_model", "open_run", "train_model", "watch_model"]
+__all__ = [
+    "attention_stats",
+    "check_model",
+    "load_snapshot",
+    "open_run",
+    "train_model",
+    "watch_model",
+]
 
 
 def train_model(
@@ -70,6 +79,10 @@ def __getattr__(name: str) -> object:
         from attnscope.runs.reader import open_run
 
         return open_run
+    if name == "load_snapshot":
+        from attnscope.runs.snapshot import load_snapshot
+
+        return load_snapshot
     if name == "attention_stats":
         from attnscope.metrics.attention import attention_stats
 

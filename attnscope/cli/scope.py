@@ -46,6 +46,14 @@ def watch(
     rows: Annotated[
         str, typer.Option(metavar="N|all", help="Query rows measured per head and call.")
     ] = "32",
+    layers: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Measure only attention layers with such names, as in '*.h.0.*'; may be given again.",
+            show_default=False,
+        ),
+    ] = None,
     stop_on: Annotated[
         list[str] | None,
         typer.Option(
@@ -54,6 +62,15 @@ def watch(
             show_default=False,
         ),
     ] = None,
+    snapshot: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            metavar="K",
+            help="Keep weights and batches of the last K steps, and write them when training breaks.  [default: none]",
+            show_default=False,
+        ),
+    ] = 0,
     log_to: Annotated[
         LogTo | None,
         typer.Option(
@@ -84,7 +101,9 @@ def watch(
             out=out,
             every=every,
             rows=rows,
+            layers=layers or [],
             stop_on=stop_on or [],
+            snapshot=snapshot,
             log_to=None if log_to is None else log_to.value,
             command=command_line(),
         )

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from attnscope.watch.script import Ended, Program
 
 INTERRUPTED = 130
+MOST_NAMES = 8
 
 
 def watch_program(
@@ -26,7 +27,9 @@ def watch_program(
     out: Path,
     every: int,
     rows: str,
+    layers: Sequence[str],
     stop_on: Sequence[str],
+    snapshot: int,
     log_to: str | None,
     command: Sequence[str],
 ) -> int:
@@ -36,7 +39,17 @@ def watch_program(
         AttnscopeError: there is no such script, or the run directory cannot be made.
     """
     from attnscope.watch.script import find_program, watch_script
+    from attnscope.watch.settings import Settings
 
+    settings = Settings(
+        every=every,
+        rows=_rows(rows),
+        layers=layers,
+        stop_on=stop_on,
+        snapshot=snapshot,
+        log_to=log_to,
+    )
+    settings.checked()
     target, *arguments = words
     program = find_program(target, is_module=is_module)
     stem = target.replace(".", "-") if is_module else program.path.stem
@@ -44,16 +57,7 @@ def watch_program(
     speaks = os.environ.get("RANK", "0") == "0"  # under torchrun, one for all
     if speaks:
         typer.echo(f"attnscope: watching {target} into {where}", err=True)
-    ended = watch_script(
-        program,
-        arguments,
-        where,
-        command=command,
-        every=every,
-        rows=_rows(rows),
-        stop_on=stop_on,
-        log_to=log_to,
-    )
+    ended = watch_script(program, arguments, where, settings, command=command)
     code = _exit_code(ended, program)
     if speaks:
         _say_what_was_seen(ended, where)
@@ -100,6 +104,10 @@ def _say_what_was_seen(ended: "Ended", where: Path) -> None:
         lines.append(
             f"{len(watcher.layers)} attention layers ({names}), {watcher.updates} optimizer updates"
         )
+    elif watcher.left_out:
+        lines.append(
+            f"NO ATTENTION LAYER MATCHES --layers. Seen: {', '.join(watcher.left_out[:MOST_NAMES])}"
+        )
     else:
         lines.append(
             "NO ATTENTION WAS SEEN. Looked for: F.scaled_dot_product_attention, nn.MultiheadAttention, and matmul, bmm or "
@@ -118,4 +126,7 @@ def _say_what_was_seen(ended: "Ended", where: Path) -> None:
         )
     for line in lines:
         typer.echo(f"attnscope: {line}", err=True)
+    if watcher.snapshots:
+        lines_of = ", ".join(str(path) for path in watcher.snapshots)
+        typer.echo(f"attnscope: weights and batches before the break: {lines_of}", err=True)
     typer.echo(f"attnscope: next: attnscope report {where}", err=True)

@@ -20,7 +20,12 @@ from attnscope.runs.outcome import IN_A_ROW, TIMES_FIRST
 from attnscope.runs.reader import MemberRecord, Run
 
 # A tensor's place in the step (attention logits before the loss before its gradient), and the column that showed it.
-NONFINITE = {"attention logits": "max_logit_bound", "loss": "loss", "gradient": "nonfinite"}
+NONFINITE = {
+    "activation": "output of a module",
+    "attention logits": "max_logit_bound",
+    "loss": "loss",
+    "gradient": "nonfinite",
+}
 
 # Wortsman et al. 2023: transplanted logits hurt from 1e3 on. Of the 152 members behind SATURATED_RATIO that neither began
 # saturated nor diverged, 2 went above it (at losses of thousands), and 4 below SATURATED_RATIO.

@@ -45,6 +45,14 @@ def read_file(path: Path, *, name: str, limit: int) -> bytes:
         raise RunError(f"{name}: cannot be read: {reason_of(error)}") from None
 
 
+def is_regular_file(path: Path) -> bool:
+    """Whether there is a file at `path` itself, not behind a link."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
 def is_folder(path: Path) -> bool:
     """Whether there is a folder at `path` itself, not behind a link."""
     try:

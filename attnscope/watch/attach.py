@@ -14,14 +14,13 @@ from torch import nn
 from attnscope.errors import RunError
 from attnscope.runs.layout import RUN_FILE, MemberEntry
 from attnscope.runs.writer import RunWriter, next_run_path
+from attnscope.watch.names import Modules
 from attnscope.watch.parameters import parameters_of
 from attnscope.watch.recording import Recorder
-from attnscope.watch.stopping import Stopper, parse_condition
-from attnscope.watch.trackers import TrackerLog, check_tracker
+from attnscope.watch.settings import EVERY, ROWS, Settings
+from attnscope.watch.trackers import TrackerLog
 from attnscope.watch.watcher import Watcher, watching
 
-EVERY = 10  # steps between those at which attention and parameters are measured
-ROWS = 32  # query rows measured per head and call
 RANK_SECONDS = 60  # that other ranks wait for the run directory
 
 
@@ -32,7 +31,9 @@ def watch_model(
     *,
     every: int = EVERY,
     rows: int | str = ROWS,
+    layers: Sequence[str] = (),
     stop_on: Sequence[str] = (),
+    snapshot: int = 0,
     log_to: str | None = None,
 ) -> Watcher:
     """Watch the training that goes on in this process until the watcher is stopped.
@@ -49,18 +50,20 @@ def watch_model(
         every: attention and parameters are measured at the first 20 steps and at every so many; losses and gradient
             norms at all.
         rows: query rows per head and call, or "all".
+        layers: names of the attention layers to measure, with * and ? as in a shell; none = all.
         stop_on: conditions at which training is stopped by SystemExit: nonfinite, explosion, max_logit>1e4, ...
+        snapshot: keep so many of the last steps, weights and batches, and write them when training breaks, as
+            `load_snapshot` reads them. Each is a copy of the weights; numbers are looked at after every step.
         log_to: tensorboard, wandb or mlflow: a few columns go to the script's active run there, too (watch.trackers).
 
     Raises:
-        ConfigError: a condition cannot be understood, or the tracker is unknown or not installed.
+        ConfigError: a number is too small, a condition cannot be understood, the tracker is unknown or not installed.
         RunError: the run exists, or this process is being watched already.
         RunWriteError: the place cannot be written.
     """
-    if every < 1 or (rows != "all" and (isinstance(rows, str) or rows < 1)):
-        raise RunError(
-            f'every is {every!r} and rows {rows!r}, but they must be at least 1 (rows may be "all").'
-        )
+    settings = Settings(
+        every=every, rows=rows, layers=layers, stop_on=stop_on, snapshot=snapshot, log_to=log_to
+    )
     if optimizer is not None and model is not None:
         mine = {id(p) for p in model.parameters()}
         strange = sum(id(p) not in mine for p in parameters_of(optimizer, with_gradient=False))
@@ -69,31 +72,17 @@ def watch_model(
                 f"{strange} parameters of the optimizer are not the model's. Give the model that is trained."
             )
     where = Path(path) if path is not None else next_run_path(Path("runs"), "watch")
-    watcher = open_watcher(
-        where,
-        command=("attnscope.watch_model",),
-        every=every,
-        rows=rows,
-        stop_on=stop_on,
-        log_to=log_to,
-    )
+    watcher = open_watcher(where, settings, command=("attnscope.watch_model",))
     if model is not None:
         watcher.add_model(model)
     return watcher
 
 
-def open_watcher(
-    path: Path,
-    *,
-    command: Sequence[str],
-    every: int,
-    rows: int | str,
-    stop_on: Sequence[str] = (),
-    log_to: str | None = None,
-) -> Watcher:
+def open_watcher(path: Path, settings: Settings, *, command: Sequence[str]) -> Watcher:
     """Make the run directory of a watched process, or join the one that rank 0 makes, and begin to look.
 
     Raises:
+        ConfigError: the settings cannot be followed.
         RunError: the run exists, or this process is being watched already.
         RunWriteError: the place cannot be written.
     """
@@ -102,9 +91,7 @@ def open_watcher(
         raise RunError(
             f"{path}: this process is being watched already, into {already.path}. Stop that one first."
         )
-    conditions = [parse_condition(text) for text in stop_on]
-    if log_to is not None:
-        check_tracker(log_to)
+    settings.checked()
     rank, n_ranks = _rank()
     if rank == 0:
         names = ["watched"] if n_ranks == 1 else [f"rank {r}" for r in range(n_ranks)]
@@ -117,18 +104,20 @@ def open_watcher(
                 for part, name in enumerate(names)
             ],
             environment=_environment(),
-            data={"watched": {"every": every, "rows": rows}},
+            data={
+                "watched": {
+                    "every": settings.every,
+                    "rows": settings.rows,
+                    "layers": list(settings.layers),
+                }
+            },
         )
     else:
         _wait_for(path)
-    log = TrackerLog(log_to, path) if log_to is not None and rank == 0 else None
-    watcher = Watcher(
-        path,
-        Recorder(RunWriter(path.absolute()).part(rank), log),  # the script may change its folder
-        every=every,
-        rows=rows,
-        stopper=Stopper(conditions) if conditions else None,
-    )
+    log = TrackerLog(settings.log_to, path) if settings.log_to is not None and rank == 0 else None
+    modules = Modules()
+    part = RunWriter(path.absolute()).part(rank)  # the script may change its folder
+    watcher = Watcher(path, Recorder(part, modules, log), modules, settings)
     watcher.start()
     return watcher
 

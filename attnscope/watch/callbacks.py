@@ -11,7 +11,6 @@ import functools
 import sys
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,23 +21,12 @@ from torch import nn
 
 from attnscope.errors import AttnscopeError
 from attnscope.runs.writer import next_run_path
-from attnscope.watch.attach import EVERY, ROWS, watch_model
+from attnscope.watch.attach import open_watcher
+from attnscope.watch.settings import Settings
 from attnscope.watch.stopping import StoppedError
-from attnscope.watch.trackers import check_tracker
 from attnscope.watch.watcher import Watcher
 
 LIGHTNING = ("lightning.pytorch", "pytorch_lightning")  # the same, under its new and its old name
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """What a callback was made with; see `watch_model`."""
-
-    path: str | Path | None
-    every: int
-    rows: int | str
-    stop_on: Sequence[str]
-    log_to: str | None
 
 
 class Trainings:
@@ -48,9 +36,9 @@ class Trainings:
     process ends or the trainer is freed.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        if settings.log_to is not None:
-            check_tracker(settings.log_to)
+    def __init__(self, path: str | Path | None, settings: Settings) -> None:
+        settings.checked()
+        self._place = path
         self._settings = settings
         self._watcher: Watcher | None = None
         self._ender: weakref.finalize[[Watcher, int], Trainings] | None = None
@@ -69,16 +57,12 @@ class Trainings:
             RunWriteError: the place cannot be written.
         """
         self.end(SystemExit())
-        said = self._settings
         self._begun += 1
-        self._watcher = watch_model(
-            model,
-            path=_path(said.path, self._begun),
-            every=said.every,
-            rows=said.rows,
-            stop_on=said.stop_on,
-            log_to=said.log_to,
+        self._watcher = open_watcher(
+            _path(self._place, self._begun), self._settings, command=("attnscope.watch_model",)
         )
+        if model is not None:
+            self._watcher.add_model(model)
         reported = id(getattr(sys, "last_value", None))
         self._ender = weakref.finalize(self, _abandon, self._watcher, reported)
         return self._watcher
@@ -111,23 +95,13 @@ class HuggingFaceCallback:
         """
         return _made(cls, [_imported("transformers", extra="hf").TrainerCallback])
 
-    def __init__(
-        self,
-        path: str | Path | None = None,
-        *,
-        every: int = EVERY,
-        rows: int | str = ROWS,
-        stop_on: Sequence[str] = (),
-        log_to: str | None = None,
-    ) -> None:
+    def __init__(self, path: str | Path | None = None, **settings: Any) -> None:
         """The arguments of `watch_model`; a second training of the same trainer goes to PATH-002, and so on.
 
         Raises:
-            ConfigError: there is no such tracker, or it is not installed.
+            ConfigError: the settings cannot be followed.
         """
-        self._trainings = Trainings(
-            Settings(path=path, every=every, rows=rows, stop_on=stop_on, log_to=log_to)
-        )
+        self._trainings = Trainings(path, Settings(**settings))
 
     @property
     def watcher(self) -> Watcher | None:
@@ -171,34 +145,19 @@ class LightningCallback:
             names = [*found, LIGHTNING[0]][:1]
         return _made(cls, [_imported(name, extra="lightning").Callback for name in names])
 
-    def __init__(
-        self,
-        path: str | Path | None = None,
-        *,
-        every: int = EVERY,
-        rows: int | str = ROWS,
-        stop_on: Sequence[str] = (),
-        log_to: str | None = None,
-    ) -> None:
+    def __init__(self, path: str | Path | None = None, **settings: Any) -> None:
         """The arguments of `watch_model`; a second training of the same trainer goes to PATH-002, and so on.
 
         Raises:
-            ConfigError: there is no such tracker, or it is not installed.
+            ConfigError: the settings cannot be followed.
         """
-        self._settings = Settings(path=path, every=every, rows=rows, stop_on=stop_on, log_to=log_to)
-        self._trainings = Trainings(self._settings)
+        self._made_with = path, settings
+        self._trainings = Trainings(path, Settings(**settings))
 
     def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
         """Strategies that spawn send it to their processes."""
-        said = self._settings
-        made = functools.partial(
-            LightningCallback,
-            said.path,
-            every=said.every,
-            rows=said.rows,
-            stop_on=said.stop_on,
-            log_to=said.log_to,
-        )
+        path, settings = self._made_with
+        made = functools.partial(LightningCallback, path, **settings)
         return made, ()
 
     @property

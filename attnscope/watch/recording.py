@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,15 @@ from attnscope.runs.outcome import LossWatch
 from attnscope.runs.writer import PartWriter
 from attnscope.watch.attention import COLUMNS as HEAD_COLUMNS
 from attnscope.watch.attention import scale_of
+from attnscope.watch.finite import Outputs
+from attnscope.watch.names import Modules
 
 PARAMETER_COLUMNS = ("grad_norm", "grad_max", "nonfinite", "weight_norm", "update_norm")
 LOSS_SHARE = (
     1e-3  # how near a loss's last factor must be to 1 / micro-batches to count as a mean over them
 )
+
+MOST_PLACES = 20  # that an event names
 
 Array = NDArray[Any]
 Tables = dict[str, dict[str, Array]]
@@ -89,6 +94,9 @@ class Step:
         training: layers with calls in training.
         parameters: (layer, group) along P.
         sizes: PARAMETER_COLUMNS, (P,) each.
+        gradients: (layer, group) and norm before clipping of what has a gradient, (P,) each; at every step.
+        outputs: sums over the outputs of modules.
+        lrs: of all parameter groups that were updated.
     """
 
     number: int
@@ -98,9 +106,11 @@ class Step:
     training: set[int] = field(default_factory=set)
     parameters: list[tuple[int, str]] = field(default_factory=list)
     sizes: dict[str, list[Tensor]] = field(default_factory=dict)
+    gradients: list[tuple[list[tuple[int, str]], Tensor]] = field(default_factory=list)
+    outputs: Outputs | None = None
     grad_norm: Tensor | None = None
     clip_factor: Tensor | None = None
-    lr: float = math.nan
+    lrs: list[float | Tensor] = field(default_factory=list)
     loss_scale: Tensor | None = None
     step_ms: float = 0.0
 
@@ -111,8 +121,11 @@ class Recorder:
     Invariant: a block has whole steps only.
     """
 
-    def __init__(self, writer: PartWriter, on_block: OnBlock | None = None) -> None:
+    def __init__(
+        self, writer: PartWriter, modules: Modules, on_block: OnBlock | None = None
+    ) -> None:
         self._writer = writer
+        self._modules = modules
         self._on_block = on_block
         self._block: list[Step] = []
         self._since = time.perf_counter()
@@ -120,6 +133,12 @@ class Recorder:
         self._undescribed: list[tuple[int, Layer]] = []
         self._watch = LossWatch()
         self._reported: set[str] = set()
+        self.broken: str | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Of the part."""
+        return self._writer.path
 
     def add_layer(self, step: int, layer: Layer) -> None:
         """A layer was seen for the first time."""
@@ -158,7 +177,7 @@ class Recorder:
         for table, columns in tables.items():
             if columns:
                 self._writer.append(table, columns)
-        self._alarm(steps, heads, params)
+        self._alarm(block, steps, heads)
         failure = None if self._on_block is None else self._on_block(steps, heads)
         if failure is not None:
             self.event("tracker_failed", step=block[-1].number, reason=failure)
@@ -170,42 +189,75 @@ class Recorder:
         self._writer.finish(status, **fields)
 
     def _alarm(
-        self, steps: dict[str, Array], heads: dict[str, Array], params: dict[str, Array]
+        self, block: Sequence[Step], steps: dict[str, Array], heads: dict[str, Array]
     ) -> None:
-        """The events of a block, in the order of their steps."""
+        """The events of a block, in the order of their steps; of one step in the order in which it computes the tensors."""
         found: list[tuple[int, str, dict[str, object]]] = []
-        if steps:
-            found += self._first(steps["step"][~np.isfinite(steps["loss"])], "loss", [])
-            self._watch.feed(steps["step"], steps["loss"])
+        if "activation" not in self._reported:
+            found += self._first_of(block, "activation", self._broken_outputs)
         if heads:
             bad = ~np.isfinite(heads["max_logit_bound"]) & ~np.isfinite(heads["max_logit"])
-            where = [self._layers[int(layer)] for layer in heads["layer"][bad]]
-            found += self._first(heads["step"][bad], "attention logits", where)
-        if params:
-            bad = params["nonfinite"] > 0
-            where = [
-                f"layer {layer} {group}" if layer >= 0 else str(group)
-                for layer, group in zip(params["layer"][bad], params["group"][bad], strict=True)
-            ]
-            found += self._first(params["step"][bad], "gradient", where)
+            if bad.any():
+                first = int(heads["step"][bad][0])
+                layers = heads["layer"][bad & (heads["step"] == first)]
+                where = [self._layers[int(layer)] for layer in dict.fromkeys(layers)]
+                found += self._once(first, "attention logits", where)
+        if steps:
+            bad = ~np.isfinite(steps["loss"])
+            if bad.any():
+                found += self._once(int(steps["step"][bad][0]), "loss", [])
+            self._watch.feed(steps["step"], steps["loss"])
+        if "gradient" not in self._reported:
+            found += self._first_of(block, "gradient", broken_gradients)
         if self._watch.diverged_at is not None and "diverged" not in self._reported:
             self._reported.add("diverged")
             found.append((self._watch.diverged_at, "diverged", {"why": self._watch.why}))
         for step, kind, fields in sorted(found, key=lambda each: each[0]):
             self.event(kind, step=step, **fields)
+            if self.broken is None:
+                said = "loss diverged" if kind == "diverged" else f"{fields['tensor']} not finite"
+                self.broken = f"{said} at step {step}"
 
-    def _first(
-        self, steps: Array, tensor: str, where: Sequence[str]
+    def _first_of(
+        self, block: Sequence[Step], tensor: str, broken: Callable[[Step], list[str]]
     ) -> list[tuple[int, str, dict[str, object]]]:
-        if not len(steps) or tensor in self._reported:
+        for step in block:
+            where = broken(step)
+            if where:
+                return self._once(step.number, tensor, where)
+        return []
+
+    def _once(
+        self, step: int, tensor: str, where: Sequence[str]
+    ) -> list[tuple[int, str, dict[str, object]]]:
+        if tensor in self._reported:
             return []
         self._reported.add(tensor)
-        first = int(steps[0])
-        fields: dict[str, object] = {"tensor": tensor}
+        fields: dict[str, object] = {
+            "tensor": tensor,
+            "direction": "backward" if tensor == "gradient" else "forward",
+        }
         if where:
-            places = [place for place, step in zip(where, steps, strict=True) if step == first]
-            fields["where"] = list(dict.fromkeys(places))
-        return [(first, "nonfinite", fields)]
+            fields["where"] = list(dict.fromkeys(where))[:MOST_PLACES]
+        return [(step, "nonfinite", fields)]
+
+    def _broken_outputs(self, step: Step) -> list[str]:
+        broken = [] if step.outputs is None else step.outputs.first_broken()
+        return [
+            "outside of modules" if module is None else self._modules.name_of(module)
+            for module in broken[:MOST_PLACES]
+        ]
+
+
+def broken_gradients(step: Step) -> list[str]:
+    """The parameters whose gradient is not finite, as they are named in texts; waits for the device."""
+    found = []
+    for places, norm_P in step.gradients:
+        broken_P = (~norm_P.isfinite()).cpu().tolist()
+        for (layer, group), broken in zip(places, broken_P, strict=True):
+            if broken:
+                found.append(f"layer {layer} {group}" if layer >= 0 else group)
+    return list(dict.fromkeys(found))
 
 
 def _steps(block: Sequence[Step]) -> dict[str, Array]:
@@ -223,11 +275,17 @@ def _steps(block: Sequence[Step]) -> dict[str, Array]:
         values = [getattr(step, name) for step in block]
         found = iter(_on_host([value for value in values if value is not None]))
         columns[name] = np.array([math.nan if value is None else next(found) for value in values])
-    columns["lr"] = np.array([step.lr for step in block])
+    columns["lr"] = np.array([_largest(step.lrs) for step in block])
     columns["clip_factor"] = np.nan_to_num(columns["clip_factor"], nan=1.0)
     columns["loss_scale"] = np.nan_to_num(columns["loss_scale"], nan=1.0)
     columns["step_ms"] = np.array([step.step_ms for step in block])
     return columns
+
+
+def _largest(lrs: Sequence[float | Tensor]) -> float:
+    tensors = [lr for lr in lrs if isinstance(lr, Tensor)]
+    numbers = [float(lr) for lr in lrs if not isinstance(lr, Tensor)]
+    return max(numbers + _on_host(tensors), default=math.nan)
 
 
 def _loss(step: Step, losses: list[float]) -> float:

@@ -14,6 +14,7 @@ from typing import Any
 
 from attnscope.errors import ConfigError
 from attnscope.watch.attach import open_watcher
+from attnscope.watch.settings import Settings
 from attnscope.watch.watcher import Watcher
 
 
@@ -74,22 +75,18 @@ def watch_script(
     program: Program,
     arguments: Sequence[str],
     path: Path,
+    settings: Settings,
     *,
     command: Sequence[str],
-    every: int,
-    rows: int | str,
-    stop_on: Sequence[str] = (),
-    log_to: str | None = None,
 ) -> Ended:
     """Run a program with these arguments, watched into `path`.
 
     Raises:
+        ConfigError: the settings cannot be followed.
         RunError: the run exists.
         RunWriteError: the place cannot be written, or the disk is full at the end.
     """
-    watcher = open_watcher(
-        path, command=command, every=every, rows=rows, stop_on=stop_on, log_to=log_to
-    )
+    watcher = open_watcher(path, settings, command=command)
     error: BaseException | None = None
     try:
         _run(program, arguments)

@@ -33,8 +33,11 @@ class OnTraining(Protocol):
     def after_update(self, optimizer: torch.optim.Optimizer) -> None:
         """The optimizer has stepped."""
 
-    def scaled(self, loss_scale: Tensor | None, *, skipped: bool) -> None:
-        """GradScaler was asked to step; `skipped` if it kept the optimizer from it."""
+    def scaled(self, loss_scale: Tensor) -> None:
+        """GradScaler is about to step, with this scale."""
+
+    def skipped(self, optimizer: torch.optim.Optimizer) -> None:
+        """GradScaler kept the optimizer from stepping."""
 
 
 class Training:
@@ -112,10 +115,11 @@ class Training:
         self._stepped = False
         scaler = args[0]
         value = getattr(scaler, "_scale", None) if scaler.is_enabled() else None
-        self._told.scaled(None if value is None else value.detach().clone(), skipped=False)
+        if value is not None:
+            self._told.scaled(value.detach().clone())
         result = original(*args, **kwargs)
         if not self._stepped:
-            self._told.scaled(None, skipped=True)
+            self._told.skipped(args[1] if len(args) > 1 else kwargs["optimizer"])
         return result
 
     def _clip_norm(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -9,7 +9,7 @@ import sys
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -18,12 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from attnscope.errors import RunError, RunWriteError
-from attnscope.watch.attention import Seen, measure, scalar_factor
+from attnscope.watch.attention import Seen, scalar_factor
 from attnscope.watch.capture import Capture, in_backward
-from attnscope.watch.names import Modules, parameter_names, places
-from attnscope.watch.parameters import Before, gradient_sizes, parameters_of, total_norm
+from attnscope.watch.finite import Finite
+from attnscope.watch.layers import Layers
+from attnscope.watch.names import Modules
+from attnscope.watch.parameters import Parameters, parameters_of
 from attnscope.watch.patches import Original, Patches
-from attnscope.watch.recording import PARAMETER_COLUMNS, Layer, Recorder, Step
+from attnscope.watch.recording import MOST_PLACES, Recorder, Step, broken_gradients
+from attnscope.watch.settings import Settings
+from attnscope.watch.snapshots import Snapshots
 from attnscope.watch.stopping import Stopper, stop
 from attnscope.watch.training import Training
 
@@ -32,9 +36,7 @@ if TYPE_CHECKING:
 
 FLUSH_SECONDS = 0.75  # a killed process loses at most this and the step it was in
 FIRST = 20  # steps that are all measured, whatever the cadence: what explodes, explodes early
-SAMPLES = 64  # different row samples, used in turn
 MOST_TEXT = 500  # characters of an exception
-MOST_UNMEASURED = 50  # different calls that are described
 
 _T = TypeVar("_T")
 _P = ParamSpec("_P")
@@ -67,40 +69,40 @@ class Watcher:
     losses_add_up: bool  # those of a step's micro-batches, to its mean; else they are looked at
 
     def __init__(
-        self,
-        path: Path,
-        recorder: Recorder,
-        *,
-        every: int,
-        rows: int | str,
-        stopper: Stopper | None,
+        self, path: Path, recorder: Recorder, modules: Modules, settings: Settings
     ) -> None:
         """Use `watch_model` or `watch_script`."""
         self.path = path
         self.failure = None
-        self._stopper = stopper
+        self.losses_add_up = False
         self._recorder = recorder
-        self._every = every
-        self._rows = rows
+        self._every = settings.every
+        conditions = settings.checked()
+        self._stopper = Stopper(conditions) if conditions else None
         self._process = os.getpid()
-        self._modules = Modules()
-        self._layers: dict[str, int] = {}
-        self._places: dict[int, tuple[int, str]] = {}
-        self._names: dict[int, str] = {}
-        self._before: dict[int, tuple[list[Tensor], Before]] = {}
-        self._gradients: list[tuple[list[int], dict[str, Tensor]]] = []
+        self._modules = modules
+        self._layers = Layers(
+            self._modules,
+            rows=settings.rows,
+            patterns=settings.layers,
+            on_layer=recorder.add_layer,
+            on_event=self._event,
+        )
+        self._parameters = Parameters()
+        self._snapshots = (
+            Snapshots(settings.snapshot, self._step_of_forward) if settings.snapshot else None
+        )
+        self._written: tuple[Path, ...] = ()
         self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-        self._unmeasured: set[tuple[object, ...]] = set()
         self._stepped = False
         self._updates = 0
-        self._calls = 0
         self._begun = time.perf_counter()
         self._now = Step(number=0, measured=True)
-        self.losses_add_up = False
         self._is_on = False
         self._probes: Probes | None = None
         self._seeing = Patches(lambda: self._is_on and (self._now.measured or self._stepped))
         self._hearing = Patches(lambda: self._is_on)
+        self._checking = Patches(lambda: self._is_on)
 
     # -- from here on, what the user calls --
 
@@ -128,6 +130,7 @@ class Watcher:
         self._capture = Capture(
             self._seeing, on_attention=self._on_attention, on_unmeasured=self._on_unmeasured
         )
+        self._finite = Finite(self._checking, on_call=self._on_forward, on_failure=self.fail)
         self._training = Training(self._hearing, self)
         self._hearing.replace([torch], "compile", self._compile)
         if "torch._dynamo" in sys.modules:  # something may be compiled already, and be traced later
@@ -154,19 +157,26 @@ class Watcher:
         self._training.remove()
         if self._probes is not None:
             self._probes.remove()
-        self._hearing.restore()
-        self._seeing.restore()
+        for patches in (self._checking, self._hearing, self._seeing):
+            patches.restore()
         self._capture.forget()
-        if os.getpid() != self._process:
-            return
+        if os.getpid() == self._process:
+            self._finish(status, **fields)
+        if self._snapshots is not None:
+            self._snapshots.remove()
+
+    def _finish(self, status: str, **fields: object) -> None:
         if self._stepped or self._now.losses or (self._now.heads and not self._updates):
             self._add_step()
+        if self._snapshots is not None:
+            self._write(self._recorder.flush)
+            self._snapshot(str(fields.get("error", "")) or self._recorder.broken)
         self._write(
             lambda: self._recorder.finish(
                 status,
                 updates=self._updates,
-                attention_layers=len(self._layers),
-                attention_calls=self._calls,
+                attention_layers=len(self._layers.names),
+                attention_calls=self._layers.calls,
                 **fields,
             )
         )
@@ -187,68 +197,48 @@ class Watcher:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """Names of the attention layers seen, in the order of their first calls."""
-        return tuple(self._layers)
+        """Names of the attention layers measured, in the order of their first calls."""
+        return self._layers.names
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Names of the attention layers seen that were not asked for."""
+        return self._layers.left_out
+
+    @property
+    def snapshots(self) -> tuple[Path, ...]:
+        """Files with what led to the break, if there was one."""
+        return self._written
 
     @property
     def unmeasured(self) -> int:
         """How many different calls could not be measured."""
-        return len(self._unmeasured)
+        return self._layers.n_unmeasured
 
     # -- from here on, what the script does --
 
-    def _on_attention(self, module: nn.Module | None, seen: Seen) -> None:
+    def _on_forward(self, _module: nn.Module | None) -> None:
+        """Something is computed in training: the step before is over, if there was one."""
         if self._stepped:
             self._end_step()
-        if not self._now.measured:
-            return
-        self._calls += 1
-        name = "attention" if module is None else self._modules.name_of(module)
-        measured = measure(seen, rows=self._rows, seed=self._now.number % SAMPLES)
-        layer = self._layers.get(name)
-        if layer is None:
-            layer = self._layers[name] = len(self._layers)
-            self._recorder.add_layer(
-                self._now.number,
-                Layer(
-                    number=layer,
-                    name=name,
-                    n_heads=seen.q.shape[1],
-                    d_head=seen.q.shape[3],
-                    mask=seen.mask,
-                    dtype=str(seen.q.dtype).removeprefix("torch."),
-                    backend=seen.backend,
-                    scale=seen.scale,
-                    factor=seen.factor,
-                    fit=measured.fit,
-                ),
-            )
-        trains = torch.is_grad_enabled() if module is None else module.training
-        now = self._now
-        if trains and layer not in now.training:  # evaluation counts only where nothing else is
-            now.training.add(layer)
-            now.heads[layer] = []
-        if trains or layer not in now.training:
-            now.heads.setdefault(layer, []).append(measured.columns_CH)
+        if self._snapshots is not None:
+            self._snapshots.attach()
+
+    def _step_of_forward(self) -> int:
+        if self._stepped:
+            self._end_step()
+        return self._now.number
+
+    def _on_attention(self, module: nn.Module | None, seen: Seen) -> None:
+        self._on_forward(module)
+        if self._now.measured:
+            self._layers.see(self._now, module, seen)
 
     def _on_unmeasured(
         self, module: nn.Module | None, backend: str, shapes: list[list[int]], reason: str
     ) -> None:
-        if self._stepped:
-            self._end_step()
-        name = "attention" if module is None else self._modules.name_of(module)
-        key = (name, backend, reason)
-        if key in self._unmeasured or len(self._unmeasured) >= MOST_UNMEASURED:
-            return
-        self._unmeasured.add(key)
-        self._event(
-            "not_measured",
-            step=self._now.number,
-            name=name,
-            backend=backend,
-            shapes=shapes,
-            reason=reason,
-        )
+        self._on_forward(module)
+        self._layers.unmeasured(self._now, module, backend, shapes, reason)
 
     def _on_compiled(
         self,
@@ -257,7 +247,8 @@ class Watcher:
         tensors: list[Tensor],
         see: Callable[[], Seen],
     ) -> None:
-        if self._is_on and (self._now.measured or self._stepped) and not in_backward():
+        wanted = self._now.measured or self._stepped or self._snapshots is not None
+        if self._is_on and wanted and not in_backward():
             with self._seeing.undisturbed(), torch.no_grad():
                 self._capture.hand_on(module, backend, tensors, see)
 
@@ -295,8 +286,7 @@ class Watcher:
     @_guarded
     def before_clipping(self, parameters: list[Tensor]) -> None:
         """See `OnTraining`."""
-        if self._now.measured:
-            self._measure_gradients(parameters)
+        self._parameters.see_gradients(self._now, parameters)
 
     @_guarded
     def clipped(self, factor: Tensor | None, total_norm_before: Tensor | None) -> None:
@@ -308,16 +298,23 @@ class Watcher:
             now.clip_factor = factor
 
     @_guarded
-    def scaled(self, loss_scale: Tensor | None, *, skipped: bool) -> None:
+    def scaled(self, loss_scale: Tensor) -> None:
         """See `OnTraining`."""
-        if skipped:
-            self._event(
-                "skipped_update",
-                step=self._now.number,
-                why="GradScaler found NaN or Inf in the gradient",
-            )
-        elif loss_scale is not None:
-            self._now.loss_scale = loss_scale
+        self._now.loss_scale = loss_scale
+
+    @_guarded
+    def skipped(self, optimizer: torch.optim.Optimizer) -> None:
+        """See `OnTraining`."""
+        now = self._now
+        self._parameters.see_gradients(now, parameters_of(optimizer))
+        self._event(
+            "skipped_update",
+            step=now.number,
+            why="GradScaler found NaN or Inf in the gradient",
+            where=broken_gradients(now)[:MOST_PLACES],
+        )
+        self._parameters.skip(now)
+        now.grad_norm = now.clip_factor = None
 
     @_guarded
     def before_update(self, optimizer: torch.optim.Optimizer) -> None:
@@ -330,76 +327,61 @@ class Watcher:
             self._optimizers.add(optimizer)
             kind, n_parameters = type(optimizer).__name__, sum(p.numel() for p in parameters)
             self._event("optimizer", step=now.number, name=kind, parameters=n_parameters)
-        if now.grad_norm is None:
-            now.grad_norm = total_norm(parameters)
-        now.lr = max(
-            (float(group["lr"]) for group in optimizer.param_groups if "lr" in group),
-            default=now.lr,
-        )
-        if now.measured and parameters:
-            self._measure_gradients(parameters)
-            self._before[id(optimizer)] = parameters, Before(parameters)
+        for group in optimizer.param_groups:
+            if "lr" in group:
+                lr = group["lr"]
+                now.lrs.append(lr.detach().clone() if isinstance(lr, Tensor) else float(lr))
+        self._parameters.before_update(now, optimizer)
 
     @_guarded
     def after_update(self, optimizer: torch.optim.Optimizer) -> None:
         """See `OnTraining`."""
-        if not self._is_on:
-            return
-        self._updates += 1
-        self._stepped = True
-        if id(optimizer) not in self._before:
-            return
-        parameters, before = self._before.pop(id(optimizer))
-        ids = [key for keys, _ in self._gradients for key in keys]
-        at = {key: place for place, key in enumerate(ids)}
-        index_P = torch.tensor([at[id(p)] for p in parameters], device=before.weight_norm_P.device)
-        sizes = {
-            name: torch.cat([sizes[name] for _, sizes in self._gradients]).index_select(0, index_P)
-            for name in ("grad_norm", "grad_max", "nonfinite")
-        }
-        sizes |= {"weight_norm": before.weight_norm_P, "update_norm": before.update_norm_P()}
-        now = self._now
-        now.parameters += self._places_of(parameters)
-        for name in PARAMETER_COLUMNS:
-            now.sizes.setdefault(name, []).append(sizes[name])
-
-    def _measure_gradients(self, parameters: Sequence[Tensor]) -> None:
-        """Once per step and parameter: the first time is before clipping."""
-        known = {key for keys, _ in self._gradients for key in keys}
-        new = [p for p in parameters if p.grad is not None and id(p) not in known]
-        if new:
-            self._gradients.append(([id(p) for p in new], gradient_sizes(new)))
-
-    def _places_of(self, parameters: Sequence[Tensor]) -> list[tuple[int, str]]:
-        if any(id(p) not in self._names for p in parameters):
-            self._names |= parameter_names(list(parameters))
-            self._places = places(self._names)
-        return [self._places[id(p)] for p in parameters]
+        if self._is_on:
+            self._updates += 1
+            self._stepped = True
+            self._parameters.after_update(self._now, optimizer)
 
     def _end_step(self) -> None:
         """The step is over, as the next one begins; here the script may be stopped."""
         self._add_step()
-        if self._stopper is None:
+        if self._stopper is None and self._snapshots is None:
             if self._recorder.due(FLUSH_SECONDS):
                 self._write(self._recorder.flush)
             return
         tables = self._write(self._recorder.flush)
-        met = None if tables is None else self._stopper.met(tables)
+        met = None if tables is None or self._stopper is None else self._stopper.met(tables)
+        self._snapshot(self._recorder.broken if met is None else met[1])
         if met is not None:
             condition, found = met
-            step = self._now.number
-            self._event("stopped", step=step, on=condition.text, found=found)
+            self._event("stopped", step=self._now.number, on=condition.text, found=found)
             self._stopper = None
             stop(condition, found)
+
+    def _snapshot(self, why: str | None) -> None:
+        """Training broke, or nothing happened: then `why` is None. Only the first time is kept."""
+        if self._snapshots is None or not why or self.failure is not None:
+            return
+        snapshots, self._snapshots = self._snapshots, None
+        step = self._now.number
+        try:
+            paths = snapshots.write(self._recorder.folder)
+        except Exception as error:
+            self._event("snapshot_failed", step=step, reason=str(error)[:MOST_TEXT])
+        else:
+            self._written = tuple(paths)
+            if paths:
+                self._event("snapshot", step=step, why=why, files=[path.name for path in paths])
+        finally:
+            snapshots.remove()
 
     def _add_step(self) -> None:
         now = self._now
         time_now = time.perf_counter()
         now.step_ms = 1000 * (time_now - self._begun)
         self._begun = time_now
+        self._parameters.end_step(now)
+        now.outputs = self._finite.end_step()
         self._recorder.add(now)
-        self._gradients.clear()
-        self._before.clear()
         self._capture.forget()
         self._stepped = False
         number = now.number + 1

@@ -299,7 +299,7 @@ def test_lightning_ranks_are_members_of_one_run_that_none_of_them_named(tmp_path
 def test_lightning_callbacks_can_be_sent_to_other_processes(lightning, tmp_path):
     callback = pickle.loads(pickle.dumps(LightningCallback(tmp_path / "run", every=3)))
     assert isinstance(callback, LightningCallback) and isinstance(callback, lightning.Callback)
-    assert callback._settings.every == 3 and callback._settings.path == tmp_path / "run"
+    assert callback._made_with == (tmp_path / "run", {"every": 3})
 
 
 def test_wrong_uses_give_one_line(hugging_face, monkeypatch, tmp_path):

@@ -168,7 +168,7 @@ def test_a_tracker_that_raises_is_not_called_again_and_training_goes_on(
 
     monkeypatch.setattr(trackers, "TRACKERS", {"tensorboard": lambda path: write})
     monkeypatch.setattr(trackers, "check_tracker", lambda name: None)
-    monkeypatch.setattr("attnscope.watch.attach.check_tracker", lambda name: None)
+    monkeypatch.setattr("attnscope.watch.settings.check_tracker", lambda name: None)
     run, losses = train(tmp_path / "run", "tensorboard")
     assert losses == train(tmp_path / "plain", None)[1] and len(calls) == 1
     assert run.status == "finished" and run.steps["step"].tolist() == list(range(STEPS))

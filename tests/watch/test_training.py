@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attnscope.errors import RunError
+from attnscope.errors import ConfigError, RunError
 from attnscope.runs.reader import open_run
 from attnscope.watch.attach import watch_model
 from attnscope.watch.watcher import watching
@@ -310,7 +310,7 @@ def test_wrong_uses_give_one_line(tmp_path):
     assert not (tmp_path / "second").exists()
     with pytest.raises(RunError, match=r"already exists\. Choose another --name\."):
         watch_model(path=tmp_path / "run")
-    with pytest.raises(RunError, match="every is 0 and rows 32, but they must be at least 1"):
+    with pytest.raises(ConfigError, match=r"every is 0, but must be at least 1\."):
         watch_model(path=tmp_path / "second", every=0)
     other = torch.optim.SGD(Small().parameters(), lr=0.1)
     with pytest.raises(RunError, match=r"4 parameters of the optimizer are not the model's\."):

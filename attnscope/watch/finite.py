@@ -1,0 +1,108 @@
+"""Whether the outputs of modules are finite: where NaN or Inf appears first in a forward pass, at every step.
+
+Of each output that is looked at, one sum stays on the device, which is not finite if any of its terms is not (a sum of
+numbers of 1e35 would overflow, too: nobody trains with those). The host looks at the sums once per block of steps.
+"""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attnscope.watch.capture import in_backward
+from attnscope.watch.names import module_of_call
+from attnscope.watch.patches import Original, Patches
+
+# What the modules of transformers are made of; what comes between them shows in the next one's output.
+FUNCTIONS = ("linear", "embedding", "layer_norm", "rms_norm")
+MOST = 4096  # outputs of one step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outputs:
+    """Sums over the outputs of one step.
+
+    Attributes:
+        modules: who made them, in the order of the calls; None outside of modules or where the module is gone.
+        total_N: (N,).
+    """
+
+    modules: tuple[Callable[[], nn.Module | None], ...]
+    total_N: Tensor
+
+    def first_broken(self) -> list[nn.Module | None]:
+        """Who made the outputs that are not finite, in the order of the calls; waits for the device."""
+        broken_N = (~self.total_N.isfinite()).cpu().tolist()
+        return [made() for made, broken in zip(self.modules, broken_N, strict=True) if broken]
+
+
+@dataclass(slots=True)
+class _Step:
+    modules: list[Callable[[], nn.Module | None]] = field(default_factory=list)
+    totals: list[Tensor] = field(default_factory=list)
+
+
+class Finite:
+    """Collects the sums of the step that goes on."""
+
+    def __init__(
+        self,
+        patches: Patches,
+        *,
+        on_call: Callable[[nn.Module | None], None],
+        on_failure: Callable[[Exception], None],
+    ) -> None:
+        """`on_call` is told of each call in training before its output is looked at."""
+        self._on_call = on_call
+        self._on_failure = on_failure
+        self._step = _Step()
+        for name in FUNCTIONS:
+            patches.replace([F, torch._C._nn], name, self._look)
+        patches.replace([torch], "addmm", self._look)  # Conv1D of Hugging Face
+
+    def end_step(self) -> Outputs | None:
+        """What was collected; None where nothing was."""
+        step, self._step = self._step, _Step()
+        if not step.totals:
+            return None
+        device = step.totals[0].device
+        return Outputs(
+            modules=tuple(step.modules),
+            total_N=torch.stack([x.to(device) for x in step.totals]),
+        )
+
+    def _look(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        out = original(*args, **kwargs)
+        if torch.is_grad_enabled() and _is_plain(out) and not in_backward():
+            module = module_of_call()
+            try:
+                self._on_call(module)
+                self._add(module, out.detach())
+            except Exception as error:
+                self._on_failure(error)
+        return out
+
+    def _add(self, module: nn.Module | None, out: Tensor) -> None:
+        if len(self._step.totals) >= MOST:
+            return
+        dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
+        self._step.totals.append(out.sum(dtype=dtype).float())
+        self._step.modules.append(_nobody if module is None else weakref.ref(module))
+
+
+def _is_plain(x: object) -> bool:
+    """A tensor with floating numbers of its own: no DTensor, whose sum is a message to other processes, and none that vmap made."""
+    return (
+        type(x) in (Tensor, nn.Parameter)
+        and x.is_floating_point()  # type: ignore[attr-defined]
+        and x.device.type != "meta"  # type: ignore[attr-defined]
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)  # type: ignore[arg-type]
+    )
+
+
+def _nobody() -> None:
+    return None
