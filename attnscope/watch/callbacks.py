@@ -122,8 +122,7 @@ class HuggingFaceCallback:
         self, *_about: object, model: nn.Module | None = None, **_more: object
     ) -> None:
         """Start to watch."""
-        # Whatever divides the loss, Trainer or model: those of a step's micro-batches add up to its mean.
-        self._trainings.begin(model).losses_add_up = True
+        self._trainings.begin(model)
 
     def on_train_end(self, *_about: object, **_more: object) -> None:
         """Stop."""

@@ -1,7 +1,9 @@
 """Sees where a training step begins and ends in foreign code: losses, clipping, loss scaling, optimizer steps."""
 
 import functools
+import sys
 import weakref
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -14,12 +16,17 @@ from torch.optim.optimizer import (
 from attnscope.watch.parameters import total_norm
 from attnscope.watch.patches import Original, Patches
 
+FRAMES = 16  # looked through for who calls backward
+
 
 class OnTraining(Protocol):
     """What is told of a step, in the order in which things happen."""
 
-    def loss(self, loss: Tensor) -> None:
-        """A scalar is about to be differentiated; without what GradScaler multiplied it by."""
+    def loss(self, loss: Tensor, *, adds_up: bool) -> None:
+        """A scalar is about to be differentiated; without what GradScaler multiplied it by.
+
+        With `adds_up` the losses of a step's micro-batches add up to its mean; else they must be looked at.
+        """
 
     def before_clipping(self, parameters: list[Tensor]) -> None:
         """Gradients are about to be clipped."""
@@ -90,9 +97,10 @@ class Training:
 
     def _backward(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         roots = args[0] if args else kwargs.get("tensors")
+        adds_up = _is_trainer_of_hugging_face()
         for root in [roots] if isinstance(roots, Tensor) else roots or ():
             if isinstance(root, Tensor) and root.numel() == 1:
-                self._told.loss(self._without_scale(root))
+                self._told.loss(self._without_scale(root), adds_up=adds_up)
         return original(*args, **kwargs)
 
     def _scale(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -144,6 +152,19 @@ class Training:
         factor = None if before is None or after is None else after / before
         self._told.clipped(factor, before)
         return result
+
+
+def _is_trainer_of_hugging_face() -> bool:
+    """Whether transformers.Trainer calls backward: it, or the model, divides the loss of every micro-batch in one of several ways."""
+    trainer = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
+    frame: FrameType | None = sys._getframe(1) if trainer is not None else None
+    for _ in range(FRAMES):
+        if frame is None:
+            return False
+        if frame.f_code.co_name == "training_step":
+            return isinstance(frame.f_locals.get("self"), trainer)  # type: ignore[arg-type]
+        frame = frame.f_back
+    return False
 
 
 def _kept(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], tuple[Any, ...]]:

@@ -66,7 +66,6 @@ class Watcher:
 
     path: Path
     failure: Exception | None
-    losses_add_up: bool  # those of a step's micro-batches, to its mean; else they are looked at
 
     def __init__(
         self, path: Path, recorder: Recorder, modules: Modules, settings: Settings
@@ -74,7 +73,6 @@ class Watcher:
         """Use `watch_model` or `watch_script`."""
         self.path = path
         self.failure = None
-        self.losses_add_up = False
         self._recorder = recorder
         self._every = settings.every
         conditions = settings.checked()
@@ -274,12 +272,12 @@ class Watcher:
             )
 
     @_guarded
-    def loss(self, loss: Tensor) -> None:
+    def loss(self, loss: Tensor, *, adds_up: bool) -> None:
         """See `OnTraining`."""
         if self._stepped:
             self._end_step()
         seen = loss.detach().clone()
-        if self.losses_add_up and self._now.losses:
+        if adds_up and self._now.losses:
             seen += self._now.losses.pop()[0]
         self._now.losses.append((seen, scalar_factor(loss)))
 

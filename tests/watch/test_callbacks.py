@@ -13,6 +13,7 @@ from torch import nn
 
 from attnscope.errors import AttnscopeError, ConfigError
 from attnscope.runs.reader import open_run
+from attnscope.watch.attach import watch_model
 from attnscope.watch.callbacks import HuggingFaceCallback, LightningCallback
 from attnscope.watch.watcher import watching
 from tests.watch.foreign import layers_of
@@ -101,6 +102,21 @@ def test_hugging_face_sees_every_layer_and_changes_no_number(hugging_face, tmp_p
     assert run.steps["grad_norm"].tolist() == pytest.approx(column(logs, "grad_norm"), rel=1e-5)
     assert run.steps["lr"].tolist() == pytest.approx(column(logs, "learning_rate"))
     assert callback.watcher.updates == STEPS
+
+
+@pytest.mark.parametrize("smooth", [0.0, 0.1])  # whether model or Trainer divides the losses
+def test_hugging_face_watched_without_a_callback_has_the_same_losses(
+    hugging_face, tmp_path, smooth
+):
+    trainer, logs = hf_trainer(hugging_face, tmp_path, [], accumulate=3)
+    trainer.args.label_smoothing_factor = smooth
+    if smooth:
+        trainer.label_smoother = hugging_face.trainer_pt_utils.LabelSmoother(epsilon=smooth)
+    with watch_model(path=tmp_path / "run"):
+        trainer.train()
+    run = open_run(tmp_path / "run")
+    assert run.steps["loss"].tolist() == pytest.approx(column(logs, "loss"), rel=1e-5)
+    assert run.steps["grad_norm"].tolist() == pytest.approx(column(logs, "grad_norm"), rel=1e-5)
 
 
 def test_hugging_face_an_exception_has_its_record_and_restores_pytorch(hugging_face, tmp_path):
