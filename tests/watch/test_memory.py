@@ -1,0 +1,64 @@
+"""What watching takes in memory: real processes, as imports and allocators count, too."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+PROGRAM = """
+    import sys
+
+    import torch
+    from torch import nn
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+    optimizer = torch.optim.AdamW(model.parameters())
+    x = torch.randn(4, 16, 32)
+
+    def train(steps):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+
+    def resident_mb():
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * 4096 / 1e6
+
+    train(50)
+    if sys.argv[1] != "unwatched":
+        import attnscope.watch.watcher
+
+        attnscope.watch.watcher.FLUSH_SECONDS = 0.1  # many blocks
+        attnscope.watch_model(model, optimizer, sys.argv[1], every=1)
+    train(400)
+    early = resident_mb()
+    train(int(sys.argv[2]))
+    print(early, resident_mb(), "pandas" in sys.modules)
+"""
+
+
+def run(path, steps):
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(PROGRAM), str(path), str(steps)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=600,
+    )
+    early, late, pandas = done.stdout.split()
+    return float(early), float(late), pandas == "True"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_watching_takes_less_than_50_mb_and_no_more_as_training_goes_on(tmp_path):
+    _, bare, _ = run("unwatched", 2000)
+    early, late, pandas = run(tmp_path / "run", 2000)
+    assert not pandas, "35 MB that nobody needs while training"
+    assert late - bare < 50, (early, late, bare)
+    assert late - early < 8, (early, late)
