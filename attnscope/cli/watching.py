@@ -127,6 +127,6 @@ def _say_what_was_seen(ended: "Ended", where: Path) -> None:
     for line in lines:
         typer.echo(f"attnscope: {line}", err=True)
     if watcher.snapshots:
-        lines_of = ", ".join(str(path) for path in watcher.snapshots)
-        typer.echo(f"attnscope: weights and batches before the break: {lines_of}", err=True)
+        files = ", ".join(f"{path.parent.name}/{path.name}" for path in watcher.snapshots)
+        typer.echo(f"attnscope: what led to the break: {files}", err=True)
     typer.echo(f"attnscope: next: attnscope report {where}", err=True)

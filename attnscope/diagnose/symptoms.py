@@ -74,6 +74,7 @@ def nonfinite(run: Run) -> Finding | None:
     evidence = sorted(first.values(), key=lambda each: each.step or 0)
     worst = evidence[0]
     tensors = {column: tensor for tensor, column in NONFINITE.items()}
+    direction = "backward" if tensors.get(worst.quantity) == "gradient" else "forward"
     where = "" if worst.layer is None else f" in layer {worst.layer}"
     where += f" ({worst.group})" if worst.group else ""
     return Finding(
@@ -82,7 +83,7 @@ def nonfinite(run: Run) -> Finding | None:
         kind="symptom",
         summary=(
             f"{of_several(names, 'recorded NaN or Inf')}The first non-finite numbers of {worst.member} are at step "
-            f"{worst.step}: {tensors.get(worst.quantity, worst.quantity)}{where}."
+            f"{worst.step}, in the {direction} pass: {tensors.get(worst.quantity, worst.quantity)}{where}."
         ),
         members=tuple(names),
         evidence=tuple(evidence[:MOST_EVIDENCE]),

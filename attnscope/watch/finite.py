@@ -34,7 +34,7 @@ class Outputs:
     modules: tuple[Callable[[], nn.Module | None], ...]
     total_N: Tensor
 
-    def first_broken(self) -> list[nn.Module | None]:
+    def broken(self) -> list[nn.Module | None]:
         """Who made the outputs that are not finite, in the order of the calls; waits for the device."""
         broken_N = (~self.total_N.isfinite()).cpu().tolist()
         return [made() for made, broken in zip(self.modules, broken_N, strict=True) if broken]

@@ -242,10 +242,11 @@ class Recorder:
         return [(step, "nonfinite", fields)]
 
     def _broken_outputs(self, step: Step) -> list[str]:
-        broken = [] if step.outputs is None else step.outputs.first_broken()
+        """Where it began: the rest of a forward pass is broken, too."""
+        broken = [] if step.outputs is None else step.outputs.broken()
         return [
             "outside of modules" if module is None else self._modules.name_of(module)
-            for module in broken[:MOST_PLACES]
+            for module in broken[:1]
         ]
 
 

@@ -82,11 +82,16 @@ class Snapshots:
 
 
 def _weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, copied; of sharded ones what is on this rank."""
+    """What `load_state_dict` takes, copied, without asking other processes: of what is sharded, the part of this rank."""
     found = {}
-    for name, x in [*model.named_parameters(), *model.named_buffers()]:
-        local = x.to_local() if hasattr(x, "to_local") else x
-        found[without_wrappers(name)] = local.detach().clone()
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        passing = module._non_persistent_buffers_set
+        kept = {k: x for k, x in module._buffers.items() if k not in passing}
+        for name, x in {**module._parameters, **kept}.items():
+            if x is not None:
+                local = x.to_local() if hasattr(x, "to_local") else x
+                full = f"{prefix}.{name}" if prefix else name
+                found[without_wrappers(full)] = local.detach().clone()
     return found
 
 

@@ -40,6 +40,9 @@ class Stack(nn.Module):
         torch.manual_seed(1)
         self.blocks = nn.ModuleList(Block() for _ in range(2))
         self.head = nn.Linear(16, 4)
+        self.blocks[1].mlp[0].weight = self.blocks[0].mlp[0].weight  # tied
+        self.register_buffer("kept", torch.ones(2))
+        self.register_buffer("passing", torch.ones(2), persistent=False)
         self.dropout = nn.Dropout(dropout)
         self.breaks, self.number = breaks, 0
 
@@ -77,7 +80,9 @@ def test_the_first_module_whose_output_is_not_finite_is_named(tmp_path):
     ]
     assert events[0][3][0] == "blocks.1.mlp.0"
     finding = next(f for f in diagnose(run) if f.rule == "nonfinite")
-    assert f"at step {BREAKS_AT}: activation (blocks.1.mlp.0)" in finding.summary
+    assert (
+        f"at step {BREAKS_AT}, in the forward pass: activation (blocks.1.mlp.0)" in finding.summary
+    )
 
 
 def test_an_output_between_modules_shows_in_the_next_one(tmp_path):
