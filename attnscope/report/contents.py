@@ -331,7 +331,13 @@ def _in_words(kind: str, fields: Mapping[str, object]) -> str:
         return printable(f"loss {printable(fields.get('why'), 60)}", 100)
     if kind == "dropped":
         return "no longer trained: the others go on without it"
-    return printable(to_json(fields), 300) if fields else ""
+    return printable("; ".join(f"{key}: {_told(value)}" for key, value in fields.items()), 300)
+
+
+def _told(value: object) -> str:
+    if isinstance(value, list) and all(isinstance(each, str | int | float) for each in value):
+        return ", ".join(map(str, value))
+    return value if isinstance(value, str) else to_json(value)
 
 
 def _lines(text: object) -> tuple[str, ...]:

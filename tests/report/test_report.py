@@ -223,7 +223,7 @@ def test_events_are_limited_and_counted(tmp_path):
     part.finish("finished")
     found = contents(open_run(tmp_path / "r"))
     assert (len(found.events), found.events_left_out) == (MOST_EVENTS, 7)
-    assert found.events[3].what == '{"what": 3}' and found.events[3].member == ""
+    assert found.events[3].what == "what: 3" and found.events[3].member == ""
     assert "7 more events" in markdown(open_run(tmp_path / "r"))
 
 
