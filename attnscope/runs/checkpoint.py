@@ -1,4 +1,4 @@
-"""Checkpoints of a part: tensors as safetensors, the rest as JSON. The only module of `runs` that needs torch.
+"""Checkpoints of a part: tensors as safetensors, the rest as JSON. Needs torch.
 
 The JSON file is put into place last: without it, or beside tensors that do not match its hash, there is no checkpoint.
 """

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -71,7 +72,7 @@ def watch_model(
             raise RunError(
                 f"{strange} parameters of the optimizer are not the model's. Give the model that is trained."
             )
-    where = Path(path) if path is not None else next_run_path(Path("runs"), "watch")
+    where = Path(path) if path is not None else next_path()
     watcher = open_watcher(where, settings, command=("attnscope.watch_model",))
     if model is not None:
         watcher.add_model(model)
@@ -120,6 +121,25 @@ def open_watcher(path: Path, settings: Settings, *, command: Sequence[str]) -> W
     watcher = Watcher(path, Recorder(part, modules, log), modules, settings)
     watcher.start()
     return watcher
+
+
+def next_path() -> Path:
+    """The next free run directory below `runs/`, the same for all ranks.
+
+    Raises:
+        RunError: there are several ranks, and they cannot agree yet.
+    """
+    where = next_run_path(Path("runs"), "watch")
+    if dist.is_available() and dist.is_initialized():
+        said: list[Any] = [where]
+        dist.broadcast_object_list(said)
+        where = said[0]
+    elif _rank()[1] > 1:
+        raise RunError(
+            "Each of several processes would choose a run directory of its own. Give watch_model a path, or call it after "
+            "torch.distributed.init_process_group."
+        )
+    return where
 
 
 def _rank() -> tuple[int, int]:

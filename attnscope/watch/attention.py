@@ -3,7 +3,9 @@
 Shape key: B batch, H head, T query position, S key position, R sampled query position, K d_head, C column.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 from typing import TypeGuard
 
 import torch
@@ -15,7 +17,7 @@ from attnscope.metrics.attention import (
     statistics_of_all,
     statistics_of_logits,
 )
-from attnscope.metrics.rows import Call, largest_norm, rows_of, sample_rows
+from attnscope.metrics.rows import Call, Rows, largest_norm, rows_of, sample_rows, wide
 
 COLUMNS = (*STATISTICS, "rows", "rows_left_out")
 
@@ -29,6 +31,10 @@ _VIEWS = (
     "Contiguous", "Alias",
 )  # fmt: skip
 _DEPTH = 24
+
+# From scale q kᵀ of some rows, (B, H, R, S), and the sequences, heads and query positions they are of, to their logits and
+# to which keys they see, broadcastable to the same; None = everything.
+Modify = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 
 class NotMeasuredError(Exception):
@@ -47,8 +53,10 @@ class Seen:
         factor: what q and k were multiplied by before, q (scale) kᵀ; None where it cannot be seen.
         visible: boolean, broadcastable to (B, H, T, S); None = everything.
         bias: added to the scaled logits; None = nothing.
-        mask: none, causal, boolean, float, or in the logits.
-        backend: sdpa, eager, fast path, compiled sdpa, compiled eager.
+        mask: in a word or a few.
+        backend: sdpa, eager, fast path, flex, flash-attn, xformers, compiled sdpa, compiled eager, compiled flex.
+        modify: what stands in place of `visible` and `bias` where a function decides; None = those do.
+        most: no logit after `modify` is larger than this, nor than scale ‖q‖ ‖k‖; NaN = that is not known.
     """
 
     q: Tensor
@@ -60,6 +68,8 @@ class Seen:
     bias: Tensor | None
     mask: str
     backend: str
+    modify: Modify | None = None
+    most: float = inf
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +103,9 @@ def _measure(seen: Seen, *, rows: int | str, seed: int) -> Measured:
         )
     )
     fit = None
-    if seen.z is None:
+    if seen.modify is not None:
+        found = _statistics_modified(seen, seen.modify, sample)
+    elif seen.z is None:
         assert seen.k is not None and seen.scale is not None
         call = Call(
             q=seen.q.detach(),
@@ -130,6 +142,32 @@ def _measure(seen: Seen, *, rows: int | str, seed: int) -> Measured:
     return Measured(columns_CH=torch.stack([found[name].float() for name in COLUMNS]), fit=fit)
 
 
+def _statistics_modified(seen: Seen, modify: Modify, sample: Rows | None) -> dict[str, Tensor]:
+    """Only the logits of sampled rows exist at once; where all rows are asked for, those of one head."""
+    assert seen.k is not None and seen.scale is not None
+    q, k = seen.q.detach(), seen.k.detach()
+    n_batch, n_heads, n_queries, _ = q.shape
+    b, h, i = (torch.arange(n, device=q.device) for n in (n_batch, n_heads, n_queries))
+    bound = abs(seen.scale) * largest_norm(q) * largest_norm(k)
+    bound = torch.minimum(bound, torch.full_like(bound, seen.most))
+    parts = [slice(n, n + 1) for n in range(n_heads)]
+    if sample is not None:
+        scale = torch.ones((), device=q.device)
+        call = Call(q=q, k=k, attn_scale=scale, visible=None, bias=None, softcap=0.0)
+        cut = rows_of(call, sample).call
+        q, k, b, i = cut.q, cut.k, b[sample.sequences], i[sample.positions]
+        parts = [slice(None)]
+    dtype = wide(q.dtype)
+    found = []
+    for part in parts:
+        raw = q[:, part].to(dtype) @ k[:, part].to(dtype).mT * seen.scale
+        z, visible = modify(raw, b, h[part], i)
+        if visible is None:
+            visible = torch.ones(1, dtype=torch.bool, device=z.device)
+        found.append(statistics_of_logits(z, visible.expand(z.shape), bound[part]))
+    return {name: torch.cat([each[name] for each in found]) for name in COLUMNS}
+
+
 def visible_logits(z: Tensor, raw: Tensor | None) -> Tensor:
     """Which logits are not masked, like z: hidden is what is far below zero and, where q kᵀ is known, far below it, too.
 
@@ -162,6 +200,23 @@ def scale_of(fit: tuple[float, ...]) -> float | None:
     if unexplained < FIT_WITHIN:
         return plain
     return across if unexplained_across < FIT_WITHIN else None
+
+
+def split_mask(mask: Tensor) -> tuple[Tensor | None, Tensor | None, str]:
+    """Which keys are visible, what is added to their logits, and the mask in words."""
+    if mask.dtype == torch.bool:
+        return mask, None, "boolean"
+    wide_mask = mask.detach().float()
+    if mask.dim() == 2:  # the bound wants to know which axis is of heads
+        wide_mask = wide_mask[None, None]
+    visible = wide_mask > HIDDEN_BELOW
+    return visible, wide_mask.where(visible, 0.0), "float"
+
+
+def factor_of_both(q: Tensor, k: Tensor) -> float | None:
+    """What q and k were multiplied by before the call; None where it cannot be seen."""
+    before = scalar_factor(q), scalar_factor(k)
+    return None if before[0] is None or before[1] is None else before[0] * before[1]
 
 
 def scalar_factor(x: Tensor) -> float | None:

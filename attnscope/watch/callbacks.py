@@ -16,12 +16,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
-import torch.distributed as dist
 from torch import nn
 
 from attnscope.errors import AttnscopeError
-from attnscope.runs.writer import next_run_path
-from attnscope.watch.attach import open_watcher
+from attnscope.watch.attach import next_path, open_watcher
 from attnscope.watch.settings import Settings
 from attnscope.watch.stopping import StoppedError
 from attnscope.watch.watcher import Watcher
@@ -223,11 +221,6 @@ def _abandon(watcher: Watcher, reported: int) -> None:
 
 def _path(path: str | Path | None, number: int) -> Path:
     """Of the run directory of a callback's n-th training; all ranks come to the same one."""
-    if path is not None:
-        return Path(path) if number == 1 else Path(f"{path}-{number:03d}")
-    where = next_run_path(Path("runs"), "watch")
-    if dist.is_available() and dist.is_initialized():
-        said: list[Any] = [where]
-        dist.broadcast_object_list(said)
-        where = said[0]
-    return where
+    if path is None:
+        return next_path()
+    return Path(path) if number == 1 else Path(f"{path}-{number:03d}")

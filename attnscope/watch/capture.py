@@ -1,4 +1,4 @@
-"""Sees attention wherever it runs in eager PyTorch: fused, in nn.MultiheadAttention, or written by hand.
+"""Sees attention wherever it runs in eager PyTorch: fused, in nn.MultiheadAttention, in kernels, or written by hand.
 
 Fused attention is seen at its call. Hand-written attention is seen at its softmax, whose input are the logits; q and k are
 found among the products of activations just before it. Calls in a backward pass are recomputations of checkpointed
@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnscope.watch.attention import HIDDEN_BELOW, NotMeasuredError, Seen, scalar_factor
+from attnscope.watch.attention import NotMeasuredError, Seen, factor_of_both, split_mask
+from attnscope.watch.kernels import watch_kernels
 from attnscope.watch.names import module_of_call, n_heads_of
 from attnscope.watch.patches import Original, Patches
 from attnscope.watch.products import Product, Products
@@ -45,6 +46,7 @@ class Capture:
         replace([torch], "einsum", self._einsum)
         replace([torch], "_native_multi_head_attention", self._native)
         replace([torch], "_transformer_encoder_layer_fwd", self._native_layer)
+        watch_kernels(patches, self._look)
 
     def forget(self) -> None:
         """Let go of the script's tensors."""
@@ -153,7 +155,7 @@ def seen_fused(
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     visible, bias, mask = None, None, "none"
     if attn_mask is not None:
-        visible, bias, mask = _split_mask(
+        visible, bias, mask = split_mask(
             attn_mask if attn_mask.dim() < 3 else _four_axes(attn_mask)
         )
     elif is_causal:
@@ -161,7 +163,7 @@ def seen_fused(
         mask = "causal"
     applied = query.shape[-1] ** -0.5 if scale is None else float(scale)
     return Seen(
-        q=q, k=k, z=None, scale=applied, factor=_factor(query, key) if factor is None else factor, visible=visible, bias=bias, mask=mask, backend="sdpa",
+        q=q, k=k, z=None, scale=applied, factor=factor_of_both(query, key) if factor is None else factor, visible=visible, bias=bias, mask=mask, backend="sdpa",
     )  # fmt: skip
 
 
@@ -180,7 +182,7 @@ def seen_by_hand(
         k=product.k().reshape(*grid, n_keys, -1),
         z=z.reshape(*grid, n_queries, n_keys),
         scale=None,
-        factor=_factor(product.left, product.right) if factor is None else factor,
+        factor=factor_of_both(product.left, product.right) if factor is None else factor,
         visible=None,
         bias=None,
         mask="in the logits",
@@ -220,7 +222,7 @@ def _seen_native(
     hidden = mask
     if hidden is not None and mask_type == 1:  # padding, (B, S)
         hidden = hidden[:, None, None, :]
-    visible, bias, kind = (None, None, "none") if hidden is None else _split_mask(~hidden.bool())
+    visible, bias, kind = (None, None, "none") if hidden is None else split_mask(~hidden.bool())
     return Seen(
         q=q, k=k, z=None, scale=q.shape[-1] ** -0.5, factor=1.0, visible=visible, bias=bias, mask=kind, backend="fast path",
     )  # fmt: skip
@@ -249,18 +251,3 @@ def _four_axes(x: Tensor) -> Tensor:
     if x.dim() > 4:
         return x.flatten(1, -3)
     raise NotMeasuredError(f"q or k with {x.dim()} axes")
-
-
-def _split_mask(mask: Tensor) -> tuple[Tensor | None, Tensor | None, str]:
-    """Which keys are visible, what is added to their logits, and the mask in words."""
-    if mask.dtype == torch.bool:
-        return mask, None, "boolean"
-    wide = mask.detach().float()
-    visible = wide > HIDDEN_BELOW
-    return visible, wide.where(visible, 0.0), "float"
-
-
-def _factor(q: Tensor, k: Tensor) -> float | None:
-    """What q and k were multiplied by before the call; None where it cannot be seen."""
-    before = scalar_factor(q), scalar_factor(k)
-    return None if before[0] is None or before[1] is None else before[0] * before[1]

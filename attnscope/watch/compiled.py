@@ -8,9 +8,11 @@ Shape key: B batch, H head, T query position, S key position, K d_head.
 """
 
 import logging
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import FrameType
 from typing import Any
 
 import torch
@@ -18,13 +20,17 @@ from torch import Tensor, fx, nn
 
 from attnscope.watch.attention import NotMeasuredError, Seen
 from attnscope.watch.capture import seen_by_hand, seen_fused
+from attnscope.watch.kernels import Blocks, flex_call
 from attnscope.watch.names import module_with_id, n_heads_of
 from attnscope.watch.products import Products
 
 MOST_REPLAYED = 32  # nodes between q kᵀ and its softmax, those of masks included
 DEPTH = 12  # nodes from a softmax back to q kᵀ, and from q back to what scaled it
 
-FUSED, BY_HAND = "compiled sdpa", "compiled eager"
+FUSED, BY_HAND, FLEX = "compiled sdpa", "compiled eager", "compiled flex"
+SINK = "_attnscope_sink"
+EVERYTHING = 1 << 30  # size of the one block that FlexAttention makes where there is no mask
+FOREIGN = ("flash_attn", "xformers")  # whose operators take what we cannot read
 PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
 VIEWS = ("view", "reshape", "transpose", "permute", "contiguous", "unsqueeze", "expand", "flatten", "unflatten", "to", "float")  # fmt: skip
 
@@ -38,7 +44,7 @@ class Site:
 
     Attributes:
         module: whose forward it is in; None where there is none, or no more.
-        backend: FUSED or BY_HAND.
+        backend: FUSED, BY_HAND or FLEX.
         see: what was seen, from the tensors that the probe was given.
     """
 
@@ -89,8 +95,12 @@ def _insert_probes(graph: fx.Graph) -> None:
     if _told.passed_on is not None:
         _told.passed_on(graph)
     for node in list(graph.nodes):
+        if str(getattr(node.target, "namespace", "")).startswith(FOREIGN):
+            _told.on_failure(
+                f"{node.target} in a compiled graph: it can be watched in eager calls only"
+            )
         try:
-            found = _fused_at(node) or _softmax_at(node)
+            found = _fused_at(node) or _flex_at(node) or _softmax_at(node)
             if found is not None:
                 site, inputs = found
                 _SITES.append(site)
@@ -99,6 +109,7 @@ def _insert_probes(graph: fx.Graph) -> None:
             # A graph that we do not understand must compile as it would without us.
             reason = f"{type(error).__name__}: {error}"[:200]
             _told.on_failure(f"a compiled graph with {node.format_node()}: {reason}"[:300])
+    _say_where_sinks_come_from(graph.owning_module)
 
 
 @torch.library.custom_op("attnscope::probe", mutates_args=("sink",))
@@ -117,17 +128,31 @@ def _probe_fake(sink: Tensor, site: int, tensors: list[Tensor]) -> None:
 def _insert(graph: fx.Graph, before: fx.Node, site: int, inputs: list[fx.Node]) -> None:
     owner = graph.owning_module
     assert owner is not None
-    if not hasattr(owner, "_attnscope_sink"):
-        device = inputs[0].meta["example_value"].device
-        owner.register_buffer("_attnscope_sink", torch.zeros(1, device=device))
-        sources = getattr(owner, "_param_name_to_source", None)
-        if sources is not None:  # Dynamo says of each buffer where it comes from
-            from torch._dynamo.source import ConstantSource
-
-            sources["_attnscope_sink"] = ConstantSource("_attnscope_sink")
+    device = inputs[0].meta["example_value"].device
+    if not hasattr(owner, SINK):
+        owner.register_buffer(SINK, torch.zeros(1, device=device))
     with graph.inserting_before(before):
-        sink = graph.get_attr("_attnscope_sink")
-        graph.call_function(torch.ops.attnscope.probe.default, (sink, site, inputs))
+        sink = graph.get_attr(SINK)
+        tensors = [_as_tensor(each, device) if _is_number(each) else each for each in inputs]
+        graph.call_function(torch.ops.attnscope.probe.default, (sink, site, tensors))
+
+
+def _say_where_sinks_come_from(owner: fx.GraphModule | None) -> None:
+    """As Dynamo does of each buffer, also of those in the graphs that a checkpoint has of its own."""
+    sources = getattr(owner, "_param_name_to_source", None)
+    if owner is None or sources is None:
+        return
+    from torch._dynamo.source import ConstantSource
+
+    for name, _ in owner.named_buffers():
+        if name.endswith(SINK):
+            sources[name] = ConstantSource(name)
+
+
+def _as_tensor(number: fx.Node, device: torch.device) -> fx.Node:
+    is_whole = isinstance(number.meta["example_value"], torch.SymInt | int)
+    how: dict[str, Any] = {"dtype": torch.int64 if is_whole else torch.float64, "device": device}
+    return number.graph.call_function(torch.scalar_tensor, (number,), how)
 
 
 def _fused_at(node: fx.Node) -> tuple[Site, list[fx.Node]] | None:
@@ -146,6 +171,44 @@ def _fused_at(node: fx.Node) -> tuple[Site, list[fx.Node]] | None:
         return replace(seen, backend=FUSED)
 
     return Site(module=_module_of(node), backend=FUSED, see=see), list(tensors.values())
+
+
+def _flex_at(node: fx.Node) -> tuple[Site, list[fx.Node]] | None:
+    """FlexAttention, whose functions of positions are graphs of their own here."""
+    if _name(node) != "flex_attention":
+        return None
+    args: tuple[Any, ...] = node.args
+    query, key, _, score, block_mask, scale, _, *more = args
+    counts, indices, full_counts, full_indices = block_mask[2:6]
+    *_, size_q, size_k, mask = block_mask
+    taken: Any = (query, key, scale, *more, (counts, full_counts), (indices, full_indices))
+    inputs: list[fx.Node] = []
+    fx.map_arg(taken, lambda each: inputs.append(each) if each not in inputs else None)
+    factor = _constant_factor(query) * _constant_factor(key)
+    graphs = node.graph.owning_module
+    score_graph, mask_graph = (getattr(graphs, each.target) for each in (score, mask))
+
+    def see(found: list[Tensor]) -> Seen:
+        values = {
+            each: x.item() if _is_number(each) else x for each, x in zip(inputs, found, strict=True)
+        }
+        given: Any = fx.map_arg(taken, values.__getitem__)
+        q, k, scale, score_more, mask_more, counts, indices = given
+        size = (int(size_q), int(size_k))
+        blocks = Blocks(counts=counts, indices=indices, size=size, n_keys=k.shape[-2])
+        changes, masks = not _returns_first(score_graph.graph), size_k < EVERYTHING
+        return flex_call(
+            q,
+            k,
+            scale,
+            (lambda *at: score_graph(*at, *score_more)) if changes else None,
+            (lambda *at: mask_graph(*at, *mask_more)) if masks else None,
+            blocks=blocks.of_rows if masks else None,
+            factor=factor,
+            backend=FLEX,
+        )
+
+    return Site(module=_module_of(node), backend=FLEX, see=see), inputs
 
 
 def _softmax_at(node: fx.Node) -> tuple[Site, list[fx.Node]] | None:
@@ -280,7 +343,31 @@ def _module_of(node: fx.Node) -> Callable[[], nn.Module | None]:
         module = module_with_id(int(number)) if number.isdecimal() else None
         if module is not None and not isinstance(module, nn.Softmax):
             return weakref.ref(module)
-    return lambda: None
+    return _caller
+
+
+def _caller() -> nn.Module | None:
+    """The module that calls the compiled function, or is it."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_argcount:
+            first: Any = frame.f_locals.get(frame.f_code.co_varnames[0])
+            if isinstance(first, nn.Module) and not isinstance(first, fx.GraphModule):
+                return getattr(first, "_orig_mod", first)
+        frame = frame.f_back
+    return None
+
+
+def _returns_first(graph: fx.Graph) -> bool:
+    """Whether a graph gives back its first input."""
+    nodes = list(graph.nodes)
+    return bool(nodes[-1].args[0] is nodes[0])
+
+
+def _is_number(node: fx.Node) -> bool:
+    """Whether it is a size or the like, which a graph of dynamic shapes takes as an input."""
+    value = node.meta.get("example_value")
+    return isinstance(value, int | float | torch.SymInt | torch.SymFloat)
 
 
 def _with_axes(nodes: list[fx.Node], n: int) -> list[fx.Node]:

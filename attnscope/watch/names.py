@@ -5,6 +5,7 @@ import re
 import sys
 import weakref
 from collections.abc import Mapping
+from types import FrameType
 from typing import Any
 
 from torch import Tensor, nn
@@ -105,6 +106,14 @@ def module_of_call() -> nn.Module | None:
                     return first
         frame = frame.f_back
     return None
+
+
+def called_by_torch() -> bool:
+    """Whether what we replaced is called by PyTorch itself."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(_OURS):
+        frame = frame.f_back
+    return frame is not None and str(frame.f_globals.get("__name__")).startswith("torch.")
 
 
 def n_heads_of(module: nn.Module | None) -> int | None:

@@ -19,13 +19,15 @@ Look = Callable[[Original, tuple[Any, ...], dict[str, Any]], Any]
 class Patches:
     """What is replaced at the moment.
 
-    Invariant: `restore` puts every attribute back to what stood there before, the latest first.
+    Invariant: `restore` puts every attribute back to what stood there before, the latest first, and no module has a
+    replacement under another name.
     """
 
     def __init__(self, is_wanted: Callable[[], bool]) -> None:
         """`is_wanted` is asked at every call whether anybody looks."""
         self._is_wanted = is_wanted
         self._put_back: list[Callable[[], None]] = []
+        self._originals: dict[int, tuple[object, Original]] = {}
         self._inside = threading.local()
 
     def replace(self, owners: list[Any], name: str, look: Look) -> None:
@@ -37,20 +39,33 @@ class Patches:
         made: dict[int, Callable[..., Any]] = {}
         for owner in owners:
             original = getattr(owner, name, None)
-            if original is None:
-                continue
+            if original is None or any(original is new for new in made.values()):
+                continue  # an owner may be replaced already, as another name of the same function
             new = made.get(id(original))
             if new is None:
                 new = made[id(original)] = self._watched(original, look)
+                self._originals[id(new)] = new, original
                 if not isinstance(owner, type):
                     self._replace_aliases(original, new)
             if getattr(owner, name) is original:
                 self._set(owner, name, new)
 
+    def restore_with(self, undo: Callable[[], None]) -> None:
+        """Something else that must be undone with the rest."""
+        self._put_back.append(undo)
+
     def restore(self) -> None:
         """Put everything back."""
         while self._put_back:
             self._put_back.pop()()
+        originals, self._originals = self._originals, {}
+        if not originals:
+            return
+        for names in _namespaces():  # names bound since then, by `from module import function`
+            for name, value in list(names.items()):
+                found = originals.get(id(value))
+                if found is not None and found[0] is value:
+                    names[name] = found[1]
 
     def undisturbed(self) -> "_Undisturbed":
         """A context in which calls are not looked at: for our own computations."""
@@ -73,6 +88,11 @@ class Patches:
 
         return watched
 
+    def _set_in(self, names: dict[str, Any], name: str, new: object) -> None:
+        before = names[name]
+        names[name] = new
+        self._put_back.append(lambda: names.__setitem__(name, before))
+
     def _set(self, owner: Any, name: str, new: object) -> None:
         own = vars(owner).get(name, _MISSING)  # a class may have inherited it
         setattr(owner, name, new)
@@ -83,13 +103,16 @@ class Patches:
 
     def _replace_aliases(self, original: Original, new: object) -> None:
         """Names that `from module import function` bound before anybody watched."""
-        for module in list(sys.modules.values()):
-            names = getattr(module, "__dict__", None)
-            if not isinstance(names, dict):
-                continue
+        for names in _namespaces():
             for name, value in list(names.items()):
                 if value is original:
-                    self._set(module, name, new)
+                    self._set_in(names, name, new)
+
+
+def _namespaces() -> list[dict[str, Any]]:
+    """Of all modules."""
+    found = [getattr(module, "__dict__", None) for module in list(sys.modules.values())]
+    return [names for names in found if isinstance(names, dict)]
 
 
 class _Undisturbed:

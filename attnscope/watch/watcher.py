@@ -22,7 +22,7 @@ from attnscope.watch.attention import Seen, scalar_factor
 from attnscope.watch.capture import Capture, in_backward
 from attnscope.watch.finite import Finite
 from attnscope.watch.layers import Layers
-from attnscope.watch.names import Modules
+from attnscope.watch.names import Modules, called_by_torch
 from attnscope.watch.parameters import Parameters, parameters_of
 from attnscope.watch.patches import Original, Patches
 from attnscope.watch.recording import MOST_PLACES, Recorder, Step, broken_gradients
@@ -254,7 +254,7 @@ class Watcher:
         backend = kwargs.get("backend", "inductor")
         if backend == "inductor":
             self._install_probes()
-        else:
+        elif not called_by_torch():  # eager FlexAttention compiles itself, for another backend
             self._on_unmeasured(
                 None,
                 "compiled",

@@ -1,8 +1,10 @@
 """torchrun with two processes on this machine: one part per rank, joined by the reader, and the script undisturbed."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -12,7 +14,7 @@ from attnscope.runs.watched import attention_layers
 pytestmark = pytest.mark.slow
 
 PROGRAM = """
-import sys
+import sys, time
 import torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F
 
 dist.init_process_group("gloo")
@@ -38,7 +40,11 @@ else:
     model = nn.parallel.DistributedDataParallel(model)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 generator = torch.Generator().manual_seed(rank)
-for step in range(6):
+began = time.monotonic()
+for step in range(6 if sys.argv[-1] != "hang" else 1_000_000):
+    if sys.argv[-1] == "hang" and rank == 1 and time.monotonic() - began > 3:
+        print(f"hangs at {step} .\n", end="", flush=True)
+        time.sleep(3600)
     tokens = torch.randint(0, 50, (4, 13), generator=generator)
     loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
     optimizer.zero_grad()
@@ -80,3 +86,25 @@ def test_a_part_per_rank(tmp_path, kind):
     assert len(run.heads) == 2 * 6 * 2 * 4, "ranks, steps, layers, heads"
     groups = set(run.params["group"].astype(str))
     assert {"wte", "self_attn.out_proj", "linear1", "head"} <= groups
+
+
+def test_a_rank_that_waits_for_ever_leaves_the_records_of_all_until_the_last_second(tmp_path):
+    (tmp_path / "train.py").write_text(PROGRAM)
+    words = ["-m", "attnscope", "watch", "--name", "r", "train.py", "ddp", "hang"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", *words],
+        cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    for line in process.stdout:
+        if line.startswith("hangs at ") and line.endswith(" .\n"):
+            break
+    hung = int(line.split()[2])
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    subprocess.run(["pkill", "-9", "-f", str(tmp_path)], check=False)
+    run = open_run(tmp_path / "runs" / "r")
+    for member in run.members:
+        steps = run.steps[run.steps["member"].astype(str) == member.name]
+        assert steps["step"].tolist() == list(range(len(steps))) and len(steps) <= hung + 1
+        assert (hung - len(steps)) * steps["step_ms"].iloc[-20:].median() < 1500, member.name

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import types
 
 import pytest
 import torch
@@ -253,6 +254,18 @@ PATCHED = [
 ]  # fmt: skip
 
 
+def test_functions_imported_while_watching_are_put_back_too(tmp_path, monkeypatch):
+    late = types.ModuleType("late")
+    monkeypatch.setitem(sys.modules, "late", late)
+    linear, attention = F.linear, F.scaled_dot_product_attention
+    with watch_model(Small(), path=tmp_path / "run"):
+        exec(
+            "from torch.nn.functional import linear, scaled_dot_product_attention as a", vars(late)
+        )
+        assert late.linear is not linear
+    assert late.linear is linear and late.a is attention
+
+
 def test_nothing_is_left_behind_after_an_exception(tmp_path):
     before = [getattr(owner, name) for owner, name in PATCHED]
     own = {name: vars(torch.Tensor).get(name) for name in ("softmax", "__matmul__", "backward")}
@@ -301,6 +314,14 @@ def test_a_child_process_records_nothing(tmp_path):
         os.waitpid(child, 0)
     found = open_run(tmp_path / "run")
     assert found.status == "finished" and len(found.steps) == 0
+
+
+def test_processes_that_cannot_agree_on_a_place_must_be_given_one(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RunError, match=r"Give watch_model a path, or call it after"):
+        watch_model(Small())
+    assert watching() is None
 
 
 def test_wrong_uses_give_one_line(tmp_path):

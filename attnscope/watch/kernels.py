@@ -1,0 +1,410 @@
+"""Attention in kernels that no softmax of PyTorch shows: FlexAttention, flash-attn, xFormers.
+
+What such a call computes is taken from its arguments. Functions of positions (score_mod, mask_mod, a window, ALiBi) are
+evaluated for the query rows that are looked at and no others. An argument that is not known here, and may decide the
+weights, is a reason not to measure. The libraries are not imported: they are seen when the script imports them.
+
+Shape key: B batch, H head, T query position, S key position, R query row that is looked at, C index of a block,
+N documents, K d_head.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from math import inf, nan
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnscope.watch.attention import (
+    NotMeasuredError,
+    Seen,
+    factor_of_both,
+    split_mask,
+    visible_logits,
+)
+from attnscope.watch.imports import when_imported
+from attnscope.watch.patches import Original, Patches
+
+MOST_MATERIALIZED = 1 << 26  # numbers of a bias that xFormers otherwise never holds
+
+# Told of each call: how to see it, the backend, and the tensors it was given.
+OnCall = Callable[[Callable[[nn.Module | None], Seen], str, tuple[Any, ...]], None]
+Given = Mapping[str, Any]  # arguments by their names
+Mod = Callable[..., Tensor]  # score_mod(score, b, h, q, k) or mask_mod(b, h, q, k), for one logit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernel:
+    """Functions of a module that compute attention.
+
+    Attributes:
+        module: where scripts import them from.
+        backend: what the record calls them.
+        functions: their names, and what each call does, from its arguments.
+        known: arguments that are understood, or do not change the weights before dropout; words.
+    """
+
+    module: str
+    backend: str
+    functions: Mapping[str, Callable[[Given], Seen]]
+    known: str
+
+
+def watch_kernels(patches: Patches, on_call: OnCall) -> None:
+    """Look at the calls of KERNELS, also of modules that are imported later, until `patches` are restored."""
+    later: dict[str, Callable[[ModuleType], None]] = {}
+    for kernel in KERNELS:
+        replace = partial(_replace, patches, on_call, kernel)
+        if kernel.module in sys.modules:
+            replace(sys.modules[kernel.module])
+        else:
+            later[kernel.module] = replace
+    patches.restore_with(when_imported(later))
+
+
+def _replace(patches: Patches, on_call: OnCall, kernel: Kernel, module: ModuleType) -> None:
+    for name, see in kernel.functions.items():
+
+        def look(original: Original, args: Any, kwargs: Any, see: Any = see) -> Any:
+            out = original(*args, **kwargs)
+            tensors = (*args, *kwargs.values())
+            on_call(lambda _: see(_given(kernel, original, args, kwargs)), kernel.backend, tensors)
+            return out
+
+        patches.replace([module], name, look)
+
+
+def _given(
+    kernel: Kernel, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Given:
+    """Arguments by the names that this version of the library has for them."""
+    signature = inspect.signature(original)
+    given = signature.bind(*args, **kwargs).arguments
+    known = kernel.known.split()
+    for name, value in given.items():
+        default = signature.parameters[name].default
+        if name not in known and (isinstance(value, Tensor) or value not in (None, default)):
+            raise NotMeasuredError(
+                f"argument {name}, of which attnscope does not know what it does"
+            )
+    return given
+
+
+# -- FlexAttention --
+
+
+def seen_flex(given: Given) -> Seen:
+    """A call of flex_attention outside of torch.compile, where only the mask's function counts, not its blocks."""
+    block_mask = given.get("block_mask")
+    return flex_call(
+        given["query"],
+        given["key"],
+        given.get("scale"),
+        given.get("score_mod"),
+        None if block_mask is None else block_mask.mask_mod,
+        factor=factor_of_both(given["query"], given["key"]),
+        backend="flex",
+    )
+
+
+def flex_call(
+    query: Tensor,
+    key: Tensor,
+    scale: float | None,
+    score_mod: Mod | None,
+    mask_mod: Mod | None,
+    *,
+    factor: float | None,
+    backend: str,
+    blocks: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+) -> Seen:
+    """Logits are score_mod(scale q kᵀ) where mask_mod is true, and blocks(b, h, i), of the same shape, where it is given."""
+    q, k = query.detach(), key.detach()
+    n_keys = k.shape[-2]
+
+    def modify(
+        z_BHRS: Tensor, b_B: Tensor, h_H: Tensor, i_R: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        at = (b_B, h_H, i_R, torch.arange(n_keys, device=i_R.device))
+        raw_BHRS, visible_BHRS = z_BHRS, None
+        if score_mod is not None:
+            z_BHRS = _mapped("score_mod", score_mod, (0,), (z_BHRS, *at))
+            # One that masks gives -inf or the like; NaN is to be seen.
+            visible_BHRS = visible_logits(z_BHRS, raw_BHRS) | z_BHRS.isnan()
+        if mask_mod is not None:
+            inside = _mapped("mask_mod", mask_mod, (), at)
+            visible_BHRS = inside if visible_BHRS is None else inside & visible_BHRS
+        if blocks is not None:
+            inside = blocks(b_B, h_H, i_R)
+            visible_BHRS = inside if visible_BHRS is None else inside & visible_BHRS
+        return z_BHRS, visible_BHRS
+
+    mods = {"mask_mod": mask_mod, "score_mod": score_mod}
+    return Seen(
+        q=q,
+        k=_shared(k.expand(len(q), *k.shape[1:]), q),
+        z=None,
+        scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
+        factor=factor,
+        visible=None,
+        bias=None,
+        mask=" and ".join(name for name, mod in mods.items() if mod is not None) or "none",
+        backend=backend,
+        modify=modify,
+        most=inf if score_mod is None else nan,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blocks:
+    """Which blocks of keys a compiled kernel visits: no others are seen, whatever mask_mod says.
+
+    Attributes:
+        counts: for each kind of block (partial, full), how many of its indices count, (B or 1, H or 1, query blocks); None
+            where there is none of the kind.
+        indices: blocks of keys, like counts with a last axis C.
+        size: of a block, queries and keys.
+        n_keys: of the call, S.
+    """
+
+    counts: tuple[Tensor | None, ...]
+    indices: tuple[Tensor | None, ...]
+    size: tuple[int, int]
+    n_keys: int
+
+    def of_rows(self, b_B: Tensor, h_H: Tensor, i_R: Tensor) -> Tensor:
+        """Keys that these rows can see, (B or 1, H or 1, R, S)."""
+        n_blocks = -(-self.n_keys // self.size[1])
+        j_S = torch.arange(self.n_keys, device=i_R.device)
+        visible = torch.zeros((), dtype=torch.bool, device=i_R.device)
+        for counts, indices in zip(self.counts, self.indices, strict=True):
+            if counts is None or indices is None:
+                continue
+            b = b_B if counts.shape[0] > 1 else b_B[:1] * 0
+            h = h_H if counts.shape[1] > 1 else h_H[:1] * 0
+            at = (b[:, None, None], h[:, None], i_R // self.size[0])
+            index_BHRC = indices[at].long()
+            column_C = torch.arange(index_BHRC.shape[-1], device=i_R.device)
+            # What does not count goes into one block more, which no key is in.
+            index_BHRC = index_BHRC.where(column_C < counts[at][..., None], n_blocks)
+            found = torch.zeros(*index_BHRC.shape[:-1], n_blocks + 1, device=i_R.device)
+            visible = visible | (found.scatter(-1, index_BHRC, 1.0) > 0)[..., j_S // self.size[1]]
+        return visible
+
+
+def _mapped(name: str, mod: Mod, prefix: tuple[int, ...], arguments: tuple[Tensor, ...]) -> Tensor:
+    """A function of one logit for a whole grid of them, as FlexAttention itself maps it: axis by axis, the last one first."""
+    # Lets a tensor be indexed by the numbers of vmap.
+    from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+
+    for axis in (3, 2, 1, 0):
+        axes: list[int | None] = [None] * 4
+        axes[axis] = 0
+        mod = torch.vmap(mod, in_dims=(*prefix, *axes))
+    try:
+        with _vmap_at_work(), TransformGetItemToIndex():
+            return mod(*arguments)
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise NotMeasuredError(f"{name} raised {type(error).__name__}: {first}") from error
+
+
+def _vmap_at_work() -> AbstractContextManager[object]:
+    """Where an operator is watched by a dispatch mode, as ours is in the first call of a compiled graph, vmap is shut out."""
+    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()  # fmt: skip
+    for name in ("Batched", "VmapMode", "DynamicLayerBackMode", "DynamicLayerFrontMode"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, f"FuncTorch{name}"))
+    guard: Any = torch._C._ForceDispatchKeyGuard
+    return guard(included, excluded)
+
+
+# -- flash-attn --
+
+
+def seen_flash(given: Given) -> Seen:
+    """A call of flash-attn (2.1 or later: masks end in the bottom right corner), of sequences or of documents in a row."""
+    packed, packed_kv = given.get("qkv"), given.get("kv")
+    from_q = given["q"] if packed is None else packed
+    from_k = next(x for x in (packed, packed_kv, given.get("k")) if x is not None)
+    query = from_q.detach() if packed is None else packed.detach().select(-3, 0)
+    key = from_k.detach()
+    if from_k.dim() > query.dim():  # (..., S, 2 or 3, H, K); what comes before v is k
+        key = key.select(-3, key.shape[-3] - 2)
+    starts_q = given.get("cu_seqlens_q", given.get("cu_seqlens"))
+    starts_k = given.get("cu_seqlens_k", given.get("cu_seqlens"))
+    if starts_q is not None:  # all tokens in one axis
+        query, key = query[None], key[None]
+    q, k = query.transpose(1, 2), key.transpose(1, 2)
+    left, right = (-1 if n is None else int(n) for n in given.get("window_size", (-1, -1)))
+    causal, softcap = bool(given.get("causal", False)), float(given.get("softcap", 0.0))
+    slopes = given.get("alibi_slopes")  # (H,), or (B or N, H)
+    scale = given.get("softmax_scale")
+
+    def modify(z_BHRS: Tensor, b_B: Tensor, h_H: Tensor, i_R: Tensor) -> tuple[Tensor, Tensor]:
+        distance_RS, visible_RS, sequence_BR = _distances(
+            i_R, b_B, (q.shape[2], k.shape[2]), starts_q, starts_k
+        )
+        if left >= 0:
+            visible_RS = visible_RS & (distance_RS <= left)
+        if causal or right >= 0:
+            visible_RS = visible_RS & (distance_RS >= (0 if causal else -right))
+        if softcap > 0:
+            z_BHRS = softcap * torch.tanh(z_BHRS / softcap)
+        if slopes is not None:
+            of_all = slopes.dim() == 1
+            slope = slopes[h_H] if of_all else slopes[sequence_BR][..., h_H].transpose(1, 2)
+            z_BHRS = z_BHRS - (slope[:, None, None] if of_all else slope[..., None]) * distance_RS.abs()  # fmt: skip
+        return z_BHRS, visible_RS
+
+    parts = {
+        "causal": causal,
+        "window": left >= 0 or (right >= 0 and not causal),
+        "documents": starts_q is not None,
+        "soft-cap": softcap > 0,
+        "alibi": slopes is not None,
+    }
+    return Seen(
+        q=q,
+        k=_shared(k, q),
+        z=None,
+        scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
+        factor=factor_of_both(from_q, from_k),
+        visible=None,
+        bias=None,
+        mask=", ".join(name for name, is_there in parts.items() if is_there) or "none",
+        backend="flash-attn",
+        modify=modify if any(parts.values()) else None,
+        most=nan if slopes is not None else softcap if softcap > 0 else inf,
+    )
+
+
+def _distances(
+    i_R: Tensor,
+    b_B: Tensor,
+    sizes: tuple[int, int],
+    starts_q: Tensor | None,
+    starts_k: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """How far before each query a key is, as the last query stands at the last key; which keys belong to it; its sequence.
+
+    Args:
+        i_R: queries.
+        b_B: sequences.
+        sizes: T and S.
+        starts_q: where documents begin and the last one ends, (N + 1,); None where there is an axis of sequences.
+        starts_k: the same of keys.
+
+    Returns:
+        (R, S), (R, S) and (B, 1 or R).
+    """
+    j_S = torch.arange(sizes[1], device=i_R.device)
+    if starts_q is None or starts_k is None:
+        distance_RS = i_R[:, None] + (sizes[1] - sizes[0]) - j_S
+        return distance_RS, torch.ones_like(distance_RS, dtype=torch.bool), b_B[:, None]
+    starts_q, starts_k = starts_q.long(), starts_k.long()
+    n_R = torch.searchsorted(starts_q[1:], i_R, right=True).clamp(max=len(starts_q) - 2)
+    first_R1, end_R1 = starts_k[n_R][:, None], starts_k[n_R + 1][:, None]
+    # A query is as far from its document's end as the key is that it stands at.
+    distance_RS = (i_R - starts_q[n_R + 1])[:, None] + end_R1 - j_S
+    is_token_R1 = (i_R < starts_q[-1])[:, None]  # and not padding behind the last document
+    return distance_RS, (j_S >= first_R1) & (j_S < end_R1) & is_token_R1, n_R[None]
+
+
+# -- xFormers --
+
+
+def seen_xformers(given: Given) -> Seen:
+    """A call of memory_efficient_attention."""
+    q, k = (_heads_before_positions(given[name].detach()) for name in ("query", "key"))
+    bias = given.get("attn_bias")
+    kind, scale = type(bias).__name__, given.get("scale")
+    shape = (q.shape[-2], k.shape[-2])
+    visible, added, mask = None, None, "none"
+    if isinstance(bias, Tensor):
+        n_axes = given["query"].dim()
+        if n_axes == 3 and bias.dim() == 3:  # (B, T, S)
+            bias = bias[:, None]
+        elif bias.dim() == 5:  # groups of heads
+            bias = bias.flatten(1, 2)
+        visible, added, mask = split_mask(bias)
+    elif kind == "LowerTriangularMask":
+        visible = torch.ones(shape, dtype=torch.bool, device=q.device).tril()
+        mask = "causal"
+    elif bias is not None and hasattr(bias, "materialize"):
+        if shape[0] * shape[1] > MOST_MATERIALIZED:
+            raise NotMeasuredError(f"a {kind} of {shape[0]} x {shape[1]} is too large to look at")
+        visible, added, _ = split_mask(
+            bias.materialize(shape, dtype=torch.float32, device=q.device)
+        )
+        mask = kind
+    elif bias is not None:
+        raise NotMeasuredError(f"attn_bias is a {kind}, which has no materialize()")
+    return Seen(
+        q=q,
+        k=k,
+        z=None,
+        scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
+        factor=factor_of_both(given["query"], given["key"]),
+        visible=visible,
+        bias=added,
+        mask=mask,
+        backend="xformers",
+    )
+
+
+def _heads_before_positions(x: Tensor) -> Tensor:
+    """(B, H, T, K) from (B, T, K), (B, T, H, K) or (B, T, groups, H, K)."""
+    if x.dim() == 3:
+        return x[:, None]
+    return (x.flatten(2, 3) if x.dim() == 5 else x).transpose(1, 2)
+
+
+def _shared(k: Tensor, q: Tensor) -> Tensor:
+    """Keys with as many heads as queries have: each is shared by neighbours."""
+    n_shared = q.shape[1] // k.shape[1]
+    return k if n_shared == 1 else k.repeat_interleave(n_shared, dim=1)
+
+
+def _partial_softmax(given: Given) -> Seen:
+    raise NotMeasuredError("attention over some of the keys, to be merged with that over others")
+
+
+KERNELS = (
+    Kernel(
+        module="torch.nn.attention.flex_attention",
+        backend="flex",
+        functions={"flex_attention": seen_flex},
+        known="query key value score_mod block_mask scale enable_gqa return_lse return_aux kernel_options",
+    ),
+    Kernel(
+        module="flash_attn",
+        backend="flash-attn",
+        functions={
+            "flash_attn_func": seen_flash,
+            "flash_attn_qkvpacked_func": seen_flash,
+            "flash_attn_kvpacked_func": seen_flash,
+            "flash_attn_varlen_func": seen_flash,
+            "flash_attn_varlen_qkvpacked_func": seen_flash,
+            "flash_attn_varlen_kvpacked_func": seen_flash,
+            "flash_attn_with_kvcache": seen_flash,  # whose arguments are not known
+        },
+        known="q k v qkv kv dropout_p softmax_scale causal window_size softcap alibi_slopes deterministic return_attn_probs"
+        " cu_seqlens cu_seqlens_q cu_seqlens_k max_seqlen max_seqlen_q max_seqlen_k",
+    ),
+    Kernel(
+        module="xformers.ops",
+        backend="xformers",
+        functions={
+            "memory_efficient_attention": seen_xformers,
+            "memory_efficient_attention_forward": seen_xformers,
+            "memory_efficient_attention_partial": _partial_softmax,
+        },
+        known="query key value attn_bias p scale op output_dtype",
+    ),
+)
