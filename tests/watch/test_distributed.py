@@ -43,7 +43,7 @@ generator = torch.Generator().manual_seed(rank)
 began = time.monotonic()
 for step in range(6 if sys.argv[-1] != "hang" else 1_000_000):
     if sys.argv[-1] == "hang" and rank == 1 and time.monotonic() - began > 3:
-        print(f"hangs at {step} .\n", end="", flush=True)
+        print(f"hangs at {step} .\\n", end="", flush=True)
         time.sleep(3600)
     tokens = torch.randint(0, 50, (4, 13), generator=generator)
     loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
@@ -90,7 +90,7 @@ def test_a_part_per_rank(tmp_path, kind):
 
 def test_a_rank_that_waits_for_ever_leaves_the_records_of_all_until_the_last_second(tmp_path):
     (tmp_path / "train.py").write_text(PROGRAM)
-    words = ["-m", "attnscope", "watch", "--name", "r", "train.py", "ddp", "hang"]
+    words = ["-m", "attnscope", "watch", "--name", "r", "train.py", "ddp", str(tmp_path), "hang"]
     process = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", *words],
         cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True, start_new_session=True,
