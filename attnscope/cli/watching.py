@@ -1,6 +1,7 @@
 """`attnscope watch`: runs a script, then says on stderr what was seen of it."""
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -52,7 +53,7 @@ def watch_program(
     settings.checked()
     target, *arguments = words
     program = find_program(target, is_module=is_module)
-    stem = target.replace(".", "-") if is_module else program.path.stem
+    stem = target.replace(".", "-") if is_module else Path(target).resolve().stem
     where = run_path(out, name, stem)
     speaks = os.environ.get("RANK", "0") == "0"  # under torchrun, one for all
     if speaks:
@@ -61,7 +62,17 @@ def watch_program(
     code = _exit_code(ended, program)
     if speaks:
         _say_what_was_seen(ended, where)
+    if isinstance(ended.error, KeyboardInterrupt) and os.name == "posix":
+        _die_of_interrupt()
     return code
+
+
+def _die_of_interrupt() -> None:
+    """As the interpreter does, so that a shell knows."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def _rows(text: str) -> int | str:
@@ -97,6 +108,9 @@ def _exit_code(ended: "Ended", program: "Program") -> int:
 def _say_what_was_seen(ended: "Ended", where: Path) -> None:
     """On stderr: stdout is the script's."""
     watcher = ended.watcher
+    if ended.error is not None and not (watcher.layers or watcher.updates):
+        typer.echo("attnscope: the script ended before anything was seen", err=True)
+        return
     lines = []
     if watcher.layers:
         first, last = watcher.layers[0], watcher.layers[-1]
@@ -113,7 +127,11 @@ def _say_what_was_seen(ended: "Ended", where: Path) -> None:
             "NO ATTENTION WAS SEEN. Looked for: F.scaled_dot_product_attention, nn.MultiheadAttention, and matmul, bmm or "
             "einsum followed by a softmax. Did the script train a transformer in this process, in PyTorch?"
         )
-    if not watcher.updates:
+    if watcher.took_losses_for_steps:
+        lines.append(
+            "NO OPTIMIZER WAS SEEN: each loss that was differentiated counts as a step, without gradients and updates"
+        )
+    elif not watcher.updates:
         lines.append(
             "NO OPTIMIZER STEP WAS SEEN. Looked for: step() of any torch.optim.Optimizer. Did training begin, and in this "
             "process?"

@@ -359,7 +359,7 @@ def _spikes(run: Run) -> tuple[NDArray[Any], ...]:
                 SIGMAS * 1.4826 * mad_N, LEAST_EXCESS * np.abs(middle_N)
             )
     whole_N = np.zeros(n, dtype=bool)  # the window holds losses of this member only
-    whole_N[WINDOW:] = codes_N[WINDOW:] == codes_N[: n - WINDOW]
+    whole_N[WINDOW:] = codes_N[WINDOW:] == codes_N[: max(0, n - WINDOW)]
     sound_N = step_N < diverged_at(run)[codes_N]
     onset_K = np.flatnonzero(whole_N & sound_N & (loss_N > limit_N))
     over_K = onset_K + BACK_WITHIN + 1  # the first loss below the limit; if there is none, beyond

@@ -224,14 +224,15 @@ def scalar_factor(x: Tensor) -> float | None:
 
     Read from the autograd graph, without unpacking anything that checkpointing would have to compute again.
     """
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-        return None
+    is_packed = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     node, factor = x.grad_fn, 1.0
     for _ in range(_DEPTH):
         if node is None:
             break
         kind = node.name().removesuffix("0").removesuffix("Backward")
         if kind in ("Mul", "Div"):
+            if is_packed:
+                return None
             inputs = [each for each, _ in node.next_functions]
             other = getattr(node, "_saved_other", None)
             if len(inputs) != 2 or inputs[1] is not None or not _is_number(other):

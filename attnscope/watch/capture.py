@@ -99,14 +99,22 @@ class Capture:
     ) -> Any:
         """The fast path of nn.TransformerEncoderLayer in evaluation."""
         out = original(*args, **kwargs)
-        self._look(lambda _: _seen_native_layer(*args, **kwargs), "fast path", args[:1])
+        self._look(
+            lambda _: _seen_native_layer(*args, **kwargs), "fast path", args[:1], "self_attn"
+        )
         return out
 
     def _look(
-        self, seen: Callable[[nn.Module | None], Seen], backend: str, tensors: tuple[Any, ...]
+        self,
+        seen: Callable[[nn.Module | None], Seen],
+        backend: str,
+        tensors: tuple[Any, ...],
+        part: str = "",
     ) -> None:
+        """Hand on a call of the module that is on the stack, or of a part of it."""
         if not in_backward():
             module = module_of_call()
+            module = getattr(module, part, module) if part else module
             self.hand_on(module, backend, tensors, lambda: seen(module))
 
     def hand_on(
@@ -232,9 +240,14 @@ def _seen_native_layer(
     src: Tensor, embed_dim: int, num_heads: int, *rest: Any, **kwargs: Any
 ) -> Seen:
     """What torch._transformer_encoder_layer_fwd computes inside."""
-    qkv_weight, qkv_bias, proj_weight, proj_bias, _use_gelu, norm_first, _eps, *more = rest
+    qkv_weight, qkv_bias, proj_weight, proj_bias, _use_gelu, norm_first, eps, *more = rest
+    if src.is_nested:
+        raise NotMeasuredError("nested tensors")
     if norm_first:
-        raise NotMeasuredError("norm_first in the fast path of nn.TransformerEncoderLayer")
+        norm_weight, norm_bias = more[:2]
+        src = F.layer_norm(
+            src.detach(), (embed_dim,), norm_weight.detach(), norm_bias.detach(), eps
+        )
     mask = more[8] if len(more) > 8 else kwargs.get("mask")
     mask_type = more[9] if len(more) > 9 else kwargs.get("mask_type")
     return _seen_native(

@@ -15,6 +15,7 @@ from attnscope.watch.recording import Layer, Step
 
 SAMPLES = 64  # different row samples, used in turn
 MOST_UNMEASURED = 50  # different calls that are described
+MOST_EVALUATED = 8  # calls of a layer in evaluation that are measured in one step
 OUTSIDE = "attention"  # the name of what no module's method called
 
 
@@ -61,6 +62,10 @@ class Layers:
         name = self._name_of(module)
         if not self._wants(name):
             return
+        trains = torch.is_grad_enabled() if module is None else module.training
+        known = step.heads.get(self._numbers.get(name, -1), ())
+        if not trains and len(known) >= MOST_EVALUATED:  # a text that is generated token by token
+            return
         self.calls += 1
         measured = measure(seen, rows=self._rows, seed=step.number % SAMPLES)
         layer = self._numbers.get(name)
@@ -81,7 +86,6 @@ class Layers:
                     fit=measured.fit,
                 ),
             )
-        trains = torch.is_grad_enabled() if module is None else module.training
         if trains and layer not in step.training:  # evaluation counts only where nothing else is
             step.training.add(layer)
             step.heads[layer] = []

@@ -135,6 +135,11 @@ def _cut(name: str) -> tuple[str, int, str]:
     return "", -1, ".".join(words)
 
 
+def any_alive(kind: type) -> bool:
+    """Whether there is an object of this class, or of one made from it."""
+    return any(issubclass(type(each), kind) for each in gc.get_objects())
+
+
 def _modules_alive() -> list[nn.Module]:
     # issubclass(type(x)) and not isinstance(x): lazy objects would be loaded by it.
     return [each for each in gc.get_objects() if issubclass(type(each), nn.Module)]

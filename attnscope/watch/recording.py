@@ -115,6 +115,31 @@ class Step:
     step_ms: float = 0.0
 
 
+class Means:
+    """Loss of a step from those of its micro-batches, which scripts divide by how many there are, or do not."""
+
+    def __init__(self) -> None:
+        self._divided_by = (
+            0  # micro-batches of the last step whose losses were divided by their number
+        )
+
+    def of(self, losses: Sequence[tuple[float, float | None]]) -> float:
+        """The mean over micro-batches, from each one's loss and the number it was last multiplied by."""
+        n, total = len(losses), sum(loss for loss, _ in losses)
+        factors = [factor for _, factor in losses]
+        if n > 1 and _are(factors, 1 / n):
+            self._divided_by = n
+            return total
+        # The last update of an epoch may have fewer of them than its losses are divided by.
+        if n < self._divided_by and _are(factors, 1 / self._divided_by):
+            return total * self._divided_by / n
+        return total / n if n else math.nan
+
+
+def _are(factors: Sequence[float | None], share: float) -> bool:
+    return all(factor is not None and abs(factor / share - 1) < LOSS_SHARE for factor in factors)
+
+
 class Recorder:
     """The block that is not on disk yet.
 
@@ -132,6 +157,7 @@ class Recorder:
         self._layers: dict[int, str] = {}
         self._undescribed: list[tuple[int, Layer]] = []
         self._watch = LossWatch()
+        self._means = Means()
         self._reported: set[str] = set()
         self.broken: str | None = None
 
@@ -170,7 +196,7 @@ class Recorder:
         block, self._block = self._block, []
         if not block:
             return {}
-        steps = _steps([step for step in block if step.losses])
+        steps = _steps([step for step in block if step.losses], self._means)
         heads = _heads([step for step in block if step.heads])
         params = _params([step for step in block if step.parameters])
         tables = {"steps": steps, "heads": heads, "params": params}
@@ -261,7 +287,7 @@ def broken_gradients(step: Step) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _steps(block: Sequence[Step]) -> dict[str, Array]:
+def _steps(block: Sequence[Step], means: Means) -> dict[str, Array]:
     """One row per step whose loss was seen."""
     n = len(block)
     if not n:
@@ -271,7 +297,9 @@ def _steps(block: Sequence[Step]) -> dict[str, Array]:
     columns["member"] = np.zeros(n, dtype=np.int64)
     columns["tokens"] = np.zeros(n, dtype=np.int64)  # what a token is, only the script knows
     losses = iter(_on_host([loss for step in block for loss, _ in step.losses]))
-    columns["loss"] = np.array([_loss(step, [next(losses) for _ in step.losses]) for step in block])
+    columns["loss"] = np.array(
+        [means.of([(next(losses), factor) for _, factor in step.losses]) for step in block]
+    )
     for name in ("grad_norm", "clip_factor", "loss_scale"):
         values = [getattr(step, name) for step in block]
         found = iter(_on_host([value for value in values if value is not None]))
@@ -289,20 +317,10 @@ def _largest(lrs: Sequence[float | Tensor]) -> float:
     return max(numbers + _on_host(tensors), default=math.nan)
 
 
-def _loss(step: Step, losses: list[float]) -> float:
-    """Mean over micro-batches; the sum of losses that the script divided by their number is that mean."""
-    n = len(losses)
-    if not n:
-        return math.nan
-    divided = n > 1 and all(
-        factor is not None and abs(factor * n - 1) < LOSS_SHARE for _, factor in step.losses
-    )
-    return sum(losses) / (1 if divided else n)
-
-
 def _heads(block: Sequence[Step]) -> dict[str, Array]:
     """One row per step, layer and head; several calls of a layer in one step are one row."""
-    calls = [call for step in block for each in step.heads.values() for call in each]
+    seen = [(step, layer, each) for step in block for layer, each in sorted(step.heads.items())]
+    calls = [call for _, _, each in seen for call in each]
     if not calls:
         return {}
     sizes = [call.shape[1] for call in calls]
@@ -310,16 +328,15 @@ def _heads(block: Sequence[Step]) -> dict[str, Array]:
     joined = torch.cat([call.to(device) for call in calls], dim=1).cpu().numpy()
     pieces = iter(np.split(joined, np.cumsum(sizes)[:-1], axis=1))
     rows: dict[str, list[Array]] = {name: [] for name in TABLES["heads"]}
-    for step in block:
-        for layer, each in sorted(step.heads.items()):
-            found = _together([dict(zip(HEAD_COLUMNS, next(pieces), strict=True)) for _ in each])
-            n_heads = len(found["rows"])
-            rows["step"].append(np.full(n_heads, step.number))
-            rows["member"].append(np.zeros(n_heads, dtype=np.int64))
-            rows["layer"].append(np.full(n_heads, layer))
-            rows["head"].append(np.arange(n_heads))
-            for name in HEAD_COLUMNS:
-                rows[name].append(found[name])
+    for step, layer, each in seen:
+        found = _together([dict(zip(HEAD_COLUMNS, next(pieces), strict=True)) for _ in each])
+        n_heads = len(found["rows"])
+        rows["step"].append(np.full(n_heads, step.number))
+        rows["member"].append(np.zeros(n_heads, dtype=np.int64))
+        rows["layer"].append(np.full(n_heads, layer))
+        rows["head"].append(np.arange(n_heads))
+        for name in HEAD_COLUMNS:
+            rows[name].append(found[name])
     return {name: np.concatenate(each) for name, each in rows.items()}
 
 

@@ -4,11 +4,14 @@ The script sees its own argv, `__name__`, path and working directory; its output
 losses are those of plain Python. Whatever ends it, the record is written first.
 """
 
+import builtins
 import importlib.util
+import os
 import sys
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +23,17 @@ from attnscope.watch.watcher import Watcher
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Program:
-    """What is to be run: the file of a script or of a module's main program."""
+    """What is to be run.
 
-    path: Path
+    Attributes:
+        target: as it was typed: a script, a folder, or a module.
+        file: its absolute path, as Python makes it of what was typed.
+        module: its name, where it was asked for as one.
+        code: of the file.
+    """
+
+    target: str
+    file: str
     module: str | None
     code: types.CodeType
 
@@ -56,9 +67,12 @@ def find_program(target: str, *, is_module: bool) -> Program:
             raise ConfigError(
                 f"{target}: there is no such script. Give the path of a Python file, or a module with -m."
             )
+    file = str(path) if path.is_absolute() else f"{Path.cwd()}{os.sep}{target}"
+    if path.name != Path(target).name and not is_module:  # a folder
+        file = f"{file.rstrip(os.sep)}{os.sep}{path.name}"
     try:
         source = path.read_bytes()
-        code = compile(source, str(path), "exec", dont_inherit=True)
+        code = compile(source, file, "exec", dont_inherit=True)
     except (SyntaxError, ValueError) as error:
         line = getattr(error, "lineno", None)
         place = f"{path}:{line}" if line else str(path)
@@ -68,7 +82,7 @@ def find_program(target: str, *, is_module: bool) -> Program:
         ) from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from None
-    return Program(path=path, module=target if is_module else None, code=code)
+    return Program(target=target, file=file, module=target if is_module else None, code=code)
 
 
 def watch_script(
@@ -117,18 +131,26 @@ def _run(program: Program, arguments: Sequence[str]) -> None:
     """Like `python SCRIPT` or `python -m MODULE`."""
     main = types.ModuleType("__main__")
     names: dict[str, Any] = main.__dict__
-    names["__file__"] = str(program.path)
-    names["__builtins__"] = __builtins__
-    if program.module is None:
+    names["__file__"] = program.file
+    names["__builtins__"] = builtins
+    names["__annotations__"] = {}
+    path = Path(program.file)
+    if program.module is None and path.name == Path(program.target).name:
         names["__cached__"] = None
-        sys.path[0] = str(program.path.resolve().parent)
+        names["__loader__"] = SourceFileLoader("__main__", program.file)
+        sys.path[0] = str(path.resolve().parent)
     else:
-        spec = importlib.util.find_spec(_main_name(program.module))
+        spec = (
+            importlib.util.spec_from_file_location("__main__", path)
+            if program.module is None  # a folder with a __main__.py
+            else importlib.util.find_spec(_main_name(program.module))
+        )
         names["__spec__"] = spec
         names["__package__"] = spec.parent if spec else ""
         names["__loader__"] = spec.loader if spec else None
-        sys.path[0] = str(Path.cwd())
-    sys.argv[:] = [str(program.path), *arguments]
+        sys.path[0] = str(path.parent if program.module is None else Path.cwd())
+    first = program.target if program.module is None else program.file
+    sys.argv[:] = [first, *arguments]
     sys.modules["__main__"] = main
     exec(program.code, names)
 

@@ -3,6 +3,7 @@
 A condition is looked at after every step, which waits for the device: that is what stopping at the step costs.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -69,6 +70,8 @@ def parse_condition(text: str) -> Condition:
         )
     try:
         threshold = float(match["threshold"])
+        if math.isnan(threshold):
+            raise ValueError
     except ValueError:
         raise ConfigError(
             f"--stop-on {text}: {match['threshold']!r} is not a number. Write it as in max_logit>1e4."

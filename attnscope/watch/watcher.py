@@ -22,7 +22,7 @@ from attnscope.watch.attention import Seen, scalar_factor
 from attnscope.watch.capture import Capture, in_backward
 from attnscope.watch.finite import Finite
 from attnscope.watch.layers import Layers
-from attnscope.watch.names import Modules, called_by_torch
+from attnscope.watch.names import Modules, any_alive, called_by_torch
 from attnscope.watch.parameters import Parameters, parameters_of
 from attnscope.watch.patches import Original, Patches
 from attnscope.watch.recording import MOST_PLACES, Recorder, Step, broken_gradients
@@ -93,6 +93,7 @@ class Watcher:
         self._written: tuple[Path, ...] = ()
         self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._stepped = False
+        self._updates_itself: bool | None = None  # a script without optimizers: each loss is a step
         self._updates = 0
         self._begun = time.perf_counter()
         self._now = Step(number=0, measured=True)
@@ -194,6 +195,11 @@ class Watcher:
         return self._updates
 
     @property
+    def took_losses_for_steps(self) -> bool:
+        """Whether no optimizer was there, so that each loss that was differentiated counts as a step."""
+        return bool(self._updates_itself)
+
+    @property
     def layers(self) -> tuple[str, ...]:
         """Names of the attention layers measured, in the order of their first calls."""
         return self._layers.names
@@ -276,6 +282,9 @@ class Watcher:
         """See `OnTraining`."""
         if self._stepped:
             self._end_step()
+        if self._updates_itself is None:
+            self._updates_itself = not any_alive(torch.optim.Optimizer)
+        self._stepped = self._updates_itself
         seen = loss.detach().clone()
         if adds_up and self._now.losses:
             seen += self._now.losses.pop()[0]
@@ -319,6 +328,7 @@ class Watcher:
         """See `OnTraining`."""
         if not self._is_on:
             return
+        self._updates_itself = False
         parameters = parameters_of(optimizer)
         now = self._now
         if optimizer not in self._optimizers:

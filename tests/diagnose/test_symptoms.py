@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import attnscope
+from attnscope.diagnose import diagnose
 from attnscope.diagnose.symptoms import (
     BACK_WITHIN,
     WINDOW,
@@ -120,6 +121,12 @@ def test_spikes_that_come_back_are_counted_and_the_largest_is_named(tmp_path):
     spread = np.median(np.abs(before - middle))
     expected = middle + max(6 * 1.4826 * spread, 0.05 * middle)
     assert finding.evidence[0].threshold == pytest.approx(expected)
+
+
+def test_runs_shorter_than_a_window_are_looked_at(tmp_path):
+    for n in range(1, 25):
+        run = run_of(tmp_path / f"{n}", steps=steps_table(quiet(n)))
+        assert all(finding.rule != "loss_spike" for finding in diagnose(run))
 
 
 @pytest.mark.parametrize("seed", range(20))

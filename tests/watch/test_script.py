@@ -149,6 +149,29 @@ def test_an_exception_has_the_traceback_and_exit_code_of_plain_python(script):
     assert found.ends[0]["error"] == "ValueError: the run that dies is the one that matters"
 
 
+@pytest.mark.parametrize("words", [["me.py"], ["./me.py"], ["pkg"], ["-m", "pkg"]], ids=" ".join)
+def test_a_script_finds_of_itself_what_plain_python_gives(tmp_path, words):
+    """Names of the module, its file, path and arguments; its source also from another folder; what it does at exit."""
+    (tmp_path / "pkg").mkdir()
+    for path in (tmp_path / "me.py", tmp_path / "pkg" / "__main__.py"):
+        path.write_text(
+            "import atexit, inspect, os, sys, threading, warnings\n"
+            "for name in ('__file__', '__name__', '__package__', '__doc__', '__builtins__', '__annotations__'):\n"
+            "    print(name, globals().get(name, 'missing'))\n"
+            "print(__loader__ is not None, __spec__ and __spec__.name, sys.argv, sys.path[0])\n"
+            "print(sys.modules['__main__'].__dict__ is globals(), inspect.currentframe().f_code.co_filename)\n"
+            "def source(): pass\n"
+            "os.chdir('/')\n"
+            "print(inspect.getsource(source))\n"
+            "atexit.register(print, 'at exit')\n"
+            "warnings.warn('of the script')\n"
+        )
+    plain, watched = run(*words, "a", "-b", cwd=tmp_path), watch(*words, "a", "-b", cwd=tmp_path)
+    assert watched.stdout == plain.stdout and watched.returncode == plain.returncode == 0
+    said = [line for line in watched.stderr.splitlines() if not line.startswith("attnscope: ")]
+    assert said == plain.stderr.splitlines()
+
+
 def test_sys_exit_passes_its_code_on(script):
     watched = watch("train.py", "--exit", cwd=script.parent)
     assert watched.returncode == 7
@@ -208,7 +231,7 @@ def test_ctrl_c_is_the_scripts_and_the_record_is_kept(script):
             break
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == -signal.SIGINT
     assert "KeyboardInterrupt" in err and "attnscope: next: attnscope report runs/r" in err
     found = open_run(script.parent / "runs" / "r")
     assert found.status == "interrupted" and found.steps["step"].max() >= 30

@@ -19,6 +19,7 @@ from tests.watch.test_training import Small, plain_step
         ("max_logit>=4", "--stop-on is 'max_logit>=4', but must be nonfinite, explosion, or a column and a threshold, as in max_logit>1e4."),
         ("max_logits>4", "--stop-on max_logits>4: there is no column max_logits. Columns: "),
         ("loss>high", "--stop-on loss>high: 'high' is not a number. Write it as in max_logit>1e4."),
+        ("loss>nan", "--stop-on loss>nan: 'nan' is not a number. Write it as in max_logit>1e4."),
         ("step>4", "--stop-on step>4: there is no column step. Columns: "),
     ],
 )  # fmt: skip

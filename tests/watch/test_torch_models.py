@@ -57,9 +57,11 @@ def test_transformer_encoder_in_training(tmp_path):
     assert {layer["backend"] for layer in layers} == {"sdpa"}
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_transformer_encoder_in_evaluation_takes_its_fast_path_and_is_seen(tmp_path, padded):
-    model = encoder().eval()
+@pytest.mark.parametrize(("padded", "norm_first"), [(False, False), (True, False), (False, True)])
+def test_transformer_encoder_in_evaluation_takes_its_fast_path_and_is_seen(
+    tmp_path, padded, norm_first
+):
+    model = encoder(norm_first=norm_first).eval()
     padding = torch.zeros(B, T, dtype=torch.bool)
     padding[0, 8:] = padded
     given = {"src_key_padding_mask": padding} if padded else {}
@@ -71,8 +73,10 @@ def test_transformer_encoder_in_evaluation_takes_its_fast_path_and_is_seen(tmp_p
     run = open_run(tmp_path / "run")
     layers = layers_of(run)
     assert [layer["backend"] for layer in layers] == ["fast path"] * 2
+    assert [layer["name"] for layer in layers] == ["layers.0.self_attn", "layers.1.self_attn"]
     first = model.layers[0].self_attn
-    _, weights = first(X, X, X, average_attn_weights=False, key_padding_mask=padding if padded else None)  # fmt: skip
+    x = model.layers[0].norm1(X) if norm_first else X
+    _, weights = first(x, x, x, average_attn_weights=False, key_padding_mask=padding if padded else None)  # fmt: skip
     assert torch.allclose(entropy_by_head(run, 0), entropy_of_weights(weights), atol=1e-5)
 
 
@@ -227,7 +231,8 @@ def test_a_call_recomputed_by_checkpointing_counts_once(tmp_path, reentrant):
     plain = train_watched(tmp_path / "plain", encoder(), lambda m: squared(m(x)))
     columns = ["layer", "head", "rows", "entropy", "max_prob"]
     assert calls.heads[columns].equals(plain.heads[columns])
-    assert [layer["scale"] for layer in layers_of(plain)] == pytest.approx([8**-0.5] * 2)
+    for run in (calls, plain):
+        assert [layer["scale"] for layer in layers_of(run)] == pytest.approx([8**-0.5] * 2)
 
 
 def test_a_call_that_cannot_be_measured_is_said_once_with_shapes_and_reason(tmp_path):

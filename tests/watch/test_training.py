@@ -1,5 +1,6 @@
 """What is seen of training: losses, clipping, loss scaling, optimizers, non-finite numbers; and that nothing stays behind."""
 
+import gc
 import os
 import sys
 import types
@@ -13,6 +14,7 @@ from attnscope.errors import ConfigError, RunError
 from attnscope.runs.reader import open_run
 from attnscope.watch.attach import watch_model
 from attnscope.watch.watcher import watching
+from tests.watch.foreign import layers_of
 
 X = torch.randn(4, 6, 16, generator=torch.Generator().manual_seed(0))
 
@@ -88,6 +90,91 @@ def test_the_loss_is_the_mean_over_micro_batches_whether_the_script_divides_or_n
     run = train(tmp_path / "run", step, steps=1)
     mean = sum(loss_of(Small(), half).item() for half in X.split(2)) / 2
     assert run.steps["loss"].tolist() == [pytest.approx(mean)]
+
+
+def test_the_last_update_of_an_epoch_may_have_fewer_micro_batches_than_losses_are_divided_by(
+    tmp_path,
+):
+    sizes = iter([3, 3, 2, 1])
+    expected = []
+
+    def step(model, optimizer):
+        optimizer.zero_grad()
+        losses = [loss_of(model, X * (i + 1)) for i in range(next(sizes))]
+        for loss in losses:
+            (loss / 3).backward()
+        expected.append(sum(loss.item() for loss in losses) / len(losses))
+        optimizer.step()
+
+    run = train(tmp_path / "run", step, steps=4)
+    assert run.steps["loss"].tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_layers_that_are_skipped_at_first_keep_their_own_numbers(tmp_path):
+    class Dropped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(Small() for _ in range(3))
+            for n, layer in enumerate(self.layers):
+                layer.qkv.weight.data *= 2.0 * n + 1
+            self.skips = 1
+
+        def forward(self, x):
+            for n, layer in enumerate(self.layers):
+                if n != self.skips:
+                    x = x + layer(x).mean()
+            self.skips = -1
+            return x
+
+    def step(model, optimizer):
+        optimizer.zero_grad()
+        loss_of(model).backward()  # no update: weights, and with them entropies, stay
+        optimizer.step()
+
+    model = Dropped()
+    run = train(tmp_path / "run", step, steps=2, model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.0))  # fmt: skip
+    order = [layer["name"] for layer in layers_of(run)]
+    assert order == ["layers.0", "layers.2", "layers.1"]
+    entropy = run.heads.pivot(index="step", columns="layer", values="entropy")
+    assert entropy.loc[1, 0] > entropy.loc[1, 2] > entropy.loc[1, 1], "sharper with every layer"
+
+
+def test_without_an_optimizer_each_loss_is_a_step(tmp_path):
+    def by_hand(model, _optimizer):
+        model.zero_grad()
+        loss_of(model).backward()
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 0.1 * p.grad
+
+    model, twin = Small(), Small()
+    gc.collect()  # the optimizers of other tests
+    with watch_model(model, path=tmp_path / "run", every=1) as watcher:
+        for _ in range(4):
+            by_hand(model, None)
+    expected = []
+    for _ in range(4):
+        expected.append(loss_of(twin).item())
+        by_hand(twin, None)
+    run = open_run(tmp_path / "run")
+    assert watcher.took_losses_for_steps and watcher.updates == 0
+    assert run.steps["loss"].tolist() == pytest.approx(expected)
+    assert run.heads["step"].tolist() == list(range(4))
+
+
+def test_a_text_generated_token_by_token_is_not_measured_at_every_token(tmp_path):
+    model = Small()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with watch_model(model, path=tmp_path / "run", every=1):
+        model.eval()
+        with torch.no_grad():
+            for _ in range(100):
+                model(X)
+        model.train()
+        plain_step(model, optimizer)
+    run = open_run(tmp_path / "run")
+    assert run.ends[0]["attention_calls"] == 9
+    assert run.heads["rows"].tolist() == [24], "training alone counts"
 
 
 def test_clipping_by_norm_and_by_value_is_measured_before(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 from typer.testing import CliRunner
 
 from attnscope.cli import app
-from tests.watch.test_script import watch
+from tests.watch.test_script import script, watch  # noqa: F401  (a fixture)
 
 
 def said(folder, monkeypatch, *words):
@@ -45,6 +45,20 @@ def test_nothing_seen_is_said_loudly_with_what_was_looked_for(tmp_path):
         in done.stderr
     )
     assert "attnscope: NO OPTIMIZER STEP WAS SEEN. Looked for: step() of any" in done.stderr
+
+
+def test_a_script_that_ends_before_anything_was_seen_is_not_asked_why(tmp_path):
+    (tmp_path / "train.py").write_text("import no_such_library\n")
+    done = watch("train.py", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "ModuleNotFoundError: No module named 'no_such_library'" in done.stderr
+    assert done.stderr.endswith("attnscope: the script ended before anything was seen\n")
+
+
+def test_layers_that_do_not_exist_are_said_with_those_that_do(script):  # noqa: F811
+    done = watch("--layers", "decoder.*", "train.py", cwd=script.parent)
+    assert done.returncode == 0
+    assert "attnscope: NO ATTENTION LAYER MATCHES --layers. Seen: h.0.attn, h.1.attn" in done.stderr
 
 
 def test_an_existing_run_is_left_alone_and_the_script_does_not_run(tmp_path):
