@@ -10,6 +10,11 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 SHOWN = {
     "explode.py": ["unscaled  diverged", "scaled", "max_prob"],
     "your_own_attention.py": ["no scale", "saturated rows"],
+    "watch_a_loop.py": [
+        "stopped on nonfinite",
+        "step 25: first in the activation of layers.0.self_attn",
+        "NaN at (sample, position) [[3, 7]]; its loss is nan again",
+    ],
     "read_a_run.py": ["largest gradient", "diverged"],
 }
 
@@ -18,8 +23,10 @@ SHOWN = {
 def outputs(tmp_path_factory):
     run = tmp_path_factory.mktemp("examples") / "run"
     made = {}
-    for name in ("explode.py", "your_own_attention.py", "read_a_run.py"):
-        words = [] if name == "your_own_attention.py" else [str(run)]
+    for name in ("explode.py", "your_own_attention.py", "watch_a_loop.py", "read_a_run.py"):
+        words = {"your_own_attention.py": [], "watch_a_loop.py": [f"{run}-watched"]}.get(
+            name, [str(run)]
+        )
         done = subprocess.run(
             [sys.executable, str(EXAMPLES / name), *words], capture_output=True, text=True
         )
