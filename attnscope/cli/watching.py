@@ -56,9 +56,12 @@ def watch_program(
     stem = target.replace(".", "-") if is_module else Path(target).resolve().stem
     where = run_path(out, name, stem)
     speaks = os.environ.get("RANK", "0") == "0"  # under torchrun, one for all
-    if speaks:
-        typer.echo(f"attnscope: watching {target} into {where}", err=True)
-    ended = watch_script(program, arguments, where, settings, command=command)
+
+    def begin() -> None:
+        if speaks:
+            typer.echo(f"attnscope: watching {target} into {where}", err=True)
+
+    ended = watch_script(program, arguments, where, settings, command=command, on_start=begin)
     code = _exit_code(ended, program)
     if speaks:
         _say_what_was_seen(ended, where)

@@ -9,7 +9,7 @@ import importlib.util
 import os
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -92,8 +92,9 @@ def watch_script(
     settings: Settings,
     *,
     command: Sequence[str],
+    on_start: Callable[[], None],
 ) -> Ended:
-    """Run a program with these arguments, watched into `path`.
+    """Run a program with these arguments, watched into `path`; `on_start` is called when that stands.
 
     Raises:
         ConfigError: the settings cannot be followed.
@@ -101,6 +102,7 @@ def watch_script(
         RunWriteError: the place cannot be written, or the disk is full at the end.
     """
     watcher = open_watcher(path, settings, command=command)
+    on_start()
     error: BaseException | None = None
     try:
         _run(program, arguments)

@@ -66,4 +66,4 @@ def test_an_existing_run_is_left_alone_and_the_script_does_not_run(tmp_path):
     (tmp_path / "runs" / "r").mkdir(parents=True)
     done = watch("train.py", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.splitlines()[-1] == "error: runs/r already exists. Choose another --name."
+    assert done.stderr == "error: runs/r already exists. Choose another --name.\n"
