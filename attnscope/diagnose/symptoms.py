@@ -91,6 +91,11 @@ def nonfinite(run: Run) -> Finding | None:
         remedy=(
             "Look for what grew before. With float16, use bfloat16 or smaller logits: loss scaling protects the "
             "gradient only."
+            + (
+                " `attnscope watch --snapshot 2` keeps the weights and batches that led to it."
+                if run.kind == "watch"
+                else ""
+            )
         ),
         source="first nonfinite event, or first loss that is not finite",
     )
