@@ -19,6 +19,13 @@ from attnscope.watch.capture import in_backward
 from attnscope.watch.names import without_wrappers
 
 MOST_DEEP = 6  # levels of lists and dictionaries in an argument
+# Whose forward takes anything, and the attribute with the model that they hand it to.
+WRAPPERS = {
+    "OptimizedModule": "_orig_mod",
+    "DistributedDataParallel": "module",
+    "FullyShardedDataParallel": "module",
+    "DataParallel": "module",
+}
 PLAIN = (int, float, bool, str, type(None))
 
 
@@ -36,10 +43,14 @@ class Snapshots:
         if self._hook is not None:
             return
         found = _outermost_call()
-        if found is not None:
-            model, args, kwargs = found
+        if found is None:
+            return
+        model, args, kwargs = found
+        if model._compiled_call_impl is None:
             self._hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
-            self._keep(model, _named(model, args, kwargs))
+        elif self._steps and self._steps[-1].step == self._step_now():
+            return  # a hook would be compiled with the model: only the first batch of a step is kept
+        self._keep(model, _named(model, args, kwargs))
 
     def remove(self) -> None:
         """Leave the model as it was."""
@@ -97,6 +108,8 @@ def _weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 def _named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments by the names that forward gives them; by their numbers where it takes them otherwise."""
+    while type(model).__name__ in WRAPPERS:
+        model = getattr(model, WRAPPERS[type(model).__name__])
     try:
         return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
     except (TypeError, ValueError):

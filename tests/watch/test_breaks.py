@@ -1,6 +1,8 @@
 """Where NaN and Inf appear first, at steps that are not measured too, and what is kept of the steps before."""
 
+import contextlib
 import json
+import shutil
 
 import pytest
 import torch
@@ -226,6 +228,45 @@ def test_a_snapshot_shows_the_break_again(tmp_path):
             expected = losses[2 * snapshot.step + number]
             assert torch.equal(loss, expected) or bool(loss.isnan() and expected.isnan())
             assert bool(loss.isfinite()) != (broken and number == 1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("how", ["wrapped", "itself"])
+def test_snapshots_of_a_compiled_model(tmp_path, how):
+    class Inner(Small):
+        def forward(self, x, halved=False):
+            return super().forward(x) / (2 if halved else 1)
+
+    def losses(**keep):
+        torch._dynamo.reset()
+        model = Inner()
+        called = torch.compile(model) if how == "wrapped" else model
+        if how == "itself":
+            model.compile()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        found = []
+        with watch_model(**keep) if keep else contextlib.nullcontext():
+            for step in range(8):
+                x = X * (float("inf") if step == 6 else 1)
+                loss = called(x, halved=True).square().mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                found.append(loss.item())
+        return found
+
+    plain, watched = losses(), losses(path=tmp_path / "run", snapshot=2)
+    assert str(watched) == str(plain), "NaN too"
+    for path, step in zip(snapshots_of(tmp_path / "run"), (5, 6), strict=True):
+        snapshot = load_snapshot(path)
+        twin = Inner()
+        twin.load_state_dict(snapshot.weights)
+        (batch,) = snapshot.batches
+        assert snapshot.step == step and batch["halved"] is True
+        loss = twin(**batch).square().mean()
+        assert bool(loss.isfinite()) == (step == 5)
+        assert loss.item() == pytest.approx(plain[step], nan_ok=True)
 
 
 @pytest.mark.parametrize("ends", ["exception", "condition", "explosion", "well"])
