@@ -232,6 +232,7 @@ def test_a_snapshot_shows_the_break_again(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # Inductor
 @pytest.mark.parametrize("how", ["wrapped", "itself"])
 def test_snapshots_of_a_compiled_model(tmp_path, how):
     class Inner(Small):
