@@ -1,19 +1,23 @@
 """Functions of PyTorch replaced by ones that look at what passes, and put back.
 
 A replacement calls the original with the arguments as they came and returns what it returned. Nothing is looked at while
-torch.compile traces: a compiled graph is that of the unwatched script.
+torch.compile traces: a compiled graph is that of the unwatched script. Where code runs eagerly amid compiled code, Dynamo
+compiles what the unwatched script would have it compile, and nothing of ours.
 """
 
 import functools
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 Original = Callable[..., Any]
 Look = Callable[[Original, tuple[Any, ...], dict[str, Any]], Any]
+
+_T = TypeVar("_T")
+_P = ParamSpec("_P")
 
 
 class Patches:
@@ -67,6 +71,10 @@ class Patches:
                 if found is not None and found[0] is value:
                     names[name] = found[1]
 
+    def is_looking(self) -> bool:
+        """Whether a call that is looked at goes on in this thread."""
+        return bool(getattr(self._inside, "busy", False))
+
     def undisturbed(self) -> "_Undisturbed":
         """A context in which calls are not looked at: for our own computations."""
         return _Undisturbed(self._inside)
@@ -78,14 +86,21 @@ class Patches:
         def watched(*args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():
                 return original(*args, **kwargs)
-            if not is_wanted() or getattr(inside, "busy", False):
-                return original(*args, **kwargs)
-            inside.busy = True
+            compiler = _set_compiler(None)
             try:
-                return look(original, args, kwargs)
+                if is_wanted() and not getattr(inside, "busy", False):
+                    inside.busy = True
+                    try:
+                        call = original if compiler is None else _compiled_by(compiler, original)
+                        return look(call, args, kwargs)
+                    finally:
+                        inside.busy = False
             finally:
-                inside.busy = False
+                _set_compiler(compiler)
+            return original(*args, **kwargs)
 
+        # Dynamo would take it for a frame of the script's. It stays so after `restore`: the code is nobody else's.
+        _leave_alone(watched)
         return watched
 
     def _set_in(self, names: dict[str, Any], name: str, new: object) -> None:
@@ -109,6 +124,46 @@ class Patches:
                     self._set_in(names, name, new)
 
 
+def not_compiled(hook: Callable[_P, _T]) -> Callable[_P, _T | None]:
+    """What PyTorch calls of ours while it may compile: then it does nothing, and amid compiled code it runs as it is."""
+
+    @functools.wraps(hook)
+    def called(*args: _P.args, **kwargs: _P.kwargs) -> _T | None:
+        if torch.compiler.is_compiling():
+            return None
+        compiler = _set_compiler(None)
+        try:
+            return hook(*args, **kwargs)
+        finally:
+            _set_compiler(compiler)
+
+    _leave_alone(called)
+    return called
+
+
+def _compiled_by(compiler: object, original: Original) -> Original:
+    """The original, compiled as if we did not stand between it and its caller."""
+
+    @functools.wraps(original)
+    def compiled(*args: Any, **kwargs: Any) -> Any:
+        _set_compiler(compiler)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            _set_compiler(None)
+
+    _leave_alone(compiled)
+    return compiled
+
+
+def _leave_alone(function: Any) -> None:
+    """Let Dynamo run the code of this function as it is, but still see what it calls."""
+    if _IS_KNOWN:
+        act = _DYNAMO._FrameAction
+        how = _DYNAMO._FrameExecStrategy(act.SKIP, act.DEFAULT)
+        _DYNAMO.set_code_exec_strategy(function.__code__, how)
+
+
 def _namespaces() -> list[dict[str, Any]]:
     """Of all modules."""
     found = [getattr(module, "__dict__", None) for module in list(sys.modules.values())]
@@ -130,4 +185,16 @@ class _Undisturbed:
         self._inside.busy = self._before
 
 
+# The part of Dynamo that is in C, and there before it is imported. It is private: a torch without it is watched as if nothing
+# were compiled, and the numbers of what runs eagerly amid compiled code may change in their last bits.
+_DYNAMO: Any = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
+_IS_KNOWN = all(
+    hasattr(_DYNAMO, name)
+    for name in ("set_eval_frame", "set_code_exec_strategy", "_FrameAction", "_FrameExecStrategy")
+)
+# Chooses what compiles the frames that this thread enters, None = nothing, and returns what did before. Called from Python
+# of ours it would be too late: that would be compiled.
+_set_compiler: Callable[[Any], Any] = (
+    _DYNAMO.set_eval_frame if _IS_KNOWN else lambda _compiler: None
+)
 _MISSING = object()

@@ -14,7 +14,7 @@ from torch.optim.optimizer import (
 )
 
 from attnscope.watch.parameters import total_norm
-from attnscope.watch.patches import Original, Patches
+from attnscope.watch.patches import Original, Patches, not_compiled
 
 FRAMES = 16  # looked through for who calls backward
 
@@ -70,6 +70,7 @@ class Training:
         for hook in self._hooks:
             hook.remove()
 
+    @not_compiled
     def _before(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -91,6 +92,7 @@ class Training:
             return (args[0], watched, *args[2:]), kwargs
         return args, {**kwargs, "closure": watched}
 
+    @not_compiled
     def _after(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
         self._stepped = True
         self._told.after_update(optimizer)

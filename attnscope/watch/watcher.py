@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 FLUSH_SECONDS = 0.75  # a killed process loses at most this and the step it was in
 FIRST = 20  # steps that are all measured, whatever the cadence: what explodes, explodes early
+MOST_LOSSES = 1000  # of one step
 MOST_TEXT = 500  # characters of an exception
 
 _T = TypeVar("_T")
@@ -273,8 +274,19 @@ class Watcher:
         if self._probes is None:
             from attnscope.watch.compiled import Probes
 
+            def on_call(
+                module: nn.Module | None,
+                backend: str,
+                tensors: list[Tensor],
+                see: Callable[[], Seen],
+            ) -> None:
+                if (
+                    not self._seeing.is_looking()
+                ):  # a function that is replaced may be compiled itself
+                    self._on_compiled(module, backend, tensors, see)
+
             self._probes = Probes(
-                self._on_compiled, lambda reason: self._on_unmeasured(None, "compiled", [], reason)
+                on_call, lambda reason: self._on_unmeasured(None, "compiled", [], reason)
             )
 
     @_guarded
@@ -284,6 +296,8 @@ class Watcher:
             self._end_step()
         if self._updates_itself is None:
             self._updates_itself = not any_alive(torch.optim.Optimizer)
+        elif len(self._now.losses) >= MOST_LOSSES:  # its optimizers step where we cannot see it
+            self._updates_itself = True
         self._stepped = self._updates_itself
         seen = loss.detach().clone()
         if adds_up and self._now.losses:

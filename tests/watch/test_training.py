@@ -162,6 +162,17 @@ def test_without_an_optimizer_each_loss_is_a_step(tmp_path):
     assert run.heads["step"].tolist() == list(range(4))
 
 
+def test_updates_that_cannot_be_seen_do_not_pile_up_in_one_step(tmp_path, monkeypatch):
+    monkeypatch.setattr("attnscope.watch.watcher.MOST_LOSSES", 10)
+    model = Small()
+    hidden = torch.optim.SGD(model.parameters(), lr=0.1)
+    with watch_model(model, path=tmp_path / "run") as watcher:
+        for _ in range(30):
+            loss_of(model).backward()
+    assert hidden is not None and watcher.took_losses_for_steps
+    assert open_run(tmp_path / "run").steps["step"].tolist() == list(range(20))
+
+
 def test_a_text_generated_token_by_token_is_not_measured_at_every_token(tmp_path):
     model = Small()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

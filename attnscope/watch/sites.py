@@ -1,0 +1,399 @@
+"""What is looked for in the graphs of torch.compile: fused attention, nn.MultiheadAttention, and what is written by hand.
+
+A site says which tensors of the graph a probe must be given, and how to see the call from them. Which module a call is in
+is asked anew at each call: Dynamo takes the graph of one block for the next one, if they are alike.
+
+Shape key: B batch, H head, T query position, S key position, D d_model, K d_head.
+"""
+
+import inspect
+import re
+import sys
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from attnscope.watch.attention import NotMeasuredError, Seen, split_mask
+from attnscope.watch.capture import seen_by_hand, seen_fused
+from attnscope.watch.kernels import Blocks, flex_call
+from attnscope.watch.names import module_with_id, n_heads_of
+from attnscope.watch.products import Products
+
+_ROOT = re.compile(r"([LG])\['(\w+)'\]")  # a local or global name of the frame that Dynamo compiles
+_STEP = re.compile(r"\.([^.\[\]]+)|\[(?:['\"]([^'\"]*)['\"]|(\d+))\]")
+
+MOST_REPLAYED = 32  # nodes between q kᵀ and its softmax, those of masks included
+DEPTH = 12  # nodes from a softmax back to q kᵀ, and from q back to what scaled it
+
+FUSED, BY_HAND, FLEX = "compiled sdpa", "compiled eager", "compiled flex"
+PROJECTED = "compiled mha"
+EVERYTHING = 1 << 30  # size of the one block that FlexAttention makes where there is no mask
+PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
+VIEWS = ("view", "reshape", "transpose", "permute", "contiguous", "unsqueeze", "expand", "flatten", "unflatten", "to", "float")  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """One attention call in a compiled graph.
+
+    Attributes:
+        module: whose forward it is in; None where there is none, or no more. To be asked during the call.
+        backend: FUSED, PROJECTED, BY_HAND or FLEX.
+        see: what was seen, from the tensors that the probe was given.
+    """
+
+    module: Callable[[], nn.Module | None]
+    backend: str
+    see: Callable[[list[Tensor]], Seen]
+
+
+def site_at(node: fx.Node) -> tuple[Site, list[fx.Node]] | None:
+    """The attention call that a node of a graph is, and what a probe must be given of it; None where it is none."""
+    return _fused_at(node) or _projected_at(node) or _flex_at(node) or _softmax_at(node)
+
+
+def _fused_at(node: fx.Node) -> tuple[Site, list[fx.Node]] | None:
+    if _name(node) != "scaled_dot_product_attention":
+        return None
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    given.pop("value", None)
+    tensors = {name: x for name, x in given.items() if isinstance(x, fx.Node)}
+    numbers: dict[str, Any] = {name: x for name, x in given.items() if name not in tensors}
+    factor = _constant_factor(given["query"]) * _constant_factor(given["key"])
+
+    def see(found: list[Tensor]) -> Seen:
+        named: dict[str, Any] = dict(zip(tensors, found, strict=True))
+        seen = seen_fused(value=named["key"], factor=factor, **named, **numbers)
+        return replace(seen, backend=FUSED)
+
+    return Site(module=_module_of(node), backend=FUSED, see=see), list(tensors.values())
+
+
+def _projected_at(node: fx.Node) -> tuple[Site, list[fx.Node]] | None:
+    """nn.MultiheadAttention, of which Dynamo makes one call: q and k are projected again."""
+    if _name(node) != "multi_head_attention_forward":
+        return None
+    bound = inspect.signature(F.multi_head_attention_forward).bind(*node.args, **node.kwargs)
+    bound.apply_defaults()
+    given = bound.arguments
+    added = [name for name in ("bias_k", "static_k") if given[name] is not None]
+    added += ["add_zero_attn"] * bool(given["add_zero_attn"])
+    names = ["query", "key", "in_proj_bias", "attn_mask", "key_padding_mask"]
+    names += ["q_proj_weight", "k_proj_weight"] if given["use_separate_proj_weight"] else ["in_proj_weight"]  # fmt: skip
+    # As the function itself decides: where it can, it takes the word for the mask.
+    causal = given["is_causal"] and given["key_padding_mask"] is None and not given["need_weights"]
+    if causal:
+        names.remove("attn_mask")
+    tensors = {name: given[name] for name in names if isinstance(given[name], fx.Node)}
+    n_heads = int(given["num_heads"])
+
+    def see(found: list[Tensor]) -> Seen:
+        if added:
+            raise NotMeasuredError(f"nn.MultiheadAttention with {' and '.join(added)}, compiled")
+        return _seen_projected(dict(zip(tensors, found, strict=True)), n_heads, causal=causal)
+
+    return Site(module=_module_of(node), backend=PROJECTED, see=see), list(tensors.values())
+
+
+def _seen_projected(given: dict[str, Tensor], n_heads: int, *, causal: bool) -> Seen:
+    """A call of F.multi_head_attention_forward, of inputs (T, B, D) or (T, D)."""
+    if "in_proj_weight" in given:
+        w_q, w_k, _ = given["in_proj_weight"].chunk(3)
+    else:
+        w_q, w_k = given["q_proj_weight"], given["k_proj_weight"]
+    b_q, b_k, _ = given["in_proj_bias"].chunk(3) if "in_proj_bias" in given else (None,) * 3
+    q, k = (
+        F.linear(x.to(w.dtype), w, b).reshape(len(x), -1, n_heads, len(w) // n_heads).permute(1, 2, 0, 3)
+        for x, w, b in ((given["query"], w_q, b_q), (given["key"], w_k, b_k))
+    )  # fmt: skip
+    masks = []
+    if causal:
+        masks.append(torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1))
+    if "attn_mask" in given:  # (T, S) or (B H, T, S)
+        mask = given["attn_mask"]
+        masks.append(mask if mask.dim() == 2 else mask.unflatten(0, (len(q), n_heads)))
+    if "key_padding_mask" in given:  # (B, S) or (S,)
+        masks.append(given["key_padding_mask"].reshape(len(q), 1, 1, -1))
+    visible, bias, kinds = None, None, []
+    for mask in masks:
+        seen, added, kind = split_mask(~mask if mask.dtype == torch.bool else mask)
+        if seen is not None:
+            visible = seen if visible is None else visible & seen
+        if added is not None:
+            bias = added if bias is None else bias + added
+        kinds.append(kind)
+    return Seen(
+        q=q,
+        k=k,
+        z=None,
+        scale=q.shape[-1] ** -0.5,
+        factor=1.0,
+        visible=visible,
+        bias=bias,
+        mask="causal" if causal else " and ".join(dict.fromkeys(kinds)) or "none",
+        backend=PROJECTED,
+    )
+
+
+def _flex_at(node: fx.Node) -> tuple[Site, list[fx.Node]] | None:
+    """FlexAttention, whose functions of positions are graphs of their own here."""
+    if _name(node) != "flex_attention":
+        return None
+    args: tuple[Any, ...] = node.args
+    query, key, _, score, block_mask, scale, _, *more = args
+    counts, indices, full_counts, full_indices = block_mask[2:6]
+    *_, size_q, size_k, mask = block_mask
+    taken: Any = (query, key, scale, *more, (counts, full_counts), (indices, full_indices))
+    inputs: list[fx.Node] = []
+    fx.map_arg(taken, lambda each: inputs.append(each) if each not in inputs else None)
+    factor = _constant_factor(query) * _constant_factor(key)
+    graphs = node.graph.owning_module
+    score_graph, mask_graph = (getattr(graphs, each.target) for each in (score, mask))
+
+    def see(found: list[Tensor]) -> Seen:
+        values = {
+            each: x.item() if is_number(each) else x for each, x in zip(inputs, found, strict=True)
+        }
+        given: Any = fx.map_arg(taken, values.__getitem__)
+        q, k, scale, score_more, mask_more, counts, indices = given
+        size = (int(size_q), int(size_k))
+        blocks = Blocks(counts=counts, indices=indices, size=size, n_keys=k.shape[-2])
+        changes, masks = not _returns_first(score_graph.graph), size_k < EVERYTHING
+        return flex_call(
+            q,
+            k,
+            scale,
+            (lambda *at: score_graph(*at, *score_more)) if changes else None,
+            (lambda *at: mask_graph(*at, *mask_more)) if masks else None,
+            blocks=blocks.of_rows if masks else None,
+            factor=factor,
+            backend=FLEX,
+        )
+
+    return Site(module=_module_of(node), backend=FLEX, see=see), inputs
+
+
+def _softmax_at(node: fx.Node) -> tuple[Site, list[fx.Node]] | None:
+    if _name(node) != "softmax":
+        return None
+    z = node.args[0] if node.args else node.kwargs.get("input")
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    if not isinstance(z, fx.Node):
+        return None
+    n_axes = z.meta["example_value"].dim()
+    if n_axes < 3 or dim not in (-1, n_axes - 1):
+        return None
+    product = _product_behind(z)
+    module = _module_of(node)
+    if product is None:
+        return None if n_axes < 4 else (_unseen(module), [z])
+    order = {each: place for place, each in enumerate(node.graph.nodes)}
+    cone = sorted(_between(product, z), key=order.__getitem__)
+    operands = [each for each in product.all_input_nodes if each not in cone]
+    inputs = list(dict.fromkeys(operands + [x for each in cone for x in each.all_input_nodes if x not in cone]))  # fmt: skip
+    factor = 1.0
+    for each in operands[-2:]:  # baddbmm has what it adds first
+        factor *= _constant_factor(each)
+
+    def see(found: list[Tensor]) -> Seen:
+        z_value, products = _replay(cone, dict(zip(inputs, found, strict=True)), product, z)
+        seen = products.behind(z_value)
+        if seen is None:
+            raise NotMeasuredError("the product before the softmax is not one of queries and keys")
+        return replace(
+            seen_by_hand(z_value, seen, n_heads_of(module()), factor=factor), backend=BY_HAND
+        )
+
+    return Site(module=module, backend=BY_HAND, see=see), inputs
+
+
+def _unseen(module: Callable[[], nn.Module | None]) -> Site:
+    def see(_found: list[Tensor]) -> Seen:
+        raise NotMeasuredError(
+            "softmax over 4 axes whose q and k were not seen: no product of activations before it"
+        )
+
+    return Site(module=module, backend=BY_HAND, see=see)
+
+
+def _replay(
+    cone: list[fx.Node], values: dict[fx.Node, Any], product: fx.Node, z: fx.Node
+) -> tuple[Tensor, Products]:
+    """Compute the logits again from what goes into them."""
+    products = Products()
+    for node in cone:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+        if node is product:
+            if _name(node) == "einsum":
+                products.remember_einsum(args[0], tuple(args[1:]))
+            else:
+                products.remember(*args[-2:])
+        if node.op == "call_method":
+            values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        else:
+            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    return values[z], products
+
+
+def _product_behind(z: fx.Node) -> fx.Node | None:
+    """The nearest product of two activations on the way back from z."""
+    level = [z]
+    for _ in range(DEPTH):
+        for node in level:
+            if _name(node) in PRODUCTS and len(_with_axes(node.all_input_nodes, 3)) >= 2:
+                return node
+        level = list(dict.fromkeys(x for node in level for x in node.all_input_nodes))
+    return None
+
+
+def _between(product: fx.Node, z: fx.Node) -> set[fx.Node]:
+    """What must be computed again: all that z depends on, down to the product's operands and the graph's inputs.
+
+    What would be more than MOST_REPLAYED nodes, or change something in place that we did not compute, is an input instead.
+    """
+    chain = _path(product, z)
+    cone = set(chain)
+    ahead = [x for node in chain if node is not product for x in node.all_input_nodes]
+    while ahead and len(cone) < MOST_REPLAYED:
+        node = ahead.pop(0)
+        if node in cone or node.op not in ("call_function", "call_method"):
+            continue
+        if _name(node).endswith("_") or _name(node) in PRODUCTS:
+            continue
+        cone.add(node)
+        ahead += node.all_input_nodes
+    return cone
+
+
+def _path(product: fx.Node, z: fx.Node) -> list[fx.Node]:
+    """Nodes from the product to z."""
+    reaches = {product: True}
+
+    def from_product(node: fx.Node, depth: int) -> bool:
+        if node not in reaches:
+            reaches[node] = False
+            below = [from_product(x, depth - 1) for x in node.all_input_nodes if depth > 0]
+            reaches[node] = any(below)
+        return reaches[node]
+
+    from_product(z, DEPTH)
+    return [node for node, reached in reaches.items() if reached]
+
+
+def _constant_factor(node: object) -> float:
+    """What a tensor was last multiplied by, through views."""
+    factor = 1.0
+    for _ in range(DEPTH):
+        if not isinstance(node, fx.Node) or not node.args:
+            break
+        name, first = _name(node), node.args[0]
+        other = node.args[1] if len(node.args) > 1 else None
+        if name in ("mul", "imul", "mul_") and isinstance(other, int | float):
+            factor *= other
+        elif name in ("truediv", "itruediv", "div", "div_") and isinstance(other, int | float):
+            factor /= other
+        elif name not in VIEWS:
+            break
+        node = first
+    return factor
+
+
+def _module_of(node: fx.Node) -> Callable[[], nn.Module | None]:
+    """The innermost module whose forward the node is in, that is no bare softmax."""
+    for key, (source, kind) in reversed((node.meta.get("nn_module_stack") or {}).items()):
+        if not issubclass(kind, nn.Softmax):
+            number = str(key).partition("@")[0]
+            traced = module_with_id(int(number)) if number.isdecimal() else None
+            at_first = (lambda: None) if traced is None else weakref.ref(traced)
+            return partial(_module_at, source, kind, at_first)
+    return _caller
+
+
+def _module_at(
+    source: str, kind: type[nn.Module], at_first: Callable[[], nn.Module | None]
+) -> nn.Module | None:
+    """The module that is called now, from where Dynamo found it: L['self'].blocks.0, in the frame that it compiled.
+
+    That frame is the nearest one where the path leads to a module of the same class. `at_first` stands for what it was when
+    the graph was made, where no frame has it.
+    """
+    root = _ROOT.match(source)
+    frame: FrameType | None = sys._getframe() if root else None
+    while root and frame is not None:
+        scope, name = root.groups()
+        code, names = frame.f_code, frame.f_globals
+        if scope == "L":  # of other frames no locals are touched
+            is_here = name in (*code.co_varnames, *code.co_cellvars, *code.co_freevars)
+            names = frame.f_locals if is_here else {}
+        found = _follow(names.get(name), source[root.end() :])
+        if type(found) is kind:
+            return found
+        frame = frame.f_back
+    return at_first()
+
+
+def _follow(found: Any, path: str) -> Any:
+    """What a path of attributes, keys and indices leads to, without running code of the script; None where it does not."""
+    while path and found is not None:
+        step = _STEP.match(path)
+        if step is None:
+            return None
+        name, key, index = step.groups()
+        if name is not None:
+            own = getattr(found, "__dict__", {})
+            parts = own.get("_modules") if isinstance(found, nn.Module) else None
+            found = (parts or {}).get(name, own.get(name))
+        elif key is not None:
+            found = found.get(key) if type(found) is dict else None
+        else:
+            is_there = type(found) in (list, tuple) and int(index) < len(found)
+            found = found[int(index)] if is_there else None
+        path = path[step.end() :]
+    return found
+
+
+def _caller() -> nn.Module | None:
+    """The module that calls the compiled function, or is it."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_argcount:
+            first: Any = frame.f_locals.get(frame.f_code.co_varnames[0])
+            if isinstance(first, nn.Module) and not isinstance(first, fx.GraphModule):
+                return getattr(first, "_orig_mod", first)
+        frame = frame.f_back
+    return None
+
+
+def _returns_first(graph: fx.Graph) -> bool:
+    """Whether a graph gives back its first input."""
+    nodes = list(graph.nodes)
+    return bool(nodes[-1].args[0] is nodes[0])
+
+
+def is_number(node: fx.Node) -> bool:
+    """Whether it is a size or the like, which a graph of dynamic shapes takes as an input."""
+    value = node.meta.get("example_value")
+    return isinstance(value, int | float | torch.SymInt | torch.SymFloat)
+
+
+def _with_axes(nodes: list[fx.Node], n: int) -> list[fx.Node]:
+    values = [node.meta.get("example_value") for node in nodes]
+    return [
+        node
+        for node, value in zip(nodes, values, strict=True)
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and value.dim() >= n
+    ]
+
+
+def _name(node: fx.Node) -> str:
+    if node.op == "call_method":
+        return str(node.target).strip("_") if node.target == "__matmul__" else str(node.target)
+    return str(getattr(node.target, "__name__", "")) if node.op == "call_function" else ""
