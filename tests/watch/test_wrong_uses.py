@@ -20,6 +20,13 @@ def said(folder, monkeypatch, *words):
         (["bad.py"], "error: bad.py:2: this is not Python: '(' was never closed. Give the script that trains."),
         (["zero.bin"], "error: zero.bin: this is not Python: source code string cannot contain null bytes. Give the script that trains."),
         (["-m", "no_such_module"], "error: -m no_such_module: no such module, or it has no main program in Python. Is it installed, or below this folder?"),
+        (["folder"], "error: folder: there is no such script. Give the path of a Python file, or a module with -m."),
+        (["-", "ok.py"], "error: -: there is no such script. Give the path of a Python file, or a module with -m."),
+        (["latin.py"], "error: latin.py:1: this is not Python: (unicode error) 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte. Give the script that trains."),
+        (["-m", "folder/ok.py"], "error: -m folder/ok.py: no such module: No module named 'folder/ok'. Is it installed, or below this folder?"),
+        (["-m", "folder"], "error: -m folder: no such module, or it has no main program in Python. Is it installed, or below this folder?"),
+        (["--out", "ok.py", "ok.py"], "error: ok.py/ok-001: the run directory cannot be made: ok.py is a file. Put that right, or choose another place with --out."),
+        (["--stop-on", "max_logits>4", "ok.py"], "error: --stop-on max_logits>4: there is no column max_logits. Columns: "),
         (["--rows", "0", "ok.py"], "error: --rows is '0', but must be a whole number, at least 1, or \"all\"."),
         (["--rows", "some", "ok.py"], "error: --rows is 'some', but must be a whole number, at least 1, or \"all\"."),
         (["--name", "a/b", "ok.py"], "error: --name is 'a/b', but must be the name of a folder. Use --out for where it stands."),
@@ -29,10 +36,32 @@ def said(folder, monkeypatch, *words):
 def test_one_line_and_no_run_directory(tmp_path, monkeypatch, words, message):
     (tmp_path / "bad.py").write_text("x = 1\nprint((x)\n")
     (tmp_path / "zero.bin").write_bytes(b"x = 1\0")
+    (tmp_path / "latin.py").write_bytes(b'x = "\xff"\n')
+    (tmp_path / "folder").mkdir()
     (tmp_path / "ok.py").write_text("raise RuntimeError('must not run')\n")
     code, text = said(tmp_path, monkeypatch, *words)
     assert code == 1
-    assert text.splitlines()[-1] == message
+    assert text == message or (message.endswith(": ") and text.startswith(message))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "Error: Missing argument 'SCRIPT [ARGS]...'."),
+        (["-m"], "Error: Missing argument 'SCRIPT [ARGS]...'."),
+        (["--evry", "3", "ok.py"], "Error: No such option: --evry"),
+        (["--every", "0", "ok.py"], "Error: Invalid value for '--every': "),
+        (["--every", "often", "ok.py"], "Error: Invalid value for '--every': "),
+        (["--snapshot", "-1", "ok.py"], "Error: Invalid value for '--snapshot': "),
+        (["--log-to", "csv", "ok.py"], "Error: Invalid value for '--log-to': "),
+    ],
+)
+def test_a_command_line_that_is_wrong_is_not_run(tmp_path, monkeypatch, words, message):
+    (tmp_path / "ok.py").write_text("raise RuntimeError('must not run')\n")
+    code, text = said(tmp_path, monkeypatch, *words)
+    assert code == 2
+    assert text.splitlines()[-1].startswith(message)
     assert not (tmp_path / "runs").exists()
 
 
