@@ -46,6 +46,8 @@ class Snapshots:
         if found is None:
             return
         model, args, kwargs = found
+        if not (model.training or torch.is_grad_enabled()):
+            return  # evaluation
         if model._compiled_call_impl is None:
             self._hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         elif self._steps and self._steps[-1].step == self._step_now():

@@ -223,7 +223,7 @@ class Watcher:
     # -- from here on, what the script does --
 
     def _on_forward(self, _module: nn.Module | None) -> None:
-        """Something is computed in training: the step before is over, if there was one."""
+        """Something is computed: the step before is over, if there was one."""
         if self._stepped:
             self._end_step()
         if self._snapshots is not None:
@@ -253,7 +253,8 @@ class Watcher:
         see: Callable[[], Seen],
     ) -> None:
         wanted = self._now.measured or self._stepped or self._snapshots is not None
-        if self._is_on and wanted and not in_backward():
+        is_seen = self._seeing.is_looking()  # a function that is replaced may be compiled itself
+        if self._is_on and wanted and not is_seen and not in_backward():
             with self._seeing.undisturbed(), torch.no_grad():
                 self._capture.hand_on(module, backend, tensors, see)
 
@@ -274,19 +275,8 @@ class Watcher:
         if self._probes is None:
             from attnscope.watch.compiled import Probes
 
-            def on_call(
-                module: nn.Module | None,
-                backend: str,
-                tensors: list[Tensor],
-                see: Callable[[], Seen],
-            ) -> None:
-                if (
-                    not self._seeing.is_looking()
-                ):  # a function that is replaced may be compiled itself
-                    self._on_compiled(module, backend, tensors, see)
-
             self._probes = Probes(
-                on_call, lambda reason: self._on_unmeasured(None, "compiled", [], reason)
+                self._on_compiled, lambda reason: self._on_unmeasured(None, "compiled", [], reason)
             )
 
     @_guarded

@@ -197,6 +197,9 @@ def test_a_snapshot_shows_the_break_again(tmp_path):
     generator = torch.Generator().manual_seed(5)
     losses = []
     with watch_model(model, path=tmp_path / "run", snapshot=2) as watcher:
+        with torch.no_grad():
+            model.eval()(X)  # is no batch
+        model.train().number = 0
         for _ in range(BREAKS_AT + 4):
             optimizer.zero_grad()
             for _ in range(2):  # micro-batches
