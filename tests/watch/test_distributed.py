@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -106,10 +107,9 @@ def test_a_rank_that_waits_for_ever_leaves_the_records_of_all_until_the_last_sec
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", *words],
         cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
-    for line in process.stdout:
-        if line.startswith("hangs at ") and line.endswith(" .\n"):
-            break
-    hung = int(line.split()[2])
+    # The other rank writes into the same line, piece by piece.
+    said = (re.search(r"hangs at (\d+) \.", line) for line in process.stdout)
+    hung = int(next(match[1] for match in said if match))
     time.sleep(1)
     kill_all(str(tmp_path))
     process.communicate(timeout=60)
