@@ -111,9 +111,10 @@ class Shelf:
     @property
     def nbytes(self) -> int:
         """Of the queries and keys that wait."""
-        return sum(rows.call.q.nbytes + rows.call.k.nbytes for rows in self._rows[:1]) * len(
-            self._rows
-        )
+        if not self._rows:
+            return 0
+        call = self._rows[0].call
+        return len(self._rows) * (call.q.nbytes + call.k.nbytes)
 
     def put(self, call: Call, sample: Rows) -> None:
         """Copy the sampled rows of one more call.

@@ -119,9 +119,7 @@ class Means:
     """Loss of a step from those of its micro-batches, which scripts divide by how many there are, or do not."""
 
     def __init__(self) -> None:
-        self._divided_by = (
-            0  # micro-batches of the last step whose losses were divided by their number
-        )
+        self._divided_by = 0  # micro-batches of the last step that had all it divides by
 
     def of(self, losses: Sequence[tuple[float, float | None]]) -> float:
         """The mean over micro-batches, from each one's loss and the number it was last multiplied by."""
