@@ -18,11 +18,13 @@ class Batch:
     Attributes:
         tokens_BT: int64 ids.
         targets_BT: int64 ids; IGNORE where nothing is scored.
+        scores_all: no target is IGNORE.
         visible_BS: False on padding; None where there is none.
     """
 
     tokens_BT: Tensor
     targets_BT: Tensor
+    scores_all: bool
     visible_BS: Tensor | None
 
 

@@ -66,5 +66,6 @@ class Masked:
         return Batch(
             tokens_BT=tokens_BT.where(real_BT, self._base + 1),
             targets_BT=original_BT.where(chosen_BT, IGNORE),
+            scores_all=False,
             visible_BS=real_BT,
         )

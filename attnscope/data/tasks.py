@@ -74,6 +74,7 @@ class Markov:
         return Batch(
             tokens_BT=sequence_BT[:, :-1].contiguous(),
             targets_BT=sequence_BT[:, 1:].contiguous(),
+            scores_all=True,
             visible_BS=None,
         )
 
@@ -168,6 +169,7 @@ class Recall:
             targets_BT=torch.nn.functional.pad(
                 next_BT.where(scored_T, IGNORE), (0, missing), value=IGNORE
             ),
+            scores_all=False,
             visible_BS=None,
         )
 
@@ -236,6 +238,7 @@ class Modular:
             targets_BT=torch.nn.functional.pad(
                 next_BT.where(scored_T, IGNORE), (0, missing), value=IGNORE
             ),
+            scores_all=False,
             visible_BS=None,
         )
 

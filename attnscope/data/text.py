@@ -86,6 +86,7 @@ class Text:
         return Batch(
             tokens_BT=window_BT[:, :-1].contiguous(),
             targets_BT=window_BT[:, 1:].contiguous(),
+            scores_all=True,
             visible_BS=None,
         )
 

@@ -20,17 +20,21 @@ def activation_rms(norm_MN: Tensor, *, d_model: int) -> Tensor:
     return torch.linalg.vector_norm(norm_MN, dim=-1) / size**0.5
 
 
-def token_total(x_MND: Tensor, norm_MN: Tensor, *, n_batch: int) -> Tensor:
-    """Sum of the unit states of the tokens of each of the first SEQUENCES sequences, (M, B, D) float32, for `token_cosine`."""
-    n_members, n_tokens, _ = x_MND.shape
-    seq_len, n_used = n_tokens // n_batch, min(n_batch, SEQUENCES)
-    x_PTD, norm_PT1 = (
-        x[:, : n_used * seq_len].reshape(n_members * n_used, seq_len, -1).float()
-        for x in (x_MND, norm_MN)
-    )
+def token_total(x_MND: Tensor, norm_MN: Tensor, *, seq_len: int) -> Tensor:
+    """Sum of the unit states of the tokens of each sequence, for `token_cosine`.
+
+    Args:
+        x_MND: residual streams, (..., N, D).
+        norm_MN: their `token_norms`, (..., N).
+        seq_len: T.
+
+    Returns:
+        (..., B, D), float32.
+    """
     # 1/‖x_t‖ as a row vector times x: the unit states are never written down.
-    total_P1D = torch.bmm(norm_PT1.clamp(min=1e-12).reciprocal_().mT, x_PTD)
-    return total_P1D.view(n_members, n_used, -1)
+    share_P1T = norm_MN.clamp(min=1e-12).reciprocal_().reshape(-1, 1, seq_len)
+    total_P1D = torch.bmm(share_P1T, x_MND.float().reshape(-1, seq_len, x_MND.shape[-1]))
+    return total_P1D.view(*norm_MN.shape[:-1], -1, x_MND.shape[-1])
 
 
 def token_cosine(total_MBD: Tensor, *, seq_len: int) -> Tensor:

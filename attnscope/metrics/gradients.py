@@ -6,10 +6,10 @@ one layer, or the embedding or head, which belong to no layer (layer -1).
 Shape key: M member, L layer, G group, ... the axes of one parameter.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -112,7 +112,7 @@ class Sheet:
 
         Only the CPU may look at its norms: it has nobody to wait for. A finite norm has finite terms.
         """
-        if self._host_norms is not None and np.isfinite(self._host_norms).all():
+        if self._host_norms is not None and math.isfinite(sum(self._host_norms.tolist())):
             return {}
         return {  # 0 x is 0 for a number and NaN for NaN and Inf
             name: (x * 0.0).nan_to_num_(nan=1.0).sum(dim=self._axes[name])

@@ -26,31 +26,32 @@ class TokenLosses:
 
 
 def token_losses(
-    output_logits_MNV: Tensor, targets_N: Tensor, *, ignore: int, regularizes: bool = True
+    output_logits_MNV: Tensor, targets_N: Tensor, *, ignore: int | None, regularizes: bool = True
 ) -> TokenLosses:
     """Cross-entropy of every member on the same targets.
 
     Args:
         output_logits_MNV: any floating dtype.
         targets_N: token ids; positions equal to `ignore` are not scored.
-        ignore: see there.
+        ignore: see there; None = every position is scored, and need not be looked at.
         regularizes: whether anybody needs gradients of log_z.
     """
     output_logits_MNV = output_logits_MNV.float()
-    n_members = len(output_logits_MNV)
-    scored_N = targets_N != ignore
-    n_scored = scored_N.sum()
+    targets_MN = targets_N.expand(len(output_logits_MNV), -1)
     loss_MN = F.cross_entropy(
         output_logits_MNV.flatten(0, 1),
-        targets_N.expand(n_members, -1).flatten(),
-        ignore_index=ignore,
+        targets_MN.flatten(),
+        ignore_index=-1 if ignore is None else ignore,
         reduction="none",
-    ).unflatten(0, (n_members, -1))
+    ).view(targets_MN.shape)
+    scored_N = None if ignore is None else targets_N != ignore
+    n_scored = len(targets_N) if scored_N is None else scored_N.sum()
     with torch.set_grad_enabled(regularizes and torch.is_grad_enabled()):
         # loss = log_z - target logit, so log_z needs no second pass over the vocabulary.
-        index_MN1 = targets_N.where(scored_N, 0).expand(n_members, -1)[..., None]
-        target_logit_MN = output_logits_MNV.gather(-1, index_MN1).squeeze(-1)
-        log_z_MN = (loss_MN + target_logit_MN).where(scored_N, 0)
+        index_MN = targets_MN if scored_N is None else targets_MN.where(scored_N, 0)
+        log_z_MN = loss_MN + output_logits_MNV.gather(-1, index_MN[..., None]).squeeze(-1)
+        if scored_N is not None:
+            log_z_MN = log_z_MN.where(scored_N, 0)
         log_z_M = log_z_MN.sum(dim=-1) / n_scored
         log_z_square_M = log_z_MN.square().sum(dim=-1) / n_scored if regularizes else None
     return TokenLosses(

@@ -8,6 +8,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,7 +95,12 @@ def rows_of(call: Call, sample: Rows) -> AttentionRows:
     """Cut the sampled rows out of a call, to be measured later."""
     # Views would keep all of q and k.
     q = _pick(call.q, sample).contiguous()
-    return _cut(call, sample, q=q, k=_pick(call.k, sample, positions=False).contiguous())
+    k = _pick(call.k, sample, positions=False).contiguous()
+    return AttentionRows(
+        call=_cut(call, sample, q=q, k=k),
+        q_norm=largest_norm(call.q),
+        k_norm=largest_norm(call.k),
+    )
 
 
 class Shelf:
@@ -105,16 +111,14 @@ class Shelf:
     """
 
     def __init__(self) -> None:
-        self._pieces: list[tuple[Tensor, Tensor]] = []
-        self._rows: list[AttentionRows] = []
+        self._pieces: list[_Piece] = []
+        self._places: list[_Piece] = []  # one per call that the pieces have room for
+        self._calls: list[Call] = []
 
     @property
     def nbytes(self) -> int:
-        """Of the queries and keys that wait."""
-        if not self._rows:
-            return 0
-        call = self._rows[0].call
-        return len(self._rows) * (call.q.nbytes + call.k.nbytes)
+        """Of the queries, keys and norms that wait."""
+        return len(self._calls) * sum(x.nbytes for x in self._places[0]) if self._calls else 0
 
     def put(self, call: Call, sample: Rows) -> None:
         """Copy the sampled rows of one more call.
@@ -125,57 +129,58 @@ class Shelf:
             sample: as many rows as of the calls before.
         """
         q, k = _pick(call.q, sample), _pick(call.k, sample, positions=False)
-        if not self._rows:
+        if not self._calls:
             self._at_once = max(1, LOGITS_AT_ONCE // (q[..., 0].numel() * k.shape[-2]))
-            if self._pieces and (self._pieces[0][0].shape[1:], self._pieces[0][1].shape[1:]) != (
-                q.shape,
-                k.shape,
-            ):
+            if self._places and [x.shape for x in self._places[0][:2]] != [q.shape, k.shape]:
                 self._pieces.clear()
-        number, place = divmod(len(self._rows), self._at_once)
-        if number == len(self._pieces):
-            self._pieces.append(
-                (q.new_empty(self._at_once, *q.shape), k.new_empty(self._at_once, *k.shape))
-            )
-        at_q, at_k = (x[place] for x in self._pieces[number])
-        self._rows.append(_cut(call, sample, q=at_q.copy_(q), k=at_k.copy_(k)))
+                self._places.clear()
+        if len(self._calls) == len(self._places):
+            norms = (x.new_empty(x.shape[:-1], dtype=wide(x.dtype)) for x in (call.q, call.k))
+            piece = _Piece(*(x.new_empty(self._at_once, *x.shape) for x in (q, k, *norms)))
+            self._pieces.append(piece)
+            self._places += map(_Piece._make, zip(*(x.unbind() for x in piece), strict=True))
+        at = self._places[len(self._calls)]
+        for x, norm in ((call.q, at.q_norm), (call.k, at.k_norm)):
+            torch.linalg.vector_norm(x, dim=-1, dtype=norm.dtype, out=norm)
+        self._calls.append(_cut(call, sample, q=at.q.copy_(q), k=at.k.copy_(k)))
 
     def pieces(self, n_calls: int) -> Iterator[AttentionRows]:
         """Rows of the first `n_calls` calls, a piece at a time, calls along a new first axis N."""
-        for number, (q, k) in enumerate(self._pieces):
-            rows = self._rows[number * self._at_once : n_calls][: self._at_once]
-            if rows:
-                yield _stack(rows, q=q[: len(rows)], k=k[: len(rows)])
+        for number, piece in enumerate(self._pieces):
+            calls = self._calls[number * self._at_once : n_calls][: self._at_once]
+            if calls:
+                q, k, *norms = (x[: len(calls)] for x in piece)
+                q_norm, k_norm = (norm.amax(dim=(-3, -1)) for norm in norms)
+                yield AttentionRows(call=_stack(calls, q=q, k=k), q_norm=q_norm, k_norm=k_norm)
 
     def clear(self) -> None:
         """Forget the rows, not their memory."""
-        self._rows.clear()
+        self._calls.clear()
 
 
-def _cut(call: Call, sample: Rows, *, q: Tensor, k: Tensor) -> AttentionRows:
-    """Rows of a call whose q and k are already cut."""
-    return AttentionRows(
-        call=Call(
-            q=q,
-            k=k,
-            attn_scale=_kept(_pick(call.attn_scale, sample)),
-            visible=None if call.visible is None else _pick(call.visible, sample),
-            bias=None if call.bias is None else _pick(call.bias, sample),
-            softcap=call.softcap,
-        ),
-        q_norm=largest_norm(call.q),
-        k_norm=largest_norm(call.k),
+class _Piece(NamedTuple):
+    """Sampled queries and keys, norms of all queries and keys: of one call, or of many along a first axis N."""
+
+    q: Tensor
+    k: Tensor
+    q_norm: Tensor
+    k_norm: Tensor
+
+
+def _cut(call: Call, sample: Rows, *, q: Tensor, k: Tensor) -> Call:
+    """The sampled rows of a call whose q and k are already cut."""
+    return Call(
+        q=q,
+        k=k,
+        attn_scale=_pick(call.attn_scale, sample),
+        visible=None if call.visible is None else _pick(call.visible, sample),
+        bias=None if call.bias is None else _pick(call.bias, sample),
+        softcap=call.softcap,
     )
 
 
-def _kept(attn_scale: Tensor) -> Tensor:
-    """A scale that is learned moves on before it is looked at."""
-    return attn_scale.clone() if attn_scale.requires_grad else attn_scale
-
-
-def _stack(rows: Sequence[AttentionRows], *, q: Tensor, k: Tensor) -> AttentionRows:
+def _stack(calls: Sequence[Call], *, q: Tensor, k: Tensor) -> Call:
     """One call out of many whose q and k already stand side by side."""
-    calls = [each.call for each in rows]
     masks = [call.visible for call in calls if call.visible is not None]
     visible = None
     if masks:
@@ -185,17 +190,13 @@ def _stack(rows: Sequence[AttentionRows], *, q: Tensor, k: Tensor) -> AttentionR
             [(everything if call.visible is None else call.visible).expand(shape) for call in calls]
         )
     biases = [call.bias[None, None] for call in calls if call.bias is not None]
-    return AttentionRows(
-        call=Call(
-            q=q,
-            k=k,
-            attn_scale=torch.stack([call.attn_scale for call in calls]),
-            visible=visible,
-            bias=torch.stack(biases) if biases else None,
-            softcap=calls[0].softcap,
-        ),
-        q_norm=torch.stack([each.q_norm for each in rows]),
-        k_norm=torch.stack([each.k_norm for each in rows]),
+    return Call(
+        q=q,
+        k=k,
+        attn_scale=torch.stack([call.attn_scale for call in calls]),
+        visible=visible,
+        bias=torch.stack(biases) if biases else None,
+        softcap=calls[0].softcap,
     )
 
 

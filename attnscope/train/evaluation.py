@@ -4,6 +4,7 @@ Shape key: M member, B batch, T position, N = B x T tokens, V vocab.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -99,7 +100,8 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     """The same batch on another device, without waiting for the copy."""
     if device.type == "cpu":
         return batch
-    return Batch(
+    return replace(
+        batch,
         tokens_BT=batch.tokens_BT.to(device, non_blocking=True),
         targets_BT=batch.targets_BT.to(device, non_blocking=True),
         visible_BS=(

@@ -181,7 +181,7 @@ def run_step(
     losses = token_losses(
         output_logits_MNV,
         batch.targets_BT.flatten(),
-        ignore=IGNORE,
+        ignore=None if batch.scores_all else IGNORE,
         regularizes=setup.regularizes,
     )
     if observer is not None:
@@ -298,13 +298,18 @@ def attention_call(inputs: AttentionInputs, real_BS: Tensor | None) -> Call:
         real_B1T1 = real_BS[:, None, :, None]
         visible = real_B1T1 if visible is None else visible & real_B1T1
     return Call(
-        q=inputs.q_MBHTK,
-        k=inputs.k_MBHSK,
-        attn_scale=inputs.attn_scale,
+        q=inputs.q_MBHTK.detach(),
+        k=inputs.k_MBHSK.detach(),
+        attn_scale=_kept(inputs.attn_scale),
         visible=visible,
         bias=inputs.bias_HTS,
         softcap=inputs.softcap,
     )
+
+
+def _kept(attn_scale: Tensor) -> Tensor:
+    """A scale that is learned moves on before it is looked at."""
+    return attn_scale.detach().clone() if attn_scale.requires_grad else attn_scale
 
 
 def loss_scaling_state(n_members: int, device: torch.device) -> State:

@@ -34,7 +34,9 @@ def tiny(**changes):
 def batch_of(step):
     generator = torch.Generator().manual_seed(100 + step)
     tokens = torch.randint(VOCAB, (3, 7), generator=generator)
-    return Batch(tokens_BT=tokens[:, :-1], targets_BT=tokens[:, 1:], visible_BS=None)
+    return Batch(
+        tokens_BT=tokens[:, :-1], targets_BT=tokens[:, 1:], scores_all=True, visible_BS=None
+    )
 
 
 class Training:
