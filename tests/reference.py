@@ -164,12 +164,13 @@ def transformer(parameters, config, tokens_BT, *, scale_L, real_BS=None):
             x[:, 0::2] += angles.sin()
             x[:, 1::2] += angles.cos()
         for layer in range(model.n_layers):
-            weights = {name: value[layer] for name, value in parameters.items() if value.dim() == 3}
+            weights = {name: parameters[name][layer] for name in ("qkv", "o", "mlp_in", "mlp_out")}
+            w_q, w_k, w_v = weights["qkv"].unbind(1)
             y = normed(x, parameters["norm_attention"][layer]) if model.norm == "pre" else x
             heads = []
             for h in range(model.n_heads):
                 here = slice(h * k, (h + 1) * k)
-                q_h, k_h = y @ weights["q"][:, here], y @ weights["k"][:, here]
+                q_h, k_h = y @ w_q[:, here], y @ w_k[:, here]
                 if config.attention.qk_norm:
                     q_h = rms_normed(q_h, parameters["norm_q"][layer])
                     k_h = rms_normed(k_h, parameters["norm_k"][layer])
@@ -193,7 +194,7 @@ def transformer(parameters, config, tokens_BT, *, scale_L, real_BS=None):
                         if hidden:
                             z[t, s] = -math.inf
                 p = z.exp() / z.exp().sum(dim=-1, keepdim=True)
-                heads.append(p @ (y @ weights["v"][:, here]))
+                heads.append(p @ (y @ w_v[:, here]))
             x = x + torch.cat(heads, dim=-1) @ weights["o"]
             if model.norm == "post":
                 x = normed(x, parameters["norm_attention"][layer])

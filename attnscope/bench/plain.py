@@ -80,8 +80,7 @@ class PlainLoop:
         model.head.weight.copy_(weights["head"].T)
         for layer, block in enumerate(model.blocks):
             assert isinstance(block, PlainBlock)
-            fused = torch.cat([weights[name][layer] for name in ("q", "k", "v")], dim=-1)
-            block.qkv.weight.copy_(fused.T)
+            block.qkv.weight.copy_(weights["qkv"][layer].flatten(-2).T)
             block.out.weight.copy_(weights["o"][layer].T)
             block.mlp_in.weight.copy_(weights["mlp_in"][layer].T)
             block.mlp_out.weight.copy_(weights["mlp_out"][layer].T)

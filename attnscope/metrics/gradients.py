@@ -39,31 +39,43 @@ class Grouping:
     """Which group each parameter belongs to.
 
     Attributes:
-        group_of: parameter name to group name, for every parameter, in the order of the tensors.
+        groups_of: parameter name to group name, for every parameter, in the order of the tensors; to several where as
+            many matrices stand side by side along the axis before the last.
         layered: parameters shaped (M, L, ...); the others are (M, ...).
         rows: (layer, group name) of every group, in the order of the axis G.
     """
 
-    group_of: Mapping[str, str]
+    groups_of: Mapping[str, tuple[str, ...]]
     layered: frozenset[str]
     rows: tuple[tuple[int, str], ...]
 
+    def kept(self, name: str, n_axes: int) -> tuple[int, ...]:
+        """Axes of a parameter that tell its groups apart; over the others it is reduced."""
+        several = (n_axes - 2,) if len(self.groups_of[name]) > 1 else ()
+        return ((0, 1) if name in self.layered else (0,)) + several
+
+    def reduced(self, name: str, n_axes: int) -> tuple[int, ...]:
+        """The other axes."""
+        return tuple(sorted(set(range(n_axes)) - set(self.kept(name, n_axes))))
+
 
 def group_parameters(
-    group_of: Mapping[str, str], *, layered: frozenset[str], n_layers: int
+    groups_of: Mapping[str, tuple[str, ...]], *, layered: frozenset[str], n_layers: int
 ) -> Grouping:
     """Lay out the axis G: the groups without a layer first, then every layer of each kind."""
-    alone = dict.fromkeys(group for name, group in group_of.items() if name not in layered)
-    kinds = dict.fromkeys(group for name, group in group_of.items() if name in layered)
+    alone: dict[str, None] = {}
+    kinds: dict[str, None] = {}
+    for name, groups in groups_of.items():
+        (kinds if name in layered else alone).update(dict.fromkeys(groups))
     rows = [(-1, group) for group in alone]
     rows += [(layer, kind) for kind in kinds for layer in range(n_layers)]
-    return Grouping(group_of=group_of, layered=layered, rows=tuple(rows))
+    return Grouping(groups_of=groups_of, layered=layered, rows=tuple(rows))
 
 
 def group_norms(tensors: Mapping[str, Tensor], grouping: Grouping) -> Tensor:
     """L2 norm of every group, (M, G)."""
     norms = {
-        name: torch.linalg.vector_norm(_flat(name, x, grouping), dim=-1)
+        name: torch.linalg.vector_norm(x, dim=grouping.reduced(name, x.dim()))
         for name, x in tensors.items()
     }
     return _join(norms, grouping, torch.hypot)
@@ -84,11 +96,10 @@ class Sheet:
     def __init__(self, parameters: Mapping[str, Tensor], grouping: Grouping) -> None:
         """Lay out X for tensors shaped like `parameters`."""
         self._shapes = {
-            name: x.shape[: 2 if name in grouping.layered else 1] for name, x in parameters.items()
+            name: torch.Size(x.shape[axis] for axis in grouping.kept(name, x.dim()))
+            for name, x in parameters.items()
         }
-        self._axes = {
-            name: tuple(range(len(self._shapes[name]), x.dim())) for name, x in parameters.items()
-        }
+        self._axes = {name: grouping.reduced(name, x.dim()) for name, x in parameters.items()}
         sizes = [shape.numel() for shape in self._shapes.values()]
         device = next(iter(parameters.values())).device
         self.values = torch.empty(len(REDUCTIONS), sum(sizes), device=device)
@@ -108,7 +119,7 @@ class Sheet:
         torch.linalg.vector_norm(weight, dim=axes, out=weight_norm)
 
     def count_nonfinite(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """NaN and Inf in each gradient, (M, L) or (M,); empty where the norms say that there are none.
+        """NaN and Inf in each gradient, shaped as in `read`; empty where the norms say that there are none.
 
         Only the CPU may look at its norms: it has nobody to wait for. A finite norm has finite terms.
         """
@@ -120,7 +131,7 @@ class Sheet:
         }
 
     def read(self, values: Tensor) -> dict[str, dict[str, Tensor]]:
-        """Parameter to REDUCTIONS, each (..., M, L) or (..., M), from values (..., R, X)."""
+        """Parameter to REDUCTIONS, each (..., M), (..., M, L) or, of several groups, (..., M, L, 3), from (..., R, X)."""
         pieces = values.split([shape.numel() for shape in self._shapes.values()], dim=-1)
         return {
             name: dict(
@@ -136,7 +147,7 @@ def parameter_stats(
     """The params table, column to (..., M, G).
 
     Args:
-        measured: what `Sheet.read` gives and, as `nonfinite`, counts, (..., M, L) or (..., M).
+        measured: what `Sheet.read` gives and, as `nonfinite`, counts, shaped likewise.
         grouping: of the parameters.
     """
     columns = {}
@@ -152,10 +163,6 @@ def parameter_stats(
     return {name: columns[name] for name in PARAMETER_STATISTICS}
 
 
-def _flat(name: str, x: Tensor, grouping: Grouping) -> Tensor:
-    return x.flatten(2 if name in grouping.layered else 1)
-
-
 def _join(
     values: Mapping[str, Tensor],
     grouping: Grouping,
@@ -164,9 +171,10 @@ def _join(
     """Combine the parameters of each group and line the groups up along G."""
     alone: dict[str, Tensor] = {}
     kinds: dict[str, Tensor] = {}
-    for name, group in grouping.group_of.items():  # the order of `rows`, not the optimizer's
-        value = values[name]
+    for name, groups in grouping.groups_of.items():  # the order of `rows`, not the optimizer's
         found = kinds if name in grouping.layered else alone
-        value_MG = value if name in grouping.layered else value[..., None]
-        found[group] = combine(found[group], value_MG) if group in found else value_MG
+        each = values[name].unbind(-1) if len(groups) > 1 else (values[name],)
+        for group, value in zip(groups, each, strict=True):
+            value_MG = value if name in grouping.layered else value[..., None]
+            found[group] = combine(found[group], value_MG) if group in found else value_MG
     return torch.cat([*alone.values(), *kinds.values()], dim=-1)

@@ -1,14 +1,16 @@
 """One transformer with a leading member axis. Reading order: transformer, attention, masks, position, initialization."""
 
 from attnscope.model.attention import BACKENDS, AttentionInputs
-from attnscope.model.initialization import attn_scales, initial_parameters
+from attnscope.model.initialization import QKV, apart, attn_scales, initial_parameters
 from attnscope.model.transformer import Geometry, Observer, forward, geometry
 
 __all__ = [
     "BACKENDS",
+    "QKV",
     "AttentionInputs",
     "Geometry",
     "Observer",
+    "apart",
     "attn_scales",
     "forward",
     "geometry",

@@ -1,13 +1,14 @@
 """The weights at step 0: one scheme per function, SCHEMES lists them, and every member draws from its own seed.
 
 Matrices are stored as (fan_in, fan_out). q, k and v are drawn as separate matrices: Xavier's fan-out taken over a
-fused one is smaller by √2 and hides the explosion that attnscope is about.
+fused one is smaller by √2 and hides the explosion that attnscope is about. They are stored side by side in one
+parameter, `qkv` (fan_in, 3, fan_out), so that one product makes all three.
 
 Shape key: M member, L layer, H head, D d_model, E n_heads x d_head, K d_head, F d_ff, T position, V vocab.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Generator, Tensor
@@ -15,6 +16,8 @@ from torch import Generator, Tensor
 from attnscope.config import Config
 
 Shape = tuple[int, int]
+
+QKV = ("q", "k", "v")  # along the axis before the last of the parameter `qkv`
 
 
 def xavier_uniform(shape: Shape, *, std: float, generator: Generator) -> Tensor:
@@ -103,7 +106,9 @@ def _draw(config: Config, vocab_size: int) -> dict[str, Tensor]:
         {name: matrix(shape, gain) for name, (shape, gain) in shapes.items()}
         for _ in range(model.n_layers)
     ]
-    for name in shapes:
+    for layer in layers:
+        layer["qkv"] = torch.stack([layer.pop(name) for name in QKV], dim=-2)
+    for name in ("qkv", "o", "mlp_in", "mlp_out"):
         parameters[name] = torch.stack([layer[name] for layer in layers])
     if not model.tie_embeddings:
         parameters["head"] = matrix((d_model, vocab_size), init.gain)
@@ -120,6 +125,14 @@ def _draw(config: Config, vocab_size: int) -> dict[str, Tensor]:
             (model.n_layers, model.n_heads), 1 / math.sqrt(config.d_head)
         )
     return parameters
+
+
+def apart(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same with q, k and v as matrices of their own: views of `qkv`, (..., D, 3, E), each (..., D, E)."""
+    found: dict[str, Tensor] = {}
+    for name, value in parameters.items():
+        found |= zip(QKV, value.unbind(-2), strict=True) if name == "qkv" else {name: value}
+    return found
 
 
 def attn_scales(members: Sequence[Config]) -> Tensor:

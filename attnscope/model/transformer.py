@@ -146,21 +146,20 @@ def forward(
         )
         return normalized * gain_MD[:, None]
 
-    def heads(qkv_MNE3: Tensor) -> tuple[Tensor, ...]:
+    def heads(qkv_MN3E: Tensor) -> tuple[Tensor, ...]:
         """Split into q, k and v, each (M, B, H, T, K) and contiguous."""
-        qkv_MBT3HK = qkv_MNE3.view(n_members, n_batch, seq_len, 3, model.n_heads, -1)
+        qkv_MBT3HK = qkv_MN3E.view(n_members, n_batch, seq_len, 3, model.n_heads, -1)
         return tuple(x_MBTHK.transpose(2, 3).contiguous() for x_MBTHK in qkv_MBT3HK.unbind(3))
 
-    qkv_MLD3 = torch.cat([parameters[name] for name in ("q", "k", "v")], dim=-1)
-    others = (parameters[name] for name in ("o", "mlp_in", "mlp_out"))
-    layers = zip(*(x.unbind(1) for x in (qkv_MLD3, *others)), strict=True)
+    weights = (parameters[name] for name in ("qkv", "o", "mlp_in", "mlp_out"))
+    layers = zip(*(x.unbind(1) for x in weights), strict=True)
     padding_BS = real_BS if attention.mask == "padding" else None
-    for layer, (qkv_MDE3, o_MED, mlp_in_MDF, mlp_out_MFD) in enumerate(layers):
+    for layer, (qkv_MD3E, o_MED, mlp_in_MDF, mlp_out_MFD) in enumerate(layers):
         y_MND = (
             norm(x_MND, parameters["norm_attention"][:, layer]) if model.norm == "pre" else x_MND
         )
         # One product instead of three.
-        q_MBHTK, k_MBHTK, v_MBHTK = heads(torch.bmm(y_MND, qkv_MDE3))
+        q_MBHTK, k_MBHTK, v_MBHTK = heads(torch.bmm(y_MND, qkv_MD3E.flatten(-2)))
         if attention.qk_norm:  # Henry et al. 2020; RMSNorm with a gain, as in OLMo 2
             gains = (parameters["norm_q"][:, layer], parameters["norm_k"][:, layer])
             q_MBHTK, k_MBHTK = (

@@ -16,7 +16,7 @@ from torch import Tensor
 from attnscope.config import Config
 from attnscope.data import Corpus
 from attnscope.errors import AttnscopeError, ConfigError
-from attnscope.model import forward, initial_parameters
+from attnscope.model import QKV, forward, initial_parameters
 from attnscope.runs.checkpoint import Checkpoint, save_checkpoint
 from attnscope.runs.writer import PartWriter
 from attnscope.train import evaluation
@@ -122,6 +122,11 @@ class Part:
         self.alive = [int(index) for index in alive]
         self.step = checkpoint.step
         found = {name: value.to(self.device) for name, value in checkpoint.tensors.items()}
+        if "q" in names:  # saved before q, k and v became one parameter
+            names = ["qkv" if name == "q" else name for name in names if name not in ("k", "v")]
+            for first in [name for name in found if name.endswith(("/q", ".q"))]:
+                three = [found.pop(first[:-1] + name) for name in QKV]
+                found[first[:-1] + "qkv"] = torch.stack(three, dim=-2)
         self.parameters = {name: found[f"parameters/{name}"] for name in names}
         self.state = {
             name.removeprefix("state/"): value

@@ -14,7 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MATRICES = ("q", "k", "v", "o", "mlp_in", "mlp_out")  # (M, L, fan_in, fan_out)
+MATRICES = (
+    "qkv",
+    "o",
+    "mlp_in",
+    "mlp_out",
+)  # (M, L, fan_in, fan_out); qkv (M, L, fan_in, 3, fan_out)
 DECAYED = (*MATRICES, "head")  # weight decay leaves embeddings, gains and scales alone
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of Jordan et al. 2024, Muon
@@ -76,10 +81,16 @@ def muon(gradients: Tensors, state: State, hyper: Hyper, updates: Tensors) -> It
         gradient, momentum = gradients[name], state[f"momentum.{name}"]
         rate = _fit(hyper.momentum_M, momentum)
         momentum.mul_(rate).add_(gradient)
-        direction = orthogonalize(gradient + momentum * rate)  # Nesterov
-        size = MUON_RMS * max(gradient.shape[-2:]) ** 0.5
-        torch.mul(direction, _fit(-hyper.lr_M * size, direction), out=updates[name])
+        direction = orthogonalize(_matrices(gradient + momentum * rate))  # Nesterov
+        size = MUON_RMS * max(direction.shape[-2:]) ** 0.5
+        update = _matrices(updates[name])
+        update.copy_(direction).mul_(_fit(-hyper.lr_M * size, update))
         yield name
+
+
+def _matrices(x: Tensor) -> Tensor:
+    """(..., fan_in, fan_out), a view: of q, k and v stand one behind the other what stands side by side."""
+    return x.transpose(2, 3) if x.dim() == 5 else x
 
 
 def orthogonalize(x: Tensor) -> Tensor:

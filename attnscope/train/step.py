@@ -16,7 +16,7 @@ from attnscope.metrics.attention import max_attn_logit
 from attnscope.metrics.gradients import Grouping, global_norm, group_norms, group_parameters
 from attnscope.metrics.loss import TokenLosses, token_losses
 from attnscope.metrics.rows import Call
-from attnscope.model import AttentionInputs, Geometry, Observer, attn_scales, geometry
+from attnscope.model import QKV, AttentionInputs, Geometry, Observer, apart, attn_scales, geometry
 from attnscope.train.clipping import clip_gradients
 from attnscope.train.optimizer import OPTIMIZERS, Hyper, State, add_decay
 from attnscope.train.schedule import lr_at
@@ -31,7 +31,11 @@ LOSS_SCALE_INTERVAL = 2000
 
 QK_CLIP_ALPHA = 0.5  # Kimi K2: both W_q and W_k take the square root of what the logits lose
 
-_GROUP_OF = {"token_embedding": "embedding", "position_embedding": "embedding"}
+_GROUPS_OF = {
+    "token_embedding": ("embedding",),
+    "position_embedding": ("embedding",),
+    "qkv": QKV,
+}
 _NOT_LAYERED = ("token_embedding", "position_embedding", "head", "norm_final")
 
 
@@ -94,7 +98,7 @@ def set_up(
         forward=forward,
         place=geometry(config, seq_len=config.model.seq_len, device=device),
         grouping=group_parameters(
-            {name: _group_of(name) for name in parameters},
+            {name: _groups_of(name) for name in parameters},
             layered=frozenset(parameters) - frozenset(_NOT_LAYERED),
             n_layers=config.model.n_layers,
         ),
@@ -282,12 +286,13 @@ class HeadLimits:
 
     def shrink(self, parameters: Mapping[str, Tensor], *, d_head: int) -> None:
         """Multiply W_q and W_k of every head by √(threshold / largest logit) where that is below 1."""
+        weights = apart(parameters)
         for layer, largest_MH in enumerate(self._largest_MH):
             # An infinite logit says nothing of how much to shrink; a ratio of 0 would end the head for good.
             too_large_MH = (largest_MH > self._threshold) & largest_MH.isfinite()
             ratio_MH = (self._threshold / largest_MH).where(too_large_MH, 1.0)
             for name in ("q", "k"):
-                heads_MDHK = parameters[name][:, layer].unflatten(-1, (-1, d_head))
+                heads_MDHK = weights[name][:, layer].unflatten(-1, (-1, d_head))
                 heads_MDHK.mul_((ratio_MH**QK_CLIP_ALPHA)[:, None, :, None])
 
 
@@ -347,8 +352,8 @@ def _dropout_seeds(setup: Setup, step: int) -> list[list[int]] | None:
     ]
 
 
-def _group_of(name: str) -> str:
-    return "norm" if name.startswith("norm_") else _GROUP_OF.get(name, name)
+def _groups_of(name: str) -> tuple[str, ...]:
+    return ("norm",) if name.startswith("norm_") else _GROUPS_OF.get(name, (name,))
 
 
 def _fit(x_M: Tensor, like: Tensor) -> Tensor:

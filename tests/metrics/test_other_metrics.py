@@ -19,23 +19,23 @@ from attnscope.metrics.loss import output_logit_max, token_losses
 from tests import reference
 
 M, L = 2, 3
-GROUP_OF = {
-    "token_embedding": "embedding",
-    "position_embedding": "embedding",
-    "q": "q",
-    "mlp_in": "mlp_in",
-    "head": "head",
-    "norm_attention": "norm",
-    "norm_mlp": "norm",
-    "norm_final": "norm",
+GROUPS_OF = {
+    "token_embedding": ("embedding",),
+    "position_embedding": ("embedding",),
+    "qkv": ("q", "k", "v"),
+    "mlp_in": ("mlp_in",),
+    "head": ("head",),
+    "norm_attention": ("norm",),
+    "norm_mlp": ("norm",),
+    "norm_final": ("norm",),
 }
-LAYERED = frozenset({"q", "mlp_in", "norm_attention", "norm_mlp"})
+LAYERED = frozenset({"qkv", "mlp_in", "norm_attention", "norm_mlp"})
 SHAPES = {
-    "token_embedding": (M, 5, 4), "position_embedding": (M, 3, 4), "q": (M, L, 4, 4),
+    "token_embedding": (M, 5, 4), "position_embedding": (M, 3, 4), "qkv": (M, L, 4, 3, 4),
     "mlp_in": (M, L, 4, 6), "head": (M, 4, 5), "norm_attention": (M, L, 4), "norm_mlp": (M, L, 4),
     "norm_final": (M, 4),
 }  # fmt: skip
-GROUPING = group_parameters(GROUP_OF, layered=LAYERED, n_layers=L)
+GROUPING = group_parameters(GROUPS_OF, layered=LAYERED, n_layers=L)
 
 
 def drawn(seed):
@@ -47,8 +47,10 @@ def numbers_of(tensors, member, layer, group):
     """Every number of one group of one member, as a flat list."""
     found = []
     for name, tensor in tensors.items():
-        if GROUP_OF[name] == group and (name in LAYERED) == (layer >= 0):
+        groups = GROUPS_OF[name]
+        if group in groups and (name in LAYERED) == (layer >= 0):
             part = tensor[member, layer] if layer >= 0 else tensor[member]
+            part = part[:, groups.index(group)] if len(groups) > 1 else part
             found += part.flatten().tolist()
     return found
 
@@ -60,7 +62,7 @@ def length(numbers):
 def test_groups_without_a_layer_come_first_and_then_every_layer_of_each_kind():
     assert GROUPING.rows == (
         (-1, "embedding"), (-1, "head"), (-1, "norm"),
-        (0, "q"), (1, "q"), (2, "q"),
+        (0, "q"), (1, "q"), (2, "q"), (0, "k"), (1, "k"), (2, "k"), (0, "v"), (1, "v"), (2, "v"),
         (0, "mlp_in"), (1, "mlp_in"), (2, "mlp_in"),
         (0, "norm"), (1, "norm"), (2, "norm"),
     )  # fmt: skip
@@ -100,7 +102,7 @@ def measured_in(order, gradients, weights, updates):
 @pytest.mark.parametrize("order", [list(SHAPES), list(reversed(SHAPES))])
 def test_the_params_table_equals_a_loop_whatever_the_order_of_the_optimizer(order):
     gradients, weights, updates = drawn(0), drawn(1), drawn(2)
-    gradients["q"][1, 2, 0, :3] = torch.tensor([math.nan, math.inf, -math.inf])
+    gradients["qkv"][1, 2, 0, 1, :3] = torch.tensor([math.nan, math.inf, -math.inf])
     gradients["norm_mlp"][0, 1, 0] = math.nan
     gradients["norm_attention"][0, 1, :2] = math.inf
     stats = parameter_stats(measured_in(order, gradients, weights, updates), GROUPING)

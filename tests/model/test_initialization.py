@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from attnscope.config import apply_changes, parse_table
-from attnscope.model import attn_scales, initial_parameters
+from attnscope.model import apart, attn_scales, initial_parameters
 
 MATRICES = ("q", "k", "v", "o", "mlp_in", "mlp_out", "head")
 D, F, VOCAB, LAYERS = 96, 160, 80, 3
@@ -23,7 +23,7 @@ def make(**changes):
 
 def draw(**changes):
     found = initial_parameters([make(**changes)], vocab_size=VOCAB)
-    return {name: value[0] for name, value in found.items()}
+    return {name: value[0] for name, value in apart(found).items()}
 
 
 @pytest.mark.parametrize("scheme", ["xavier_uniform", "xavier_normal"])
@@ -100,8 +100,9 @@ def test_norm_gains_start_at_one_and_exist_where_there_is_a_norm():
 
 def test_weights_depend_on_the_seed_and_not_on_the_neighbours():
     first, second = make(train__seed=1), make(train__seed=2, init__scheme="orthogonal")
-    together = initial_parameters([second, first, make(train__seed=3), second], vocab_size=VOCAB)
-    alone = initial_parameters([first], vocab_size=VOCAB)
+    members = [second, first, make(train__seed=3), second]
+    together = apart(initial_parameters(members, vocab_size=VOCAB))
+    alone = apart(initial_parameters([first], vocab_size=VOCAB))
     for name, value in alone.items():
         assert torch.equal(together[name][1], value[0]), name
         assert torch.equal(together[name][0], together[name][3]), name

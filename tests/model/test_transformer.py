@@ -67,7 +67,7 @@ SCALE_ML = torch.tensor([[0.5, 0.25], [1.0, 0.75]], dtype=torch.float64)
 def run(config, parameters, *, tokens=TOKENS_BT, **rest):
     return forward(
         parameters, config, place_in_double(config), tokens,
-        attn_scale_ML=SCALE_ML[: len(parameters["q"])], **rest,
+        attn_scale_ML=SCALE_ML[: len(parameters["qkv"])], **rest,
     )  # fmt: skip
 
 
@@ -135,7 +135,7 @@ def test_other_settings_equal_the_slow_twin(changes):
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", ["token_embedding", "q", "mlp_out", "norm_final", "head"])
+@pytest.mark.parametrize("name", ["token_embedding", "qkv", "mlp_out", "norm_final", "head"])
 def test_a_broken_member_leaves_its_neighbours_bit_equal(name, backend):
     config = small(model__norm="pre", attention__backend=backend)
     parameters = {key: value.float() for key, value in weights(config).items()}
@@ -144,7 +144,10 @@ def test_a_broken_member_leaves_its_neighbours_bit_equal(name, backend):
     parameters[name][1] = math.nan
     after = run(config, parameters)
     assert torch.equal(before[0], after[0])
-    if (name, backend) != ("q", "sdpa"):  # PyTorch's fused CPU kernel turns NaN queries into zeros
+    if (name, backend) != (
+        "qkv",
+        "sdpa",
+    ):  # PyTorch's fused CPU kernel turns NaN queries into zeros
         assert after[1].isnan().all()
 
 

@@ -13,6 +13,7 @@ import attnscope
 from attnscope.config import parse_table
 from attnscope.config.members import members_of
 from attnscope.data import open_data
+from attnscope.model import apart
 from attnscope.runs.reader import open_run
 from attnscope.train import evaluation, loop
 from attnscope.train.alarms import Alarms
@@ -265,6 +266,7 @@ def test_tables_are_what_the_metrics_say(tmp_path):
     weights = {name: value.detach().clone() for name, value in part.parameters.items()}
     loop.train_step(part, part.setup, data, None)
     moved = {name: part.parameters[name].detach() - weights[name] for name in weights}
+    weights, moved = apart(weights), apart(moved)
     for m, name in enumerate(("unscaled", "scaled")):
         table = run.params[run.params["member"] == name].set_index(["layer", "group"])
         for layer in range(2):

@@ -16,7 +16,8 @@ from attnscope.train.optimizer import (
 STEPS = 5
 SHAPES = {
     "token_embedding": (7, 6),
-    **dict.fromkeys("qkvo", (2, 6, 6)),
+    "qkv": (2, 6, 3, 6),
+    "o": (2, 6, 6),
     "mlp_in": (2, 6, 10),
     "mlp_out": (2, 10, 6),
     "head": (6, 7),
@@ -138,6 +139,11 @@ def test_muon_orthogonalizes_matrices_and_hands_the_rest_to_adamw():
         assert (f"mean.{name}" in state) == (name not in MATRICES)
 
 
+def one_by_one(name, x):
+    """q, k and v are three matrices to Muon."""
+    return x.movedim(-2, -3) if name == "qkv" else x
+
+
 def test_five_updates_of_muon_by_hand():
     found, _ = train("muon", hyper(momentum=0.8))
     expected, momentum = draw(1, seed=0), dict.fromkeys(MATRICES, 0)
@@ -147,7 +153,8 @@ def test_five_updates_of_muon_by_hand():
                 momentum[name] = 0.8 * momentum[name] + gradient
                 nesterov = gradient + 0.8 * momentum[name]
                 width = 10 if name.startswith("mlp") else 6
-                expected[name] -= 0.01 * 0.2 * width**0.5 * orthogonalize(nesterov)
+                direction = orthogonalize(one_by_one(name, nesterov))
+                expected[name] -= 0.01 * 0.2 * width**0.5 * one_by_one(name, direction)
     for name in MATRICES:
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-6)
 

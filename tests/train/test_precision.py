@@ -112,7 +112,7 @@ def test_float16_gradients_underflow_without_loss_scaling_and_survive_with_it():
         training = Training(config)
         before = training.snapshot()
         training.step()
-        moved = training.parameters["q"] - before["parameters/q"]
+        moved = (training.parameters["qkv"] - before["parameters/qkv"])[..., 0, :]
         found[scaling] = (moved != 0).float().mean().item()
     assert found[True] > 2 * found[False]
 
@@ -280,12 +280,13 @@ def test_qk_clip_brings_every_head_down_to_the_threshold():
     after_MLH = largest_logits(training, batch)
     torch.testing.assert_close(after_MLH, before_MLH.clamp(max=threshold))
     kept = before_MLH[0, 0] < threshold
-    for name in "qk":
-        heads = training.parameters[name][0, 0].unflatten(-1, (2, 8)).unbind(1)
-        old = weights[f"parameters/{name}"][0, 0].unflatten(-1, (2, 8)).unbind(1)
+    now_D3E, old_D3E = training.parameters["qkv"][0, 0], weights["parameters/qkv"][0, 0]
+    for which in range(2):  # q and k
+        heads = now_D3E[:, which].unflatten(-1, (2, 8)).unbind(1)
+        old = old_D3E[:, which].unflatten(-1, (2, 8)).unbind(1)
         for h in range(2):
             assert torch.equal(heads[h], old[h]) == kept[h].item()
-    assert torch.equal(training.parameters["v"], weights["parameters/v"])
+    assert torch.equal(now_D3E[:, 2], old_D3E[:, 2])
 
 
 def test_qk_clip_holds_attention_logits_while_a_model_trains():
@@ -312,8 +313,8 @@ def test_qk_clip_does_not_end_a_head_whose_logits_are_infinite():
     assert largest_logits(training, batch_of(0)).isposinf().any()
     before = training.snapshot()
     training.step()
-    for name in "qk":
-        assert torch.equal(training.parameters[name], before[f"parameters/{name}"])
+    now, then = training.parameters["qkv"], before["parameters/qkv"]
+    assert torch.equal(now[..., :2, :], then[..., :2, :])
 
 
 def test_qk_clip_hands_everything_on_to_the_observer():
