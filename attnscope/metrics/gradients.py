@@ -74,10 +74,7 @@ def group_parameters(
 
 def group_norms(tensors: Mapping[str, Tensor], grouping: Grouping) -> Tensor:
     """L2 norm of every group, (M, G)."""
-    norms = {
-        name: torch.linalg.vector_norm(x, dim=grouping.reduced(name, x.dim()))
-        for name, x in tensors.items()
-    }
+    norms = {name: _norm(x, grouping.reduced(name, x.dim())) for name, x in tensors.items()}
     return _join(norms, grouping, torch.hypot)
 
 
@@ -112,11 +109,11 @@ class Sheet:
         """Reduce one parameter: its gradient before clipping, its weight before the update, the update."""
         axes = self._axes[name]
         grad_norm, highest, lowest, update_norm, weight_norm = self._places[name]
-        torch.linalg.vector_norm(gradient, dim=axes, out=grad_norm)
+        _norm(gradient, axes, out=grad_norm)
         torch.amax(gradient, dim=axes, out=highest)
         torch.amin(gradient, dim=axes, out=lowest)
-        torch.linalg.vector_norm(update, dim=axes, out=update_norm)
-        torch.linalg.vector_norm(weight, dim=axes, out=weight_norm)
+        _norm(update, axes, out=update_norm)
+        _norm(weight, axes, out=weight_norm)
 
     def count_nonfinite(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """NaN and Inf in each gradient, shaped as in `read`; empty where the norms say that there are none.
@@ -161,6 +158,16 @@ def parameter_stats(
         columns[name] = _join(values, grouping, combine)
     columns["update_ratio"] = columns["update_norm"] / columns["weight_norm"]
     return {name: columns[name] for name in PARAMETER_STATISTICS}
+
+
+def _norm(x: Tensor, axes: tuple[int, ...], *, out: Tensor | None = None) -> Tensor:
+    """L2 norm over axes, the last among them."""
+    if axes[-1] - axes[0] >= len(
+        axes
+    ):  # with a gap between them, one after the other is four times as fast
+        x, axes = torch.linalg.vector_norm(x, dim=-1), axes[:-1]
+    found: Tensor = torch.linalg.vector_norm(x, dim=axes, out=out)
+    return found
 
 
 def _join(

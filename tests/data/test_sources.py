@@ -41,6 +41,7 @@ def test_a_batch_is_a_pure_function_of_seed_and_step(source, objective):
     assert not torch.equal(first.tokens_BT, other.train_batch(7).tokens_BT)
     assert first.tokens_BT.shape == (8, 32) == first.targets_BT.shape
     assert int(first.tokens_BT.max()) < data.vocab_size
+    assert first.scores_all == bool((first.targets_BT != IGNORE).all())
 
 
 @pytest.mark.parametrize("source", SOURCES)

@@ -196,6 +196,13 @@ def test_what_is_not_scored_has_neither_influence_nor_gradient():
     )
 
 
+def test_where_everything_is_scored_nothing_need_be_looked_for():
+    logits, targets_N = output_logits(), TARGETS_N.where(TARGETS_N != IGNORE, 4)
+    known, searched = (token_losses(logits, targets_N, ignore=each) for each in (None, IGNORE))
+    for name in ("loss_M", "log_z_M", "log_z_square_M"):
+        assert torch.equal(getattr(known, name), getattr(searched, name)), name
+
+
 def test_a_member_that_is_nan_leaves_the_loss_and_gradient_of_the_others():
     sound, broken = output_logits().requires_grad_(), output_logits()
     broken[1, 0, 0] = math.nan
