@@ -53,7 +53,7 @@ def eager(inputs: AttentionInputs, v_MBHSK: Tensor, dropout: Dropout | None) -> 
     if mask_TS is not None and q_MBHTK.dtype in (torch.float32, torch.float64):
         # Scale, product and mask in one pass. In half precision this would hide that q kᵀ overflows before it is scaled.
         z_MBHTS = torch.baddbmm(
-            mask_TS.to(q_MBHTK.dtype).expand(q_MBHTK[..., 0, 0].numel(), -1, -1),
+            mask_TS.to(q_MBHTK.dtype).expand(q_MBHTK.shape[:3].numel(), -1, -1),
             (q_MBHTK * inputs.attn_scale).flatten(0, 2),
             k_MBHSK.flatten(0, 2).mT,
         ).view(*q_MBHTK.shape[:-1], -1)
