@@ -1,9 +1,9 @@
 """SGD with momentum, AdamW and Muon, for all members at once: gradients in, updates out.
 
 An optimizer is a function that goes through the parameters, moves its state in place, writes what is to be added to the
-parameter into its buffer in `updates` (weight decay comes later), and yields the parameter's name: so that whoever
-measures or applies the update does it while the numbers are in the cache. State tensors are named
-"<what>.<parameter>" and have the leading axis M like everything else.
+parameter into `updates` (weight decay comes later), and yields the parameter's name: so that whoever measures or
+applies the update does it while the numbers are in the cache. State tensors are named "<what>.<parameter>" and have the
+leading axis M like everything else.
 
 Shape key: M member, L layer, ... the axes of one parameter.
 """

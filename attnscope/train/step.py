@@ -51,7 +51,7 @@ class Setup:
         decays: whether any member has weight decay.
         schedules: whether any member's learning rate changes.
         regularizes: whether any member has a z-loss.
-        updates: where the optimizer writes; valid until the next step.
+        updates: where the optimizer writes, the same memory for all; an update stands until that of the next parameter.
     """
 
     config: Config
@@ -120,9 +120,7 @@ def set_up(
         schedules=config.optimizer.schedule != "constant"
         or any(o.warmup_steps for o in optimizers),
         regularizes=any(o.z_loss for o in optimizers),
-        updates={
-            name: torch.zeros_like(value, requires_grad=False) for name, value in parameters.items()
-        },
+        updates=_updates(parameters),
     )
 
 
@@ -338,6 +336,13 @@ def _after_scaling(state: State, before: Mapping[str, Tensor], sound_M: Tensor) 
     grown_M = before["loss_scale"].where(~ripe_M, before["loss_scale"] * LOSS_SCALE_GROWTH)
     state["loss_scale"].copy_(grown_M.where(sound_M, before["loss_scale"] * LOSS_SCALE_BACKOFF))
     state["loss_scale_age"].copy_(age_M.where(~ripe_M, 0))
+
+
+def _updates(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Room for the largest update, shaped for every parameter: what is used again and again stays in the cache."""
+    largest = max(parameters.values(), key=Tensor.numel)
+    room = torch.zeros_like(largest, requires_grad=False).view(-1)
+    return {name: room[: value.numel()].view(value.shape) for name, value in parameters.items()}
 
 
 def _dropout_seeds(setup: Setup, step: int) -> list[list[int]] | None:
