@@ -162,9 +162,8 @@ def parameter_stats(
 
 def _norm(x: Tensor, axes: tuple[int, ...], *, out: Tensor | None = None) -> Tensor:
     """L2 norm over axes, the last among them."""
-    if axes[-1] - axes[0] >= len(
-        axes
-    ):  # with a gap between them, one after the other is four times as fast
+    if axes[-1] - axes[0] >= len(axes):
+        # Where another axis stands between them, one after the other is four times as fast.
         x, axes = torch.linalg.vector_norm(x, dim=-1), axes[:-1]
     found: Tensor = torch.linalg.vector_norm(x, dim=axes, out=out)
     return found

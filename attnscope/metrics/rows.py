@@ -15,6 +15,9 @@ from torch import Tensor
 
 # Attention logits measured together: as many as the cache holds, twice as fast as a whole block of steps.
 LOGITS_AT_ONCE = 1 << 18
+PIECE_BYTES = (
+    32 << 20
+)  # of queries, keys and norms that wait together, where few rows of large batches are looked at
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +117,7 @@ class Shelf:
         self._pieces: list[_Piece] = []
         self._places: list[_Piece] = []  # one per call that the pieces have room for
         self._calls: list[Call] = []
+        self._shapes: tuple[torch.Size, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -129,20 +133,27 @@ class Shelf:
             sample: as many rows as of the calls before.
         """
         q, k = _pick(call.q, sample), _pick(call.k, sample, positions=False)
-        if not self._calls:
-            self._at_once = max(1, LOGITS_AT_ONCE // (q[..., 0].numel() * k.shape[-2]))
-            if self._places and [x.shape for x in self._places[0][:2]] != [q.shape, k.shape]:
-                self._pieces.clear()
-                self._places.clear()
+        shapes = (call.q.shape, call.k.shape, q.shape)
+        if not self._calls and shapes != self._shapes:
+            self._pieces.clear()
+            self._places.clear()
+            self._shapes = shapes
         if len(self._calls) == len(self._places):
-            norms = (x.new_empty(x.shape[:-1], dtype=wide(x.dtype)) for x in (call.q, call.k))
-            piece = _Piece(*(x.new_empty(self._at_once, *x.shape) for x in (q, k, *norms)))
-            self._pieces.append(piece)
-            self._places += map(_Piece._make, zip(*(x.unbind() for x in piece), strict=True))
+            self._make_room(call, q, k)
         at = self._places[len(self._calls)]
         for x, norm in ((call.q, at.q_norm), (call.k, at.k_norm)):
             torch.linalg.vector_norm(x, dim=-1, dtype=norm.dtype, out=norm)
         self._calls.append(_cut(call, sample, q=at.q.copy_(q), k=at.k.copy_(k)))
+
+    def _make_room(self, call: Call, q: Tensor, k: Tensor) -> None:
+        """One more piece, for calls like this one, of which q and k are kept."""
+        norms = (x.new_empty(x.shape[:-1], dtype=wide(x.dtype)) for x in (call.q, call.k))
+        one = _Piece(q, k, *norms)
+        n_logits, n_bytes = q[..., 0].numel() * k.shape[-2], sum(x.nbytes for x in one)
+        self._at_once = max(1, min(LOGITS_AT_ONCE // n_logits, PIECE_BYTES // n_bytes))
+        piece = _Piece(*(x.new_empty(self._at_once, *x.shape) for x in one))
+        self._pieces.append(piece)
+        self._places += map(_Piece._make, zip(*(x.unbind() for x in piece), strict=True))
 
     def pieces(self, n_calls: int) -> Iterator[AttentionRows]:
         """Rows of the first `n_calls` calls, a piece at a time, calls along a new first axis N."""

@@ -14,12 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MATRICES = (
-    "qkv",
-    "o",
-    "mlp_in",
-    "mlp_out",
-)  # (M, L, fan_in, fan_out); qkv (M, L, fan_in, 3, fan_out)
+# (M, L, fan_in, fan_out); qkv (M, L, fan_in, 3, fan_out)
+MATRICES = ("qkv", "o", "mlp_in", "mlp_out")
 DECAYED = (*MATRICES, "head")  # weight decay leaves embeddings, gains and scales alone
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of Jordan et al. 2024, Muon
@@ -89,7 +85,7 @@ def muon(gradients: Tensors, state: State, hyper: Hyper, updates: Tensors) -> It
 
 
 def _matrices(x: Tensor) -> Tensor:
-    """(..., fan_in, fan_out), a view: of q, k and v stand one behind the other what stands side by side."""
+    """One of MATRICES as (..., fan_in, fan_out), a view: q, k and v are three."""
     return x.transpose(2, 3) if x.dim() == 5 else x
 
 

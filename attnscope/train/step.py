@@ -340,8 +340,8 @@ def _after_scaling(state: State, before: Mapping[str, Tensor], sound_M: Tensor) 
 
 def _updates(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Room for the largest update, shaped for every parameter: what is used again and again stays in the cache."""
-    largest = max(parameters.values(), key=Tensor.numel)
-    room = torch.zeros_like(largest, requires_grad=False).view(-1)
+    some = next(iter(parameters.values()))
+    room = some.new_zeros(max(value.numel() for value in parameters.values()), requires_grad=False)
     return {name: room[: value.numel()].view(value.shape) for name, value in parameters.items()}
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from attnscope.errors import ShapeError
 from attnscope.metrics import attention as metrics
+from attnscope.metrics import rows
 from attnscope.metrics.attention import attention_stats
 from tests import reference
 
@@ -133,6 +134,56 @@ def test_sampled_rows_estimate_the_mean():
     )
     error = estimates.std(dim=0) / 50**0.5
     assert ((estimates.mean(dim=0) - exact["entropy"]).abs() < 5 * error).all()
+
+
+def calls_of(number, *, shape=(2, 6, 2, 9, 4), dtype=torch.float32):
+    """Attention calls (M, B, H, T, K), of which every third has no mask and the rest causal ones."""
+    for i in range(number):
+        q, k = qk(shape, seed=i)
+        yield rows.Call(
+            q=q.to(dtype), k=k.to(dtype), attn_scale=torch.tensor([0.5, 0.7]).view(2, 1, 1, 1, 1),
+            visible=causal(9, 9) if i % 3 else None, bias=None, softcap=0.0,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_calls_measured_together_are_those_measured_one_by_one(monkeypatch, dtype):
+    monkeypatch.setattr(rows, "LOGITS_AT_ONCE", 4 * 2 * 4 * 2 * 3 * 9)  # four calls in a piece
+    shelf, device = rows.Shelf(), torch.device("cpu")
+    for turn in range(2):  # the second time over the memory of the first
+        samples = [
+            rows.sample_rows(n_batch=6, n_queries=9, rows=12, seed=i + turn, device=device)
+            for i in range(10)
+        ]
+        calls = list(calls_of(10, dtype=dtype))
+        for call, sample in zip(calls, samples, strict=True):
+            shelf.put(call, sample)
+        pieces = list(shelf.pieces(9))  # the tenth is of a step that did not end
+        assert [len(piece.call.q) for piece in pieces] == [4, 4, 1]
+        found = [metrics.statistics_of(piece) for piece in pieces]
+        shelf.clear()
+        for name in metrics.STATISTICS:
+            together = torch.cat([each[name] for each in found])
+            alone = [
+                metrics.statistics_of(rows.rows_of(call, sample))[name]
+                for call, sample in zip(calls[:9], samples[:9], strict=True)
+            ]
+            torch.testing.assert_close(together, torch.stack(alone), msg=name)
+
+
+def test_a_shelf_for_few_rows_of_a_large_batch_takes_little_memory(monkeypatch):
+    monkeypatch.setattr(rows, "PIECE_BYTES", 1 << 20)
+    q, k = qk((1, 4096, 2, 8, 4))
+    scale = torch.tensor(0.5).view(1, 1, 1, 1, 1)
+    call = rows.Call(q=q, k=k, attn_scale=scale, visible=None, bias=None, softcap=0.0)
+    sample = rows.sample_rows(n_batch=4096, n_queries=8, rows=1, seed=0, device=q.device)
+    shelf = rows.Shelf()
+    for _ in range(9):
+        shelf.put(call, sample)
+        (*_, last) = shelf.pieces(9)
+        assert last.q_norm.shape == (len(last.call.q), 1, 2)
+    assert shelf.nbytes > 4 * rows.PIECE_BYTES
+    assert [len(piece.call.q) for piece in shelf.pieces(9)] == [1] * 9
 
 
 def test_sampling_leaves_the_global_generator_alone():
