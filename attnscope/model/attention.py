@@ -2,7 +2,7 @@
 
 Every backend takes the same arguments and agrees with the slow reference in float64.
 
-Shape key: M member, B batch, H head, T query position, S key position, K d_head.
+Shape key: M member, B batch, H head, P = M x B x H, T query position, S key position, K d_head.
 """
 
 from collections.abc import Callable, Sequence
@@ -52,11 +52,11 @@ def eager(inputs: AttentionInputs, v_MBHSK: Tensor, dropout: Dropout | None) -> 
     mask_TS = None if inputs.softcap else inputs.mask_TS
     if mask_TS is not None and q_MBHTK.dtype in (torch.float32, torch.float64):
         # Scale, product and mask in one pass. In half precision this would hide that q kᵀ overflows before it is scaled.
-        z_MBHTS = torch.baddbmm(
+        z_PTS = torch.baddbmm(
             mask_TS.to(q_MBHTK.dtype).expand(q_MBHTK.shape[:3].numel(), -1, -1),
             (q_MBHTK * inputs.attn_scale).flatten(0, 2),
             k_MBHSK.flatten(0, 2).mT,
-        ).view(*q_MBHTK.shape[:-1], -1)
+        )
     else:
         z_MBHTS = q_MBHTK @ k_MBHSK.mT * inputs.attn_scale
         if inputs.softcap:
@@ -65,10 +65,12 @@ def eager(inputs: AttentionInputs, v_MBHSK: Tensor, dropout: Dropout | None) -> 
             z_MBHTS = z_MBHTS + inputs.bias_HTS.to(z_MBHTS.dtype)
         if inputs.visible is not None:
             z_MBHTS = z_MBHTS.masked_fill(~inputs.visible, float("-inf"))
-    p_MBHTS = z_MBHTS.softmax(dim=-1)
+        z_PTS = z_MBHTS.flatten(0, 2)
+    p_PTS = z_PTS.softmax(dim=-1)
     if dropout is not None:
-        p_MBHTS = p_MBHTS * _keep(dropout, p_MBHTS)
-    return p_MBHTS @ v_MBHSK
+        p_PTS = p_PTS * _keep(dropout, p_PTS)
+    out_PTK = torch.bmm(p_PTS, v_MBHSK.flatten(0, 2))
+    return out_PTK.view(*q_MBHTK.shape[:-1], -1)
 
 
 def sdpa(inputs: AttentionInputs, v_MBHSK: Tensor, dropout: Dropout | None) -> Tensor:
@@ -113,13 +115,14 @@ BACKENDS: dict[str, Callable[[AttentionInputs, Tensor, Dropout | None], Tensor]]
 }
 
 
-def _keep(dropout: Dropout, p_MBHTS: Tensor) -> Tensor:
+def _keep(dropout: Dropout, p_PTS: Tensor) -> Tensor:
     """0 for a dropped weight, 1 / (1 - p) for a kept one; drawn per member."""
+    shape = (len(p_PTS) // len(dropout.seeds), *p_PTS.shape[1:])
     draws = []
     for seed in dropout.seeds:
-        generator = torch.Generator(device=p_MBHTS.device).manual_seed(seed)
-        draws.append(torch.rand(p_MBHTS.shape[1:], generator=generator, device=p_MBHTS.device))
-    return (torch.stack(draws) >= dropout.p).to(p_MBHTS.dtype) / (1 - dropout.p)
+        generator = torch.Generator(device=p_PTS.device).manual_seed(seed)
+        draws.append(torch.rand(shape, generator=generator, device=p_PTS.device))
+    return (torch.cat(draws) >= dropout.p).to(p_PTS.dtype) / (1 - dropout.p)
 
 
 def _sdpa_mask(inputs: AttentionInputs, dtype: torch.dtype) -> Tensor | None:
