@@ -1,6 +1,6 @@
 """The residual stream: how large it grows, and how alike its tokens become.
 
-Shape key: M member, N = B x T tokens, B sequence, T position, D d_model, P = M x B pairs.
+Shape key: M member, N = B x T tokens, B sequence, T position, D d_model, P = all axes before T at once.
 """
 
 import torch

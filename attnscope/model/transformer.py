@@ -4,7 +4,7 @@ Every parameter has a leading member axis M and nothing mixes members, so each f
 alone. An `Observer` sees each layer's attention inputs and residual stream as they pass.
 
 Shape key: M member, L layer, H head, B batch, T query position, S key position, N = B x T tokens, D d_model,
-E = n_heads x d_head, 3 = q, k and v, E each, K d_head, F d_ff, V vocab.
+E = n_heads x d_head, J = 3 x E (q, k and v side by side), K d_head, F d_ff, V vocab.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -146,20 +146,20 @@ def forward(
         )
         return normalized * gain_MD[:, None]
 
-    def heads(qkv_MN3: Tensor) -> tuple[Tensor, ...]:
+    def heads(qkv_MNJ: Tensor) -> tuple[Tensor, ...]:
         """Split into q, k and v, each (M, B, H, T, K) and contiguous."""
-        qkv_MBT3HK = qkv_MN3.view(n_members, n_batch, seq_len, 3, model.n_heads, -1)
+        qkv_MBT3HK = qkv_MNJ.view(n_members, n_batch, seq_len, 3, model.n_heads, -1)
         return tuple(x_MBTHK.transpose(2, 3).contiguous() for x_MBTHK in qkv_MBT3HK.unbind(3))
 
-    qkv_MLD3 = parameters["qkv"].flatten(-2)  # one product instead of three
+    qkv_MLDJ = parameters["qkv"].flatten(-2)  # one product instead of three
     others = (parameters[name] for name in ("o", "mlp_in", "mlp_out"))
-    layers = zip(*(x.unbind(1) for x in (qkv_MLD3, *others)), strict=True)
+    layers = zip(*(x.unbind(1) for x in (qkv_MLDJ, *others)), strict=True)
     padding_BS = real_BS if attention.mask == "padding" else None
-    for layer, (qkv_MD3, o_MED, mlp_in_MDF, mlp_out_MFD) in enumerate(layers):
+    for layer, (qkv_MDJ, o_MED, mlp_in_MDF, mlp_out_MFD) in enumerate(layers):
         y_MND = (
             norm(x_MND, parameters["norm_attention"][:, layer]) if model.norm == "pre" else x_MND
         )
-        q_MBHTK, k_MBHTK, v_MBHTK = heads(torch.bmm(y_MND, qkv_MD3))
+        q_MBHTK, k_MBHTK, v_MBHTK = heads(torch.bmm(y_MND, qkv_MDJ))
         if attention.qk_norm:  # Henry et al. 2020; RMSNorm with a gain, as in OLMo 2
             gains = (parameters["norm_q"][:, layer], parameters["norm_k"][:, layer])
             q_MBHTK, k_MBHTK = (
