@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnscope.capture.calls import applied_scale, attention_calls, visible_keys
+from attnscope.capture.names import n_heads_of
+from attnscope.capture.seen import Seen
 from attnscope.check.batch import with_input
 from attnscope.check.case import SEED, Case, call, in_mode, rows_of
 from attnscope.check.sight import Direction, direction_of, sight_of
 from attnscope.errors import AttnscopeError
-from attnscope.watch.attention import Seen
-from attnscope.watch.calls import applied_scale, attention_calls, visible_keys
-from attnscope.watch.names import n_heads_of
 
 PROBES = 4  # queries whose gradients are looked at
 UNIT_WITHIN = 1e-2  # of length 1: q and k were normalized

@@ -1,5 +1,5 @@
 """Watches attention and training in code that attnscope did not write, and changes nothing in it.
 
-Reading order: patches, names, products, attention, capture, compiled (what is seen of attention); parameters, training (of
-the step); recording, stopping, watcher (what becomes of it); attach, script, callbacks, trackers, calls (ways in and out).
+Reading order: parameters, training, finite (what is seen of a step); layers, recording, stopping, watcher (what becomes of
+it); attach, script, callbacks, trackers (ways in and out). Attention itself is seen by `attnscope.capture`.
 """

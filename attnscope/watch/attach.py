@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from attnscope.capture.names import Modules
 from attnscope.errors import RunError
 from attnscope.runs.layout import RUN_FILE, MemberEntry
 from attnscope.runs.writer import RunWriter, next_run_path
-from attnscope.watch.names import Modules
 from attnscope.watch.parameters import parameters_of
 from attnscope.watch.recording import Recorder
 from attnscope.watch.settings import EVERY, ROWS, Settings

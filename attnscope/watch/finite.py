@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnscope.watch.capture import in_backward
-from attnscope.watch.names import module_of_call
-from attnscope.watch.patches import Original, Patches
+from attnscope.capture.eager import in_backward
+from attnscope.capture.names import module_of_call
+from attnscope.capture.patches import Original, Patches
 
 # What the modules of transformers are made of; what comes between them shows in the next one's output.
 FUNCTIONS = ("linear", "embedding", "layer_norm", "rms_norm")

@@ -9,8 +9,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from attnscope.watch.attention import Seen, measure
-from attnscope.watch.names import Modules
+from attnscope.capture.names import Modules
+from attnscope.capture.seen import Seen, measure
 from attnscope.watch.recording import Layer, Step
 
 SAMPLES = 64  # different row samples, used in turn

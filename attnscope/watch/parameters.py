@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from attnscope.watch.names import parameter_names, places
+from attnscope.capture.names import parameter_names, places
 from attnscope.watch.recording import PARAMETER_COLUMNS, Step
 
 # Copies of weights, which updates are measured against, hold at most so many numbers; of more, every n-th is copied.

@@ -15,13 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from attnscope.capture.names import Modules
+from attnscope.capture.seen import COLUMNS as HEAD_COLUMNS
+from attnscope.capture.seen import scale_of
 from attnscope.runs.layout import COLUMNS as TABLES
 from attnscope.runs.outcome import LossWatch
 from attnscope.runs.writer import PartWriter
-from attnscope.watch.attention import COLUMNS as HEAD_COLUMNS
-from attnscope.watch.attention import scale_of
 from attnscope.watch.finite import Outputs
-from attnscope.watch.names import Modules
 
 PARAMETER_COLUMNS = ("grad_norm", "grad_max", "nonfinite", "weight_norm", "update_norm")
 LOSS_SHARE = (
@@ -50,7 +50,7 @@ class Layer:
         backend: sdpa, eager, fast path.
         scale: what q kᵀ was multiplied by in the call; None where `fit` tells.
         factor: what q and k were multiplied by before; None where it could not be seen.
-        fit: see `attnscope.watch.attention.Measured`.
+        fit: see `attnscope.capture.seen.Measured`.
     """
 
     number: int

@@ -180,4 +180,6 @@ def _main_name(module: str) -> str:
     return f"{module}.__main__" if spec is not None and spec.submodule_search_locations else module
 
 
-_OURS = str(Path(__file__).parent)
+_OURS = str(Path(__file__).parent.parent / "_")[
+    :-1
+]  # of the package, with the separator at its end

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnscope.capture.eager import in_backward
+from attnscope.capture.names import without_wrappers
 from attnscope.runs.snapshot import Argument, Snapshot, save_snapshot
-from attnscope.watch.capture import in_backward
-from attnscope.watch.names import without_wrappers
 
 MOST_DEEP = 6  # levels of lists and dictionaries in an argument
 # Whose forward takes anything, and the attribute with the model that they hand it to.

@@ -13,8 +13,8 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from attnscope.capture.patches import Original, Patches, not_compiled
 from attnscope.watch.parameters import total_norm
-from attnscope.watch.patches import Original, Patches, not_compiled
 
 FRAMES = 16  # looked through for who calls backward
 

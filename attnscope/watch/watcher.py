@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
+from attnscope.capture.eager import Capture, in_backward
+from attnscope.capture.names import Modules, any_alive, called_by_torch
+from attnscope.capture.patches import Original, Patches
+from attnscope.capture.seen import Seen, scalar_factor
 from attnscope.errors import RunError, RunWriteError
-from attnscope.watch.attention import Seen, scalar_factor
-from attnscope.watch.capture import Capture, in_backward
 from attnscope.watch.finite import Finite
 from attnscope.watch.layers import Layers
-from attnscope.watch.names import Modules, any_alive, called_by_torch
 from attnscope.watch.parameters import Parameters, parameters_of
-from attnscope.watch.patches import Original, Patches
 from attnscope.watch.recording import MOST_PLACES, Recorder, Step, broken_gradients
 from attnscope.watch.settings import Settings
 from attnscope.watch.snapshots import Snapshots
@@ -32,7 +32,7 @@ from attnscope.watch.stopping import Stopper, stop
 from attnscope.watch.training import Training
 
 if TYPE_CHECKING:
-    from attnscope.watch.compiled import Probes
+    from attnscope.capture.compiled import Probes
 
 FLUSH_SECONDS = 0.75  # a killed process loses at most this and the step it was in
 FIRST = 20  # steps that are all measured, whatever the cadence: what explodes, explodes early
@@ -273,7 +273,7 @@ class Watcher:
 
     def _install_probes(self) -> None:
         if self._probes is None:
-            from attnscope.watch.compiled import Probes
+            from attnscope.capture.compiled import Probes
 
             self._probes = Probes(
                 self._on_compiled, lambda reason: self._on_unmeasured(None, "compiled", [], reason)

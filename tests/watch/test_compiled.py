@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.attention.flex_attention import flex_attention
 
+from attnscope.capture.seen import NotMeasuredError, measure
+from attnscope.capture.sites import site_at
 from attnscope.runs.reader import open_run
 from attnscope.watch.attach import watch_model
-from attnscope.watch.attention import NotMeasuredError, measure
-from attnscope.watch.sites import site_at
 from tests.watch.foreign import entropy_by_head, entropy_of_weights, layers_of
 
 B, T, H, K = 2, 6, 2, 8

@@ -20,11 +20,11 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
+from attnscope.capture.kernels import flex_call
+from attnscope.capture.seen import NotMeasuredError, measure
 from attnscope.metrics.rows import sample_rows
 from attnscope.runs.reader import open_run
 from attnscope.watch.attach import watch_model
-from attnscope.watch.attention import NotMeasuredError, measure
-from attnscope.watch.kernels import flex_call
 from tests.watch.foreign import entropy_by_head, entropy_of_weights, layers_of, train_watched
 
 B, T, S, H, K = 2, 7, 9, 4, 8

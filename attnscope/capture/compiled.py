@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from attnscope.watch.attention import Seen
-from attnscope.watch.sites import Site, is_number, site_at
+from attnscope.capture.seen import Seen
+from attnscope.capture.sites import Site, is_number, site_at
 
 SINK = "_attnscope_sink"
 FOREIGN = ("flash_attn", "xformers")  # whose operators take what we cannot read

@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from attnscope.watch.attention import NotMeasuredError, Seen, split_mask
-from attnscope.watch.capture import seen_by_hand, seen_fused
-from attnscope.watch.kernels import Blocks, flex_call
-from attnscope.watch.names import module_with_id, n_heads_of
-from attnscope.watch.products import Products
+from attnscope.capture.eager import seen_by_hand, seen_fused
+from attnscope.capture.kernels import Blocks, flex_call
+from attnscope.capture.names import module_with_id, n_heads_of
+from attnscope.capture.products import Products
+from attnscope.capture.seen import NotMeasuredError, Seen, split_mask
 
 _ROOT = re.compile(r"([LG])\['(\w+)'\]")  # a local or global name of the frame that Dynamo compiles
 _STEP = re.compile(r"\.([^.\[\]]+)|\[(?:['\"]([^'\"]*)['\"]|(\d+))\]")

@@ -21,15 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnscope.watch.attention import (
+from attnscope.capture.imports import when_imported
+from attnscope.capture.patches import Original, Patches
+from attnscope.capture.seen import (
     NotMeasuredError,
     Seen,
     factor_of_both,
     split_mask,
     visible_logits,
 )
-from attnscope.watch.imports import when_imported
-from attnscope.watch.patches import Original, Patches
 
 MOST_MATERIALIZED = 1 << 26  # numbers of a bias that xFormers otherwise never holds
 

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnscope.watch.attention import NotMeasuredError, Seen, factor_of_both, split_mask
-from attnscope.watch.kernels import watch_kernels
-from attnscope.watch.names import module_of_call, n_heads_of
-from attnscope.watch.patches import Original, Patches
-from attnscope.watch.products import Product, Products
+from attnscope.capture.kernels import watch_kernels
+from attnscope.capture.names import module_of_call, n_heads_of
+from attnscope.capture.patches import Original, Patches
+from attnscope.capture.products import Product, Products
+from attnscope.capture.seen import NotMeasuredError, Seen, factor_of_both, split_mask
 
 # Called with the module whose method made the call (None outside of modules) and what was seen of it.
 OnAttention = Callable[[nn.Module | None, Seen], None]

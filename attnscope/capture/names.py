@@ -1,6 +1,7 @@
 """Names of modules and parameters as the script's own model has them: transformer.h.3.attn, layer 3."""
 
 import gc
+import os
 import re
 import sys
 import weakref
@@ -145,4 +146,4 @@ def _modules_alive() -> list[nn.Module]:
     return [each for each in gc.get_objects() if issubclass(type(each), nn.Module)]
 
 
-_OURS = __file__.rpartition("/")[0]
+_OURS = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")  # noqa: PTH118, PTH120 - as code objects have it

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from attnscope.watch.attention import Seen, fit_scale, scale_of, visible_logits
-from attnscope.watch.capture import Capture
-from attnscope.watch.names import Modules
-from attnscope.watch.patches import Patches
+from attnscope.capture.eager import Capture
+from attnscope.capture.names import Modules
+from attnscope.capture.patches import Patches
+from attnscope.capture.seen import Seen, fit_scale, scale_of, visible_logits
 
 # Called with the name of the module that made the call, the module (None outside of modules), and what was seen.
 OnCall = Callable[[str, nn.Module | None, Seen], None]
