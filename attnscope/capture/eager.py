@@ -1,29 +1,31 @@
 """Sees attention wherever it runs in eager PyTorch: fused, in nn.MultiheadAttention, in kernels, or written by hand.
 
-Fused attention is seen at its call. Hand-written attention is seen at its softmax, whose input are the logits; q and k are
-found among the products of activations just before it. Calls in a backward pass are recomputations of checkpointed
-forward passes and are not counted again.
-
-Shape key: B batch, H head, T query position, S key position, K d_head.
+Fused attention is seen at its call, hand-written attention at its softmax once a product with the values follows
+(`by_hand`). Calls in a backward pass are recomputations of checkpointed forward passes and are not counted again.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attnscope.capture.by_hand import ByHand, Softmax
+from attnscope.capture.dispatch import Original, unobserved, why_unseen
+from attnscope.capture.fused import seen_fused, seen_native, seen_native_layer
 from attnscope.capture.kernels import watch_kernels
-from attnscope.capture.names import module_of_call, n_heads_of
-from attnscope.capture.patches import Original, Patches
-from attnscope.capture.products import Product, Products
-from attnscope.capture.seen import NotMeasuredError, Seen, factor_of_both, split_mask
+from attnscope.capture.names import module_of_call
+from attnscope.capture.patches import Patches
+from attnscope.capture.products import Product, einsum_product, matrix_product
+from attnscope.capture.seen import NotMeasuredError, Seen
 
 # Called with the module whose method made the call (None outside of modules) and what was seen of it.
 OnAttention = Callable[[nn.Module | None, Seen], None]
 # Called with the module, the backend, the shapes and the reason.
 OnUnmeasured = Callable[[nn.Module | None, str, list[list[int]], str], None]
+
+# What F.scaled_dot_product_attention chooses from; called by other code, their masks have other meanings.
+KERNELS_OF_SDPA = ("flash", "efficient", "cudnn")
 
 
 class Capture:
@@ -34,64 +36,80 @@ class Capture:
     ) -> None:
         self._on_attention = on_attention
         self._on_unmeasured = on_unmeasured
-        self._products = Products()
-        replace = patches.replace
-        replace([F, torch._C._nn], "scaled_dot_product_attention", self._fused)
-        replace([torch, F, torch.special], "softmax", self._softmax)
-        replace([torch.Tensor], "softmax", self._softmax)
+        self._by_hand = ByHand(self._found)
+        listen = patches.listen
+        listen("scaled_dot_product_attention", self._fused)
+        for kernel in KERNELS_OF_SDPA:
+            listen(f"_scaled_dot_product_{kernel}_attention", self._kernel_of_sdpa)
+        listen("softmax.int", self._softmax)
         for name in ("matmul", "bmm"):
-            replace([torch, torch.Tensor], name, self._product)
-        replace([torch.Tensor], "__matmul__", self._product)
-        replace([torch, torch.Tensor], "baddbmm", self._product_added)
-        replace([torch], "einsum", self._einsum)
-        replace([torch], "_native_multi_head_attention", self._native)
-        replace([torch], "_transformer_encoder_layer_fwd", self._native_layer)
+            listen(name, self._product)
+        listen("baddbmm", self._product_added)
+        listen("einsum", self._einsum)
+        listen("_native_multi_head_attention", self._native)
+        listen("_transformer_encoder_layer_fwd", self._native_layer)
         watch_kernels(patches, self._look)
 
     def forget(self) -> None:
-        """Let go of the script's tensors."""
-        self._products.forget()
+        """A forward pass is over: say which softmaxes may have been attention, and let go of the script's tensors."""
+        for softmax in self._by_hand.forget():
+            if softmax.z.dim() >= 4:  # others are of classifiers
+                reason = "softmax over 4 axes or more that no product of activations followed"
+                self._on_unmeasured(softmax.module, "eager", shapes_of((softmax.z,)), reason)
 
     def _fused(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         out = original(*args, **kwargs)
-        self._look(lambda _: seen_fused(*args, **kwargs), "sdpa", args)
+        self._look(lambda module: seen_fused(*args, module=module, **kwargs), "sdpa", args[:3])
+        return out
+
+    def _kernel_of_sdpa(
+        self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        out = original(*args, **kwargs)
+        self._look(_not_by_its_function, "sdpa", args[:3])
         return out
 
     def _product(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if len(args) == 2:
-            self._products.remember(*args)
-        return original(*args, **kwargs)
+        out = original(*args, **kwargs)
+        self._add(lambda: matrix_product(*args), args)
+        return out
 
     def _product_added(
         self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if len(args) == 3:
-            self._products.remember(*args[1:])
-        return original(*args, **kwargs)
+        out = original(*args, **kwargs)
+        self._add(lambda: matrix_product(*args[1:3]), args[1:3])
+        return out
 
     def _einsum(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._products.remember_einsum(args[0], args[1:])
-        return original(*args, **kwargs)
+        out = original(*args, **kwargs)
+        self._add(lambda: einsum_product(*args[:2]), args[1])
+        return out
+
+    def _add(self, product: Callable[[], Product | None], operands: Sequence[Any]) -> None:
+        if not in_backward() and all(why_unseen(x) is None for x in operands):
+            found = product()
+            if found is not None:
+                self._by_hand.add_product(found)
 
     def _softmax(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         out = original(*args, **kwargs)
-        z = args[0] if args else kwargs.get("input")
-        dim = args[1] if len(args) > 1 else kwargs.get("dim")
-        if isinstance(z, Tensor) and z.dim() >= 3 and dim in (-1, z.dim() - 1):
-            product = self._products.behind(z)
-            if product is not None:
-                self._products.forget()
-                self._look(
-                    lambda module: seen_by_hand(z, product, n_heads_of(module)), "eager", (z,)
-                )
-            elif z.dim() >= 4 and z.shape[-1] > 1:
-                self._look(lambda _: _unseen_product(), "eager", (z,))
+        z, dim = args[:2]
+        if z.dim() >= 3 and not in_backward():
+            reason = why_unseen(z)
+            if reason is None:
+                self._by_hand.add_softmax(z, out, dim, module_of_call)
+            elif reason and z.dim() >= 4:
+                self._on_unmeasured(module_of_call(), "eager", shapes_of((z,)), reason)
         return out
+
+    def _found(self, softmax: Softmax, see: Callable[[], Seen]) -> None:
+        self.hand_on(softmax.module, "eager", (softmax.z,), see)
 
     def _native(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The fast path of nn.MultiheadAttention in evaluation."""
         out = original(*args, **kwargs)
-        self._look(lambda _: _seen_native(*args, **kwargs), "fast path", args[:3])
+        self._look(lambda _: seen_native(*args, **kwargs), "fast path", args[:3])
         return out
 
     def _native_layer(
@@ -99,23 +117,29 @@ class Capture:
     ) -> Any:
         """The fast path of nn.TransformerEncoderLayer in evaluation."""
         out = original(*args, **kwargs)
-        self._look(
-            lambda _: _seen_native_layer(*args, **kwargs), "fast path", args[:1], "self_attn"
-        )
+        self._look(lambda _: seen_native_layer(*args, **kwargs), "fast path", args[:1], "self_attn")
         return out
 
     def _look(
         self,
         seen: Callable[[nn.Module | None], Seen],
         backend: str,
-        tensors: tuple[Any, ...],
+        tensors: Sequence[Any],
         part: str = "",
     ) -> None:
         """Hand on a call of the module that is on the stack, or of a part of it."""
-        if not in_backward():
-            module = module_of_call()
-            module = getattr(module, part, module) if part else module
+        if in_backward():
+            return
+        reasons = [why_unseen(x) for x in tensors if isinstance(x, Tensor)]
+        if "" in reasons:
+            return
+        module = module_of_call()
+        module = getattr(module, part, module) if part else module
+        reason = next((each for each in reasons if each is not None), None)
+        if reason is None:
             self.hand_on(module, backend, tensors, lambda: seen(module))
+        else:
+            self._on_unmeasured(module, backend, shapes_of(tensors), reason)
 
     def hand_on(
         self,
@@ -126,7 +150,8 @@ class Capture:
     ) -> None:
         """Hand on what is seen; whatever goes wrong in looking is said, and the script goes on."""
         try:
-            self._on_attention(module, see())
+            with unobserved():
+                self._on_attention(module, see())
         except NotMeasuredError as error:
             reason = str(error)
         except Exception as error:
@@ -134,133 +159,19 @@ class Capture:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         else:
             return
-        shapes = [list(x.shape) for x in tensors if isinstance(x, Tensor)]
-        self._on_unmeasured(module, backend, shapes, reason)
+        self._on_unmeasured(module, backend, shapes_of(tensors), reason)
+
+
+def shapes_of(tensors: Sequence[Any]) -> list[list[int]]:
+    """Of those that have one of plain numbers."""
+    found = [x for x in tensors if isinstance(x, Tensor) and why_unseen(x) is None]
+    return [list(x.shape) for x in found]
+
+
+def _not_by_its_function(_module: nn.Module | None) -> Seen:
+    raise NotMeasuredError("a kernel of scaled_dot_product_attention, not called by it")
 
 
 def in_backward() -> bool:
     """Whether autograd runs: what is called then is a forward pass recomputed by checkpointing."""
     return torch._C._current_graph_task_id() != -1
-
-
-def seen_fused(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    *,
-    factor: float | None = None,
-) -> Seen:
-    """A call of F.scaled_dot_product_attention; `factor` is what q and k were multiplied by before, where that is known."""
-    if query.is_nested or key.is_nested:
-        raise NotMeasuredError("nested tensors")
-    q, k = _four_axes(query), _four_axes(key)
-    if enable_gqa and k.shape[1] != q.shape[1]:
-        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    visible, bias, mask = None, None, "none"
-    if attn_mask is not None:
-        visible, bias, mask = split_mask(
-            attn_mask if attn_mask.dim() < 3 else _four_axes(attn_mask)
-        )
-    elif is_causal:
-        visible = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
-        mask = "causal"
-    applied = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    return Seen(
-        q=q, k=k, z=None, scale=applied, factor=factor_of_both(query, key) if factor is None else factor, visible=visible, bias=bias, mask=mask, backend="sdpa",
-    )  # fmt: skip
-
-
-def seen_by_hand(
-    z: Tensor, product: Product, n_heads: int | None, *, factor: float | None = None
-) -> Seen:
-    """Logits that a softmax was given, and the product behind them; `factor` as in `seen_fused`."""
-    n_queries, n_keys = z.shape[-2:]
-    if z.dim() == 3 and n_heads and len(z) % n_heads == 0:
-        n_batch = len(z) // n_heads
-    else:
-        n_batch, n_heads = z.shape[0], z[0, ..., 0, 0].numel()
-    grid = (n_batch, n_heads)
-    return Seen(
-        q=product.q().reshape(*grid, n_queries, -1),
-        k=product.k().reshape(*grid, n_keys, -1),
-        z=z.reshape(*grid, n_queries, n_keys),
-        scale=None,
-        factor=factor_of_both(product.left, product.right) if factor is None else factor,
-        visible=None,
-        bias=None,
-        mask="in the logits",
-        backend="eager",
-    )
-
-
-def _unseen_product() -> Seen:
-    raise NotMeasuredError(
-        "softmax over 4 axes whose q and k were not seen: no product of activations before it"
-    )
-
-
-def _seen_native(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    embed_dim: int,
-    num_heads: int,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor,
-    proj_weight: Tensor,
-    proj_bias: Tensor,
-    mask: Tensor | None = None,
-    need_weights: bool = True,
-    average_attn_weights: bool = True,
-    mask_type: int | None = None,
-) -> Seen:
-    """What torch._native_multi_head_attention computes inside: the projections are done again to see q and k."""
-    if query.is_nested:
-        raise NotMeasuredError("nested tensors")
-    (w_q, w_k, _), (b_q, b_k, _) = qkv_weight.chunk(3), qkv_bias.chunk(3)
-    q, k = (
-        F.linear(x.detach(), w.detach(), b.detach()).unflatten(-1, (num_heads, -1)).transpose(1, 2)
-        for x, w, b in ((query, w_q, b_q), (key, w_k, b_k))
-    )
-    hidden = mask
-    if hidden is not None and mask_type == 1:  # padding, (B, S)
-        hidden = hidden[:, None, None, :]
-    visible, bias, kind = (None, None, "none") if hidden is None else split_mask(~hidden.bool())
-    return Seen(
-        q=q, k=k, z=None, scale=q.shape[-1] ** -0.5, factor=1.0, visible=visible, bias=bias, mask=kind, backend="fast path",
-    )  # fmt: skip
-
-
-def _seen_native_layer(
-    src: Tensor, embed_dim: int, num_heads: int, *rest: Any, **kwargs: Any
-) -> Seen:
-    """What torch._transformer_encoder_layer_fwd computes inside."""
-    qkv_weight, qkv_bias, proj_weight, proj_bias, _use_gelu, norm_first, eps, *more = rest
-    if src.is_nested:
-        raise NotMeasuredError("nested tensors")
-    if norm_first:
-        norm_weight, norm_bias = more[:2]
-        src = F.layer_norm(
-            src.detach(), (embed_dim,), norm_weight.detach(), norm_bias.detach(), eps
-        )
-    mask = more[8] if len(more) > 8 else kwargs.get("mask")
-    mask_type = more[9] if len(more) > 9 else kwargs.get("mask_type")
-    return _seen_native(
-        src, src, src, embed_dim, num_heads, qkv_weight, qkv_bias, proj_weight, proj_bias, mask, mask_type=mask_type
-    )  # fmt: skip
-
-
-def _four_axes(x: Tensor) -> Tensor:
-    """(B, H, T, K) from any number of leading axes: one more is taken for groups of heads."""
-    if x.dim() == 4:
-        return x
-    if x.dim() == 3:
-        return x[:, None]
-    if x.dim() > 4:
-        return x.flatten(1, -3)
-    raise NotMeasuredError(f"q or k with {x.dim()} axes")

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnscope.capture.dispatch import Original
 from attnscope.capture.imports import when_imported
-from attnscope.capture.patches import Original, Patches
+from attnscope.capture.patches import Patches
 from attnscope.capture.seen import (
     NotMeasuredError,
     Seen,

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 # What wrappers put before the names of the model they wrap: DistributedDataParallel, torch.compile, checkpoint_wrapper.
@@ -18,7 +19,9 @@ WRAPPERS = re.compile(
 FRAMES = 8  # looked through for the module that a call belongs to
 
 # What models call their number of heads.
-HEADS = ("num_heads", "n_heads", "n_head", "heads", "num_attention_heads", "nhead")
+HEADS = (
+    "num_heads", "n_heads", "n_head", "heads", "num_attention_heads", "nhead", "nheads", "num_head", "head_num", "h",
+)  # fmt: skip
 
 
 class Modules:
@@ -124,6 +127,32 @@ def n_heads_of(module: nn.Module | None) -> int | None:
         if isinstance(value, int) and value > 0:
             return value
     return None
+
+
+def batch_and_heads(
+    lead: torch.Size, module: nn.Module | None, d_head: int | None
+) -> tuple[int, int]:
+    """B and H of attention whose tensors have these axes before the last two.
+
+    Two axes are these. In one axis the heads are folded, in more there are windows before them or groups of them: then it
+    counts how many the module says it has, if that is the size of the last axes, and of a width that its parameters have.
+    """
+    if len(lead) == 2:
+        return lead[0], lead[1]
+    n_heads = n_heads_of(module)
+    if module is None or n_heads is None or not _is_width(module, n_heads, d_head):
+        return lead[0], lead[1:].numel()
+    if len(lead) == 1:
+        return (lead[0] // n_heads, n_heads) if lead[0] % n_heads == 0 else (lead[0], 1)
+    sizes = (lead[at:].numel() for at in range(len(lead) - 1, 0, -1))
+    n_last = next((n for n in sizes if n == n_heads), lead[1:].numel())
+    return lead.numel() // n_last, n_last
+
+
+def _is_width(module: nn.Module, n_heads: int, d_head: int | None) -> bool:
+    """Whether all heads together are as wide as a parameter: what a module calls its heads may be something else."""
+    sizes = {n for p in module.parameters() for n in p.shape}
+    return d_head is None or not sizes or any(n_heads * d_head * parts in sizes for parts in (1, 2, 3))  # fmt: skip
 
 
 def _cut(name: str) -> tuple[str, int, str]:

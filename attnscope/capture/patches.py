@@ -1,6 +1,7 @@
-"""Functions of PyTorch replaced by ones that look at what passes, and put back.
+"""How PyTorch is listened to: operators where they are dispatched, and a few of its Python functions replaced and put back.
 
-A replacement calls the original with the arguments as they came and returns what it returned. Nothing is looked at while
+Operators are heard without replacing anything (`attnscope.capture.dispatch`). Python functions that no operator shows are
+replaced: backward, clipping, kernels of other libraries. A replacement calls the original with the arguments as they came and returns what it returned. Nothing is looked at while
 torch.compile traces: a compiled graph is that of the unwatched script. Where code runs eagerly amid compiled code, Dynamo
 compiles what the unwatched script would have it compile, and nothing of ours.
 """
@@ -9,19 +10,16 @@ import functools
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 
-Original = Callable[..., Any]
-Look = Callable[[Original, tuple[Any, ...], dict[str, Any]], Any]
-
-_T = TypeVar("_T")
-_P = ParamSpec("_P")
+from attnscope.capture.dispatch import Look, Original, listen
+from attnscope.capture.dynamo import compiled_by, leave_alone, set_compiler
 
 
 class Patches:
-    """What is replaced at the moment.
+    """What is listened to and replaced at the moment.
 
     Invariant: `restore` puts every attribute back to what stood there before, the latest first, and no module has a
     replacement under another name.
@@ -53,6 +51,21 @@ class Patches:
                     self._replace_aliases(original, new)
             if getattr(owner, name) is original:
                 self._set(owner, name, new)
+
+    def listen(self, name: str, look: Look) -> None:
+        """Look at the calls of an operator, aten::`name`. An operator that one looked at calls is not looked at again."""
+        inside, is_wanted = self._inside, self._is_wanted
+
+        def heard(original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if not is_wanted() or getattr(inside, "busy", False):
+                return original(*args, **kwargs)
+            inside.busy = True
+            try:
+                return look(original, args, kwargs)
+            finally:
+                inside.busy = False
+
+        self._put_back.append(listen(name, heard))
 
     def restore_with(self, undo: Callable[[], None]) -> None:
         """Something else that must be undone with the rest."""
@@ -86,21 +99,21 @@ class Patches:
         def watched(*args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():
                 return original(*args, **kwargs)
-            compiler = _set_compiler(None)
+            compiler = set_compiler(None)
             try:
                 if is_wanted() and not getattr(inside, "busy", False):
                     inside.busy = True
                     try:
-                        call = original if compiler is None else _compiled_by(compiler, original)
+                        call = original if compiler is None else compiled_by(compiler, original)
                         return look(call, args, kwargs)
                     finally:
                         inside.busy = False
             finally:
-                _set_compiler(compiler)
+                set_compiler(compiler)
             return original(*args, **kwargs)
 
         # Dynamo would take it for a frame of the script's. It stays so after `restore`: the code is nobody else's.
-        _leave_alone(watched)
+        leave_alone(watched)
         return watched
 
     def _set_in(self, names: dict[str, Any], name: str, new: object) -> None:
@@ -124,46 +137,6 @@ class Patches:
                     self._set_in(names, name, new)
 
 
-def not_compiled(hook: Callable[_P, _T]) -> Callable[_P, _T | None]:
-    """What PyTorch calls of ours while it may compile: then it does nothing, and amid compiled code it runs as it is."""
-
-    @functools.wraps(hook)
-    def called(*args: _P.args, **kwargs: _P.kwargs) -> _T | None:
-        if torch.compiler.is_compiling():
-            return None
-        compiler = _set_compiler(None)
-        try:
-            return hook(*args, **kwargs)
-        finally:
-            _set_compiler(compiler)
-
-    _leave_alone(called)
-    return called
-
-
-def _compiled_by(compiler: object, original: Original) -> Original:
-    """The original, compiled as if we did not stand between it and its caller."""
-
-    @functools.wraps(original)
-    def compiled(*args: Any, **kwargs: Any) -> Any:
-        _set_compiler(compiler)
-        try:
-            return original(*args, **kwargs)
-        finally:
-            _set_compiler(None)
-
-    _leave_alone(compiled)
-    return compiled
-
-
-def _leave_alone(function: Any) -> None:
-    """Let Dynamo run the code of this function as it is, but still see what it calls."""
-    if _IS_KNOWN:
-        act = _DYNAMO._FrameAction
-        how = _DYNAMO._FrameExecStrategy(act.SKIP, act.DEFAULT)
-        _DYNAMO.set_code_exec_strategy(function.__code__, how)
-
-
 def _namespaces() -> list[dict[str, Any]]:
     """Of all modules."""
     found = [getattr(module, "__dict__", None) for module in list(sys.modules.values())]
@@ -185,16 +158,4 @@ class _Undisturbed:
         self._inside.busy = self._before
 
 
-# The part of Dynamo that is in C, and there before it is imported. It is private: a torch without it is watched as if nothing
-# were compiled, and the numbers of what runs eagerly amid compiled code may change in their last bits.
-_DYNAMO: Any = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
-_IS_KNOWN = all(
-    hasattr(_DYNAMO, name)
-    for name in ("set_eval_frame", "set_code_exec_strategy", "_FrameAction", "_FrameExecStrategy")
-)
-# Chooses what compiles the frames that this thread enters, None = nothing, and returns what did before. Called from Python
-# of ours it would be too late: that would be compiled.
-_set_compiler: Callable[[Any], Any] = (
-    _DYNAMO.set_eval_frame if _IS_KNOWN else lambda _compiler: None
-)
 _MISSING = object()

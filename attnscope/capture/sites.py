@@ -20,10 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from attnscope.capture.eager import seen_by_hand, seen_fused
+from attnscope.capture.by_hand import seen_by_hand
+from attnscope.capture.fused import seen_fused
 from attnscope.capture.kernels import Blocks, flex_call
-from attnscope.capture.names import module_with_id, n_heads_of
-from attnscope.capture.products import Products
+from attnscope.capture.names import module_with_id
+from attnscope.capture.products import Product, einsum_product, matrix_product
 from attnscope.capture.seen import NotMeasuredError, Seen, split_mask
 
 _ROOT = re.compile(r"([LG])\['(\w+)'\]")  # a local or global name of the frame that Dynamo compiles
@@ -191,6 +192,8 @@ def _softmax_at(node: fx.Node) -> tuple[Site, list[fx.Node]] | None:
     n_axes = z.meta["example_value"].dim()
     if n_axes < 3 or dim not in (-1, n_axes - 1):
         return None
+    if not _is_multiplied(node):
+        return None
     product = _product_behind(z)
     module = _module_of(node)
     if product is None:
@@ -204,13 +207,11 @@ def _softmax_at(node: fx.Node) -> tuple[Site, list[fx.Node]] | None:
         factor *= _constant_factor(each)
 
     def see(found: list[Tensor]) -> Seen:
-        z_value, products = _replay(cone, dict(zip(inputs, found, strict=True)), product, z)
-        seen = products.behind(z_value)
-        if seen is None:
-            raise NotMeasuredError("the product before the softmax is not one of queries and keys")
-        return replace(
-            seen_by_hand(z_value, seen, n_heads_of(module()), factor=factor), backend=BY_HAND
-        )
+        z_value, found_product = _replay(cone, dict(zip(inputs, found, strict=True)), product, z)
+        products = () if found_product is None else (found_product,)
+        axes = (n_axes - 2, n_axes - 1)
+        seen = seen_by_hand(z_value, products, module(), axes=axes, factor=factor)
+        return replace(seen, backend=BY_HAND)
 
     return Site(module=module, backend=BY_HAND, see=see), inputs
 
@@ -226,21 +227,31 @@ def _unseen(module: Callable[[], nn.Module | None]) -> Site:
 
 def _replay(
     cone: list[fx.Node], values: dict[fx.Node, Any], product: fx.Node, z: fx.Node
-) -> tuple[Tensor, Products]:
+) -> tuple[Tensor, Product | None]:
     """Compute the logits again from what goes into them."""
-    products = Products()
+    found: Product | None = None
     for node in cone:
         args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
         if node is product:
             if _name(node) == "einsum":
-                products.remember_einsum(args[0], tuple(args[1:]))
+                found = einsum_product(str(args[0]), args[1:])
             else:
-                products.remember(*args[-2:])
+                found = matrix_product(*args[-2:])
         if node.op == "call_method":
             values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
         else:
             values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-    return values[z], products
+    return values[z], found
+
+
+def _is_multiplied(node: fx.Node) -> bool:
+    """Whether a product of activations is made of what a softmax gives: values' product of attention."""
+    level = [node]
+    for _ in range(DEPTH):
+        level = list(dict.fromkeys(user for each in level for user in each.users))
+        if any(_name(each) in PRODUCTS and len(_with_axes(each.all_input_nodes, 3)) >= 2 for each in level):  # fmt: skip
+            return True
+    return False
 
 
 def _product_behind(z: fx.Node) -> fx.Node | None:

@@ -10,15 +10,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attnscope.capture.dispatch import Original, unobserved, why_unseen
 from attnscope.capture.eager import in_backward
 from attnscope.capture.names import module_of_call
-from attnscope.capture.patches import Original, Patches
+from attnscope.capture.patches import Patches
 
 # What the modules of transformers are made of; what comes between them shows in the next one's output.
-FUNCTIONS = ("linear", "embedding", "layer_norm", "rms_norm")
+OPERATORS = (
+    "linear",
+    "embedding",
+    "layer_norm",
+    "rms_norm",
+    "addmm",
+)  # Conv1D of Hugging Face is an addmm
 MOST = 4096  # outputs of one step
 
 
@@ -60,9 +66,8 @@ class Finite:
         self._on_call = on_call
         self._on_failure = on_failure
         self._step = _Step()
-        for name in FUNCTIONS:
-            patches.replace([F, torch._C._nn], name, self._look)
-        patches.replace([torch], "addmm", self._look)  # Conv1D of Hugging Face
+        for name in OPERATORS:
+            patches.listen(name, self._look)
 
     def end_step(self) -> Outputs | None:
         """What was collected; None where nothing was."""
@@ -77,11 +82,12 @@ class Finite:
 
     def _look(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         out = original(*args, **kwargs)
-        if torch.is_grad_enabled() and _is_plain(out) and not in_backward():
+        if torch.is_grad_enabled() and why_unseen(out) is None and not in_backward():
             module = module_of_call()
             try:
                 self._on_call(module)
-                self._add(module, out.detach())
+                with unobserved():
+                    self._add(module, out.detach())
             except Exception as error:
                 self._on_failure(error)
         return out
@@ -92,16 +98,6 @@ class Finite:
         dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
         self._step.totals.append(out.sum(dtype=dtype).float())
         self._step.modules.append(_nobody if module is None else weakref.ref(module))
-
-
-def _is_plain(x: object) -> bool:
-    """A tensor with floating numbers of its own: no DTensor, whose sum is a message to other processes, and none that vmap made."""
-    return (
-        type(x) in (Tensor, nn.Parameter)
-        and x.is_floating_point()  # type: ignore[attr-defined]
-        and x.device.type != "meta"  # type: ignore[attr-defined]
-        and not torch._C._functorch.is_functorch_wrapped_tensor(x)  # type: ignore[arg-type]
-    )
 
 
 def _nobody() -> None:

@@ -13,7 +13,9 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from attnscope.capture.patches import Original, Patches, not_compiled
+from attnscope.capture.dispatch import Original
+from attnscope.capture.dynamo import not_compiled
+from attnscope.capture.patches import Patches
 from attnscope.watch.parameters import total_norm
 
 FRAMES = 16  # looked through for who calls backward

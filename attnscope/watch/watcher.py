@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
+from attnscope.capture.dispatch import Original
 from attnscope.capture.eager import Capture, in_backward
 from attnscope.capture.names import Modules, any_alive, called_by_torch
-from attnscope.capture.patches import Original, Patches
+from attnscope.capture.patches import Patches
 from attnscope.capture.seen import Seen, scalar_factor
 from attnscope.errors import RunError, RunWriteError
 from attnscope.watch.finite import Finite
@@ -293,6 +294,7 @@ class Watcher:
         if adds_up and self._now.losses:
             seen += self._now.losses.pop()[0]
         self._now.losses.append((seen, scalar_factor(loss)))
+        self._capture.forget()  # the forward pass is over
 
     @_guarded
     def before_clipping(self, parameters: list[Tensor]) -> None:
@@ -349,6 +351,7 @@ class Watcher:
     def after_update(self, optimizer: torch.optim.Optimizer) -> None:
         """See `OnTraining`."""
         if self._is_on:
+            self._capture.forget()
             self._updates += 1
             self._stepped = True
             self._parameters.after_update(self._now, optimizer)
@@ -394,7 +397,6 @@ class Watcher:
         self._parameters.end_step(now)
         now.outputs = self._finite.end_step()
         self._recorder.add(now)
-        self._capture.forget()
         self._stepped = False
         number = now.number + 1
         self._now = Step(number=number, measured=number < FIRST or number % self._every == 0)

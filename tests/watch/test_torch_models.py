@@ -249,7 +249,7 @@ def test_a_call_that_cannot_be_measured_is_said_once_with_shapes_and_reason(tmp_
     assert len(found) == 1
     fields = found["fields"].iloc[0]
     assert fields["shapes"] == [[B, T, H, D // H]]
-    assert "whose q and k were not seen" in fields["reason"]
+    assert "that no product of activations followed" in fields["reason"]
 
 
 def test_x_transformers(tmp_path):
