@@ -3,10 +3,11 @@
 Shape key: B batch, H head, T query position, S key position, R sampled query position, K d_head, C column.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -23,6 +24,11 @@ COLUMNS = (*STATISTICS, "rows", "rows_left_out")
 
 # A float mask hides a key by -inf, by the smallest number of its dtype, or by something like -1e4 or -1e9.
 HIDDEN_BELOW = -9e3
+# Or by a smaller number (-100 in Swin transformers), if float32 has no exponential of it and none stands between it and those
+# of other keys: a bias that grows with distance (ALiBi) hides nothing.
+VANISHES_BELOW = math.log(torch.finfo(torch.float32).tiny)
+BETWEEN = (0.75, 0.25)  # of the lowest number
+NEAR_TOP = 50.0  # logits so far below the largest one of their row tell the scale
 FIT_WITHIN = 0.02  # of the logits' size: a scale explains them
 
 # How a scalar stands in the autograd graph, and what may stand between it and the product.
@@ -137,7 +143,7 @@ def _measure(seen: Seen, *, rows: int | str, seed: int) -> Measured:
         bound = torch.full_like(q_norm, float("nan"))
         if raw is not None:
             fit = fit_scale(raw, z, visible)
-            bound = fit[0].abs() * q_norm * k_norm
+            bound = (fit[0].abs() * q_norm * k_norm).where(fit[1] < FIT_WITHIN, bound)
         found = statistics_of_logits(z, visible, bound)
     return Measured(columns_CH=torch.stack([found[name].float() for name in COLUMNS]), fit=fit)
 
@@ -169,14 +175,28 @@ def _statistics_modified(seen: Seen, modify: Modify, sample: Rows | None) -> dic
 
 
 def visible_logits(z: Tensor, raw: Tensor | None) -> Tensor:
-    """Which logits are not masked, like z: hidden is what is far below zero and, where q kᵀ is known, far below it, too.
+    """Which logits are not masked, like z (..., H, T, S): hidden is what q kᵀ does not explain and is far below zero.
 
-    Large logits may be below any fixed number.
+    Large logits may be below any fixed number: where `raw`, q kᵀ, is not known, only HIDDEN_BELOW can tell.
     """
-    visible = z > HIDDEN_BELOW
+    finite = z > float("-inf")
     if raw is None:
-        return visible
-    return visible | ((z - raw).abs() < -HIDDEN_BELOW) & z.isfinite()
+        return z > HIDDEN_BELOW
+    # A factor of its own for each head, from what is surely visible.
+    top = finite & (z > z.amax(dim=-1, keepdim=True) - NEAR_TOP)
+    over = (-4, -2, -1) if z.dim() >= 4 else (-2, -1)
+    raw_top, z_top = raw.where(top, 0.0), z.where(top, 0.0)
+    factor = (raw_top * z_top).sum(over, keepdim=True) / raw_top.square().sum(over, keepdim=True)
+    return finite & visible_under(z - factor.nan_to_num(0.0, 0.0, 0.0) * raw)
+
+
+def visible_under(added: Tensor) -> Tensor:
+    """Which keys are visible under what was added to their logits, a mask and perhaps a bias."""
+    visible = added > HIDDEN_BELOW
+    lowest = added.where(visible, 0.0).amin()
+    near, far = (share * lowest for share in BETWEEN)
+    is_mask = (lowest < VANISHES_BELOW) & ~(visible & (added > near) & (added < far)).any()
+    return visible & ~(is_mask & (added <= near))
 
 
 def fit_scale(raw: Tensor, z: Tensor, visible: Tensor) -> Tensor:
@@ -209,7 +229,7 @@ def split_mask(mask: Tensor) -> tuple[Tensor | None, Tensor | None, str]:
     wide_mask = mask.detach().float()
     if mask.dim() == 2:  # the bound wants to know which axis is of heads
         wide_mask = wide_mask[None, None]
-    visible = wide_mask > HIDDEN_BELOW
+    visible = visible_under(wide_mask)
     return visible, wide_mask.where(visible, 0.0), "float"
 
 
@@ -233,17 +253,46 @@ def scalar_factor(x: Tensor) -> float | None:
         if kind in ("Mul", "Div"):
             if is_packed:
                 return None
-            inputs = [each for each, _ in node.next_functions]
-            other = getattr(node, "_saved_other", None)
-            if len(inputs) != 2 or inputs[1] is not None or not _is_number(other):
+            step = _factor_of(node, kind)
+            if step is None:
                 break
-            factor = factor * float(other) if kind == "Mul" else factor / float(other)
-            node = inputs[0]
+            if math.isnan(step[1]):
+                return None
+            node, factor = step[0], factor * step[1]
         elif kind in _VIEWS:
             node = node.next_functions[0][0]
         else:
             break
     return factor
+
+
+def _factor_of(node: Any, kind: str) -> tuple[Any, float] | None:
+    """Where a product or quotient with a number came from, and the number; NaN = one that is learned or on a device.
+
+    None where both sides are tensors of more numbers: weights of a norm, a rotation, a gate.
+    """
+    inputs = [each for each, _ in node.next_functions]
+    if len(inputs) != 2:
+        return None
+    sides = ("_saved_other", "_saved_self") if kind == "Mul" else ("_saved_other",)
+    for at, name in enumerate(sides):
+        try:
+            other = getattr(node, name, None)
+        except RuntimeError:  # changed in place since
+            return None
+        if _is_number(other):
+            number = float(other)
+            return inputs[at], number if kind == "Mul" else 1 / number
+        if isinstance(other, Tensor) and _is_temperature(other, node):
+            return inputs[at], math.nan
+    return None
+
+
+def _is_temperature(x: Tensor, node: Any) -> bool:
+    """Whether many queries or keys have all their numbers multiplied by the same one; a norm has one for each of them."""
+    whole = node._input_metadata[0].shape
+    n_rows = math.prod(whole[:-1])
+    return (x.dim() == 0 or x.shape[-1] == 1) and (x.numel() < n_rows or n_rows == 1)
 
 
 def _is_number(x: object) -> TypeGuard[float | Tensor]:
