@@ -55,7 +55,7 @@ class Capture:
         for softmax in self._by_hand.forget():
             if softmax.z.dim() >= 4:  # others are of classifiers
                 reason = "softmax over 4 axes or more that no product of activations followed"
-                self._on_unmeasured(softmax.module, "eager", shapes_of((softmax.z,)), reason)
+                self._say(softmax.module, "eager", (softmax.z,), reason)
 
     def _fused(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         out = original(*args, **kwargs)
@@ -100,7 +100,7 @@ class Capture:
             if reason is None:
                 self._by_hand.add_softmax(z, out, dim, module_of_call)
             elif reason and z.dim() >= 4:
-                self._on_unmeasured(module_of_call(), "eager", shapes_of((z,)), reason)
+                self._say(module_of_call(), "eager", (z,), reason)
         return out
 
     def _found(self, softmax: Softmax, see: Callable[[], Seen]) -> None:
@@ -139,7 +139,7 @@ class Capture:
         if reason is None:
             self.hand_on(module, backend, tensors, lambda: seen(module))
         else:
-            self._on_unmeasured(module, backend, shapes_of(tensors), reason)
+            self._say(module, backend, tensors, reason)
 
     def hand_on(
         self,
@@ -159,13 +159,14 @@ class Capture:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         else:
             return
-        self._on_unmeasured(module, backend, shapes_of(tensors), reason)
+        self._say(module, backend, tensors, reason)
 
-
-def shapes_of(tensors: Sequence[Any]) -> list[list[int]]:
-    """Of those that have one of plain numbers."""
-    found = [x for x in tensors if isinstance(x, Tensor) and why_unseen(x) is None]
-    return [list(x.shape) for x in found]
+    def _say(
+        self, module: nn.Module | None, backend: str, tensors: Sequence[Any], reason: str
+    ) -> None:
+        plain = [x for x in tensors if isinstance(x, Tensor) and why_unseen(x) is None]
+        with unobserved():
+            self._on_unmeasured(module, backend, [list(x.shape) for x in plain], reason)
 
 
 def _not_by_its_function(_module: nn.Module | None) -> Seen:

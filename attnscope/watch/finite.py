@@ -85,8 +85,8 @@ class Finite:
         if torch.is_grad_enabled() and why_unseen(out) is None and not in_backward():
             module = module_of_call()
             try:
-                self._on_call(module)
                 with unobserved():
+                    self._on_call(module)
                     self._add(module, out.detach())
             except Exception as error:
                 self._on_failure(error)

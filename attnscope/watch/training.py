@@ -13,7 +13,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from attnscope.capture.dispatch import Original
+from attnscope.capture.dispatch import Original, unobserved, why_unseen
 from attnscope.capture.dynamo import not_compiled
 from attnscope.capture.patches import Patches
 from attnscope.watch.parameters import total_norm
@@ -56,7 +56,8 @@ class Training:
         self._told = told
         self._scaled: tuple[weakref.ref[Tensor], Tensor] | None = None
         self._stepped = False
-        patches.replace([torch.Tensor, torch.autograd], "backward", self._backward)
+        # What Tensor.backward and torch.autograd.backward call: these are functions that scripts look up and compare.
+        patches.replace([torch.autograd, torch.autograd.graph], "_engine_run_backward", self._backward)
         utils = torch.nn.utils
         patches.replace([utils, utils.clip_grad], "clip_grad_norm_", self._clip_norm)
         patches.replace([utils, utils.clip_grad], "clip_grad_value_", self._clip_value)
@@ -100,11 +101,13 @@ class Training:
         self._told.after_update(optimizer)
 
     def _backward(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        roots = args[0] if args else kwargs.get("tensors")
-        adds_up = _is_trainer_of_hugging_face()
-        for root in [roots] if isinstance(roots, Tensor) else roots or ():
-            if isinstance(root, Tensor) and root.numel() == 1:
-                self._told.loss(self._without_scale(root), adds_up=adds_up)
+        if kwargs.get("accumulate_grad"):  # else it is torch.autograd.grad, of whatever it is
+            adds_up = _is_trainer_of_hugging_face()
+            for root in args[0]:
+                with unobserved():
+                    is_loss = why_unseen(root) is None and root.numel() == 1
+                if is_loss:
+                    self._told.loss(self._without_scale(root), adds_up=adds_up)
         return original(*args, **kwargs)
 
     def _scale(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -128,7 +131,9 @@ class Training:
         scaler = args[0]
         value = getattr(scaler, "_scale", None) if scaler.is_enabled() else None
         if value is not None:
-            self._told.scaled(value.detach().clone())
+            with unobserved():
+                scale = value.detach().clone()
+            self._told.scaled(scale)
         result = original(*args, **kwargs)
         if not self._stepped:
             self._told.skipped(args[1] if len(args) > 1 else kwargs["optimizer"])
@@ -140,20 +145,23 @@ class Training:
         norm_type = args[2] if len(args) > 2 else kwargs.get("norm_type", 2.0)
         self._told.before_clipping(parameters)
         total = original(*args, **kwargs)
-        norm = total.detach()
-        if hasattr(norm, "full_tensor"):  # all ranks are here: clipping waits for all of them, too
-            norm = norm.full_tensor()
-        factor = (float(max_norm or 0.0) / (norm + 1e-6)).clamp(max=1.0)
+        with unobserved():
+            norm = total.detach()
+            if hasattr(norm, "full_tensor"):  # all ranks are here: clipping waits for all of them
+                norm = norm.full_tensor()
+            factor = (float(max_norm or 0.0) / (norm + 1e-6)).clamp(max=1.0)
         self._told.clipped(factor, norm if float(norm_type) == 2.0 else None)
         return total
 
     def _clip_value(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         parameters, args = _kept(args, kwargs)
         self._told.before_clipping(parameters)
-        before = total_norm(parameters)
+        with unobserved():
+            before = total_norm(parameters)
         result = original(*args, **kwargs)
-        after = total_norm(parameters)
-        factor = None if before is None or after is None else after / before
+        with unobserved():
+            after = total_norm(parameters)
+            factor = None if before is None or after is None else after / before
         self._told.clipped(factor, before)
         return result
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from attnscope.capture.dispatch import Original
+from attnscope.capture.dispatch import Original, unobserved
 from attnscope.capture.eager import Capture, in_backward
 from attnscope.capture.names import Modules, any_alive, called_by_torch
 from attnscope.capture.patches import Patches
@@ -51,7 +51,8 @@ def _guarded(method: Callable[_P, None]) -> Callable[_P, None]:
     @functools.wraps(method)
     def guarded(*args: _P.args, **kwargs: _P.kwargs) -> None:
         try:
-            method(*args, **kwargs)
+            with unobserved():
+                method(*args, **kwargs)
         except Exception as error:
             watcher = args[0]
             assert isinstance(watcher, Watcher)
