@@ -95,24 +95,21 @@ def _weights_in(softmax: Softmax, side: Operand) -> tuple[int, int] | None:
     """Axes of queries and keys in the weights, if this operand is them, or some of their columns; None if it is not."""
     p, x = softmax.p, side.x
     n, n_x = p.dim(), x.dim()
-    if n == n_x and _fits(p.shape, x.shape, softmax.dim) and not _is_transposed(p, x):
-        return side.free, side.summed
-    # Axes before the last two may have been joined or parted since.
-    if {side.free, side.summed} != {n_x - 2, n_x - 1} or p[..., 0, 0].numel() != x[..., 0, 0].numel():  # fmt: skip
-        return None
-    ends, dim = p.shape[-2:], softmax.dim - n + 2
+    ends = {n_x - 2, n_x - 1}
     axes = side.free - n_x + n, side.summed - n_x + n
-    if _fits(ends, x.shape[-2:], dim) and not _is_transposed(p, x):
+    if n == n_x and p.shape == x.shape and not _is_transposed(p, x):
         return axes
-    return axes[::-1] if _fits(ends, x.shape[-2:][::-1], dim) else None
-
-
-def _fits(weights: Sequence[int], operand: Sequence[int], dim: int) -> bool:
-    """Whether the sizes are equal, or smaller along the axis of the softmax: sinks may have been cut off."""
-    return all(
-        a == b or (a > b and axis == dim)
-        for axis, (a, b) in enumerate(zip(weights, operand, strict=True))
-    )
+    # Axes before the last two may have been joined or parted since.
+    if {side.free, side.summed} != ends or p[..., 0, 0].numel() != x[..., 0, 0].numel():
+        return None
+    if p.shape[-2:] == x.shape[-2:]:
+        return axes[::-1] if _is_transposed(p, x) else axes
+    if p.shape[-2:] == x.shape[-2:][::-1]:
+        return axes[::-1]
+    # Sinks and the like are cut off: as many columns are left as q kᵀ gave.
+    n_keys = {product.ends[1] for product in softmax.products}
+    is_cut = axes == (n - 2, n - 1) and softmax.dim == n - 1 and x.shape[-2] == p.shape[-2]
+    return axes if is_cut and x.shape[-1] in n_keys else None
 
 
 def _is_transposed(p: Tensor, x: Tensor) -> bool:

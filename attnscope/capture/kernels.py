@@ -376,7 +376,17 @@ def _partial_softmax(given: Given) -> Seen:
     raise NotMeasuredError("attention over some of the keys, to be merged with that over others")
 
 
+def _jagged(_given: Given) -> Seen:
+    raise NotMeasuredError("nested tensors")
+
+
 KERNELS = (
+    Kernel(
+        module="torch.nested._internal.sdpa",  # F.scaled_dot_product_attention of nested tensors goes there
+        backend="sdpa",
+        functions={"jagged_scaled_dot_product_attention": _jagged},
+        known="query key value attn_mask dropout_p is_causal scale enable_gqa",
+    ),
     Kernel(
         module="torch.nn.attention.flex_attention",
         backend="flex",

@@ -57,7 +57,9 @@ class Training:
         self._scaled: tuple[weakref.ref[Tensor], Tensor] | None = None
         self._stepped = False
         # What Tensor.backward and torch.autograd.backward call: these are functions that scripts look up and compare.
-        patches.replace([torch.autograd, torch.autograd.graph], "_engine_run_backward", self._backward)
+        patches.replace(
+            [torch.autograd, torch.autograd.graph], "_engine_run_backward", self._backward
+        )
         utils = torch.nn.utils
         patches.replace([utils, utils.clip_grad], "clip_grad_norm_", self._clip_norm)
         patches.replace([utils, utils.clip_grad], "clip_grad_value_", self._clip_value)
