@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from attnscope.capture.graphs import is_number
 from attnscope.capture.seen import Seen
-from attnscope.capture.sites import Site, is_number, site_at
+from attnscope.capture.sites import Site, site_at
 
 SINK = "_attnscope_sink"
 FOREIGN = ("flash_attn", "xformers")  # whose operators take what we cannot read

@@ -21,8 +21,19 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from attnscope.capture.by_hand import seen_by_hand
+from attnscope.capture.flex import Blocks, flex_call
 from attnscope.capture.fused import seen_fused
-from attnscope.capture.kernels import Blocks, flex_call
+from attnscope.capture.graphs import (
+    between,
+    constant_factor,
+    is_multiplied,
+    is_number,
+    known_factor,
+    name_of,
+    operands_of,
+    product_behind,
+    returns_first,
+)
 from attnscope.capture.names import module_with_id
 from attnscope.capture.products import Product, einsum_product, matrix_product
 from attnscope.capture.seen import NotMeasuredError, Seen, split_mask
@@ -30,14 +41,10 @@ from attnscope.capture.seen import NotMeasuredError, Seen, split_mask
 _ROOT = re.compile(r"([LG])\['(\w+)'\]")  # a local or global name of the frame that Dynamo compiles
 _STEP = re.compile(r"\.([^.\[\]]+)|\[(?:['\"]([^'\"]*)['\"]|(\d+))\]")
 
-MOST_REPLAYED = 32  # nodes between q kᵀ and its softmax, those of masks included
-DEPTH = 12  # nodes from a softmax back to q kᵀ, and from q back to what scaled it
 
 FUSED, BY_HAND, FLEX = "compiled sdpa", "compiled eager", "compiled flex"
 PROJECTED = "compiled mha"
 EVERYTHING = 1 << 30  # size of the one block that FlexAttention makes where there is no mask
-PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
-VIEWS = ("view", "reshape", "transpose", "permute", "contiguous", "unsqueeze", "expand", "flatten", "unflatten", "to", "float")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,26 +68,26 @@ def site_at(node: fx.Node) -> tuple[Site, list[fx.Node]] | None:
 
 
 def _fused_at(node: fx.Node) -> tuple[Site, list[fx.Node]] | None:
-    if _name(node) != "scaled_dot_product_attention":
+    if name_of(node) != "scaled_dot_product_attention":
         return None
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
     given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     given.pop("value", None)
     tensors = {name: x for name, x in given.items() if isinstance(x, fx.Node)}
     numbers: dict[str, Any] = {name: x for name, x in given.items() if name not in tensors}
-    factor = _constant_factor(given["query"]) * _constant_factor(given["key"])
+    factor = known_factor(constant_factor(given["query"]), constant_factor(given["key"]))
 
     def see(found: list[Tensor]) -> Seen:
         named: dict[str, Any] = dict(zip(tensors, found, strict=True))
-        seen = seen_fused(value=named["key"], factor=factor, **named, **numbers)
-        return replace(seen, backend=FUSED)
+        seen = seen_fused(value=named["key"], factor=1.0, **named, **numbers)
+        return replace(seen, factor=factor, backend=FUSED)
 
     return Site(module=_module_of(node), backend=FUSED, see=see), list(tensors.values())
 
 
 def _projected_at(node: fx.Node) -> tuple[Site, list[fx.Node]] | None:
     """nn.MultiheadAttention, of which Dynamo makes one call: q and k are projected again."""
-    if _name(node) != "multi_head_attention_forward":
+    if name_of(node) != "multi_head_attention_forward":
         return None
     bound = inspect.signature(F.multi_head_attention_forward).bind(*node.args, **node.kwargs)
     bound.apply_defaults()
@@ -146,7 +153,7 @@ def _seen_projected(given: dict[str, Tensor], n_heads: int, *, causal: bool) -> 
 
 def _flex_at(node: fx.Node) -> tuple[Site, list[fx.Node]] | None:
     """FlexAttention, whose functions of positions are graphs of their own here."""
-    if _name(node) != "flex_attention":
+    if name_of(node) != "flex_attention":
         return None
     args: tuple[Any, ...] = node.args
     query, key, _, score, block_mask, scale, _, *more = args
@@ -155,7 +162,7 @@ def _flex_at(node: fx.Node) -> tuple[Site, list[fx.Node]] | None:
     taken: Any = (query, key, scale, *more, (counts, full_counts), (indices, full_indices))
     inputs: list[fx.Node] = []
     fx.map_arg(taken, lambda each: inputs.append(each) if each not in inputs else None)
-    factor = _constant_factor(query) * _constant_factor(key)
+    factor = known_factor(constant_factor(query), constant_factor(key))
     graphs = node.graph.owning_module
     score_graph, mask_graph = (getattr(graphs, each.target) for each in (score, mask))
 
@@ -167,7 +174,7 @@ def _flex_at(node: fx.Node) -> tuple[Site, list[fx.Node]] | None:
         q, k, scale, score_more, mask_more, counts, indices = given
         size = (int(size_q), int(size_k))
         blocks = Blocks(counts=counts, indices=indices, size=size, n_keys=k.shape[-2])
-        changes, masks = not _returns_first(score_graph.graph), size_k < EVERYTHING
+        changes, masks = not returns_first(score_graph.graph), size_k < EVERYTHING
         return flex_call(
             q,
             k,
@@ -183,7 +190,7 @@ def _flex_at(node: fx.Node) -> tuple[Site, list[fx.Node]] | None:
 
 
 def _softmax_at(node: fx.Node) -> tuple[Site, list[fx.Node]] | None:
-    if _name(node) != "softmax":
+    if name_of(node) != "softmax":
         return None
     z = node.args[0] if node.args else node.kwargs.get("input")
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
@@ -192,26 +199,25 @@ def _softmax_at(node: fx.Node) -> tuple[Site, list[fx.Node]] | None:
     n_axes = z.meta["example_value"].dim()
     if n_axes < 3 or dim not in (-1, n_axes - 1):
         return None
-    if not _is_multiplied(node):
+    if not is_multiplied(node):
         return None
-    product = _product_behind(z)
+    product = product_behind(z)
     module = _module_of(node)
     if product is None:
         return None if n_axes < 4 else (_unseen(module), [z])
     order = {each: place for place, each in enumerate(node.graph.nodes)}
-    cone = sorted(_between(product, z), key=order.__getitem__)
+    cone = sorted(between(product, z), key=order.__getitem__)
     operands = [each for each in product.all_input_nodes if each not in cone]
     inputs = list(dict.fromkeys(operands + [x for each in cone for x in each.all_input_nodes if x not in cone]))  # fmt: skip
-    factor = 1.0
-    for each in operands[-2:]:  # baddbmm has what it adds first
-        factor *= _constant_factor(each)
+    # baddbmm has what it adds first.
+    factor = known_factor(*(constant_factor(each) for each in operands[-2:]))
 
     def see(found: list[Tensor]) -> Seen:
         z_value, found_product = _replay(cone, dict(zip(inputs, found, strict=True)), product, z)
         products = () if found_product is None else (found_product,)
         axes = (n_axes - 2, n_axes - 1)
-        seen = seen_by_hand(z_value, products, module(), axes=axes, factor=factor)
-        return replace(seen, backend=BY_HAND)
+        seen = seen_by_hand(z_value, products, module(), axes=axes, factor=1.0)
+        return replace(seen, factor=factor, backend=BY_HAND)
 
     return Site(module=module, backend=BY_HAND, see=see), inputs
 
@@ -233,88 +239,15 @@ def _replay(
     for node in cone:
         args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
         if node is product:
-            if _name(node) == "einsum":
+            if name_of(node) == "einsum":
                 found = einsum_product(str(args[0]), args[1:])
             else:
-                found = matrix_product(*args[-2:])
+                found = matrix_product(*operands_of(name_of(node), args, kwargs))
         if node.op == "call_method":
             values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
         else:
             values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
     return values[z], found
-
-
-def _is_multiplied(node: fx.Node) -> bool:
-    """Whether a product of activations is made of what a softmax gives: values' product of attention."""
-    level = [node]
-    for _ in range(DEPTH):
-        level = list(dict.fromkeys(user for each in level for user in each.users))
-        if any(_name(each) in PRODUCTS and len(_with_axes(each.all_input_nodes, 3)) >= 2 for each in level):  # fmt: skip
-            return True
-    return False
-
-
-def _product_behind(z: fx.Node) -> fx.Node | None:
-    """The nearest product of two activations on the way back from z."""
-    level = [z]
-    for _ in range(DEPTH):
-        for node in level:
-            if _name(node) in PRODUCTS and len(_with_axes(node.all_input_nodes, 3)) >= 2:
-                return node
-        level = list(dict.fromkeys(x for node in level for x in node.all_input_nodes))
-    return None
-
-
-def _between(product: fx.Node, z: fx.Node) -> set[fx.Node]:
-    """What must be computed again: all that z depends on, down to the product's operands and the graph's inputs.
-
-    What would be more than MOST_REPLAYED nodes, or change something in place that we did not compute, is an input instead.
-    """
-    chain = _path(product, z)
-    cone = set(chain)
-    ahead = [x for node in chain if node is not product for x in node.all_input_nodes]
-    while ahead and len(cone) < MOST_REPLAYED:
-        node = ahead.pop(0)
-        if node in cone or node.op not in ("call_function", "call_method"):
-            continue
-        if _name(node).endswith("_") or _name(node) in PRODUCTS:
-            continue
-        cone.add(node)
-        ahead += node.all_input_nodes
-    return cone
-
-
-def _path(product: fx.Node, z: fx.Node) -> list[fx.Node]:
-    """Nodes from the product to z."""
-    reaches = {product: True}
-
-    def from_product(node: fx.Node, depth: int) -> bool:
-        if node not in reaches:
-            reaches[node] = False
-            below = [from_product(x, depth - 1) for x in node.all_input_nodes if depth > 0]
-            reaches[node] = any(below)
-        return reaches[node]
-
-    from_product(z, DEPTH)
-    return [node for node, reached in reaches.items() if reached]
-
-
-def _constant_factor(node: object) -> float:
-    """What a tensor was last multiplied by, through views."""
-    factor = 1.0
-    for _ in range(DEPTH):
-        if not isinstance(node, fx.Node) or not node.args:
-            break
-        name, first = _name(node), node.args[0]
-        other = node.args[1] if len(node.args) > 1 else None
-        if name in ("mul", "imul", "mul_") and isinstance(other, int | float):
-            factor *= other
-        elif name in ("truediv", "itruediv", "div", "div_") and isinstance(other, int | float):
-            factor /= other
-        elif name not in VIEWS:
-            break
-        node = first
-    return factor
 
 
 def _module_of(node: fx.Node) -> Callable[[], nn.Module | None]:
@@ -381,30 +314,3 @@ def _caller() -> nn.Module | None:
                 return getattr(first, "_orig_mod", first)
         frame = frame.f_back
     return None
-
-
-def _returns_first(graph: fx.Graph) -> bool:
-    """Whether a graph gives back its first input."""
-    nodes = list(graph.nodes)
-    return bool(nodes[-1].args[0] is nodes[0])
-
-
-def is_number(node: fx.Node) -> bool:
-    """Whether it is a size or the like, which a graph of dynamic shapes takes as an input."""
-    value = node.meta.get("example_value")
-    return isinstance(value, int | float | torch.SymInt | torch.SymFloat)
-
-
-def _with_axes(nodes: list[fx.Node], n: int) -> list[fx.Node]:
-    values = [node.meta.get("example_value") for node in nodes]
-    return [
-        node
-        for node, value in zip(nodes, values, strict=True)
-        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and value.dim() >= n
-    ]
-
-
-def _name(node: fx.Node) -> str:
-    if node.op == "call_method":
-        return str(node.target).strip("_") if node.target == "__matmul__" else str(node.target)
-    return str(getattr(node.target, "__name__", "")) if node.op == "call_function" else ""

@@ -171,6 +171,7 @@ def test_a_script_may_override_the_same_operator():
     assert calls == []
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 def test_scripted_code_is_heard(heard):
     @torch.jit.script
     def weights(z: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from attnscope.capture.kernels import flex_call
+from attnscope.capture.flex import flex_call
 from attnscope.capture.seen import NotMeasuredError, measure
 from attnscope.metrics.rows import sample_rows
 from attnscope.runs.reader import open_run
