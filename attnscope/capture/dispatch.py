@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from attnscope.capture.dynamo import compiled_by, leave_alone, set_compiler
 
@@ -164,8 +165,16 @@ def unobserved() -> Iterator[None]:
     if is_profiled:
         torch._C._autograd._enable_record_function(False)
     try:
-        with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+        # A subclass keeps its own dispatch: the numbers of a DTensor are nowhere else.
+        with torch._C.DisableTorchFunction(), _modes_aside():
             yield
     finally:
         if is_profiled:
             torch._C._autograd._enable_record_function(True)
+
+
+def _modes_aside() -> contextlib.AbstractContextManager[object]:
+    return _disable_current_modes() if torch._C._len_torch_dispatch_stack() else _NOTHING
+
+
+_NOTHING = contextlib.nullcontext()
