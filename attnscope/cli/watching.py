@@ -153,8 +153,9 @@ def _say_what_was_seen(ended: "Ended", where: Path) -> None:
         lines.append(f"error: {watcher.failure}")
     if watcher.unmeasured:
         lines.append(
-            f"{watcher.unmeasured} things could not be measured: see the events of the run"
+            f"{watcher.unmeasured} kinds of calls could not be measured: see the events of the run"
         )
+    lines += [f"not measured: {said}" for said in watcher.failed[:MOST_NAMES]]
     for line in lines:
         typer.echo(f"attnscope: {line}", err=True)
     if watcher.snapshots:

@@ -36,9 +36,9 @@ class Guard:
         self.failure = None
 
     @property
-    def n_kinds(self) -> int:
-        """How many different failures there were."""
-        return len(self._counts)
+    def said(self) -> tuple[str, ...]:
+        """What could not be measured, and why, a line each."""
+        return tuple(f"{what}: {reason}" for what, reason in self._counts)
 
     @property
     def counts(self) -> dict[str, int]:

@@ -7,6 +7,7 @@ Shape key: C total, H head.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from attnscope.metrics.totals import TOTALS
 from attnscope.watch.attention import Seen, measure
+from attnscope.watch.guard import one_line
 from attnscope.watch.names import Modules, root_of
+from attnscope.watch.numbers import unwrapped as without_transforms
 from attnscope.watch.recording import Layer
 from attnscope.watch.snapshots import unwrapped
 
@@ -58,7 +61,7 @@ class Layers:
         self._names_outside: dict[int, str | None] = {}
         self._numbers: dict[str, int] = {}
         self._roots = WeakIdKeyDictionary()
-        self._taken: dict[str, str] = {}  # name to the class of the model it is in
+        self._roots_of: dict[str, str] = {}  # name to the class of the model it is in
         self._left_out: dict[str, None] = {}
         self._unmeasured: set[tuple[object, ...]] = set()
         self.calls = 0
@@ -93,10 +96,17 @@ class Layers:
         ):  # a text that is generated token by token
             return
         self.calls += 1
-        measured = measure(seen, rows=self._rows, seed=step.number % SAMPLES)
+        try:
+            seen = _readable(seen)
+            measured = measure(seen, rows=self._rows, seed=step.number % SAMPLES)
+        except Exception as error:
+            shapes = [list(x.shape) for x in (seen.q, seen.k) if x is not None]
+            self.unmeasured(step, module, seen.backend, shapes, one_line(error))
+            return
         layer = self._numbers.get(name)
         if layer is None:
             layer = self._numbers[name] = len(self._numbers)
+            self._roots_of[name] = "" if module is None else self._root_of(module)
             self._on_layer(
                 step.number,
                 Layer(
@@ -151,10 +161,14 @@ class Layers:
     def _name_of(self, module: nn.Module | None, n_heads: int) -> str | None:
         """The layer's name, the same at every call; None where nobody asked for it."""
         mine = self._names_outside if module is None else self._names_of.setdefault(module, {})
-        if n_heads not in mine:
-            path = self._path_of(module)
-            name = self._new_name(module, path, n_heads, has_others=bool(mine))
-            mine[n_heads] = name if self._wants(path, name) else None
+        if n_heads in mine and (mine[n_heads] is None or mine[n_heads] in self._numbers):
+            return mine[
+                n_heads
+            ]  # else nothing of it could be measured, and another may have the name
+        path = self._path_of(module)
+        others = any(each in self._numbers for each in mine.values())
+        name = self._new_name(module, path, n_heads, has_others=others)
+        mine[n_heads] = name if self._wants(path, name) else None
         return mine[n_heads]
 
     def _new_name(
@@ -163,16 +177,16 @@ class Layers:
         """The path of the module; where that is taken, with its number of heads, the class of its model, or a count."""
         if getattr(module, "_is_replica", False):  # DataParallel copies modules at every call
             return path
-        root = "" if module is None else self._root_of(module)
         name = path
         if has_others:
             name = f"{path} ({n_heads} heads)"
-        elif path in self._taken and root not in (path, self._taken[path]):
-            name = f"{root}.{path}"
+        elif path in self._numbers and module is not None:
+            root = self._root_of(module)
+            if root not in (path, self._roots_of[path]):
+                name = f"{root}.{path}"
         plain, number = name, 2
-        while name in self._taken:
+        while name in self._numbers:
             name, number = f"{plain} ({number})", number + 1
-        self._taken[name] = root
         return name
 
     def _root_of(self, module: nn.Module) -> str:
@@ -201,3 +215,17 @@ def _purpose(module: nn.Module | None) -> int:
     if not module.training:
         return EVALUATES
     return TRAINS if has_gradients else MAY_TRAIN
+
+
+def _readable(seen: Seen) -> Seen:
+    """The call with numbers that can be read.
+
+    Raises:
+        UnreadableError: it has none.
+    """
+    given = (seen.k, seen.z, seen.visible, seen.bias)
+    q = without_transforms(seen.q)
+    k, z, visible, bias = (None if x is None else without_transforms(x) for x in given)
+    if q is seen.q and all(a is b for a, b in zip((k, z, visible, bias), given, strict=True)):
+        return seen
+    return replace(seen, q=q, k=k, z=z, visible=visible, bias=bias)

@@ -1,6 +1,7 @@
 """Whether a tensor of the script's has numbers that can be read, and why not."""
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +22,32 @@ def why_without_numbers(x: Tensor) -> str | None:
     if fake is not None and isinstance(x, fake):
         return "it is a fake tensor and has no numbers"
     return None
+
+
+def unwrapped(x: Tensor) -> Tensor:
+    """What torch.func.grad differentiates, as it is outside of the transform.
+
+    Raises:
+        UnreadableError: vmap runs over it, or it has no numbers.
+    """
+    functorch = torch._C._functorch
+    while functorch.is_gradtrackingtensor(x):
+        x = functorch.get_unwrapped(x)
+    if functorch.is_batchedtensor(x):
+        raise UnreadableError("torch.vmap runs over it: its calls are not those of single examples")
+    why = why_without_numbers(x)
+    if why is not None:
+        raise UnreadableError(why)
+    return x
+
+
+def outside_of_transforms() -> AbstractContextManager[Any]:
+    """A context in which what is computed belongs to no transform of torch.func that goes on."""
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return nullcontext()
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    return temporarily_clear_interpreter_stack()
 
 
 @torch.no_grad()
@@ -51,3 +78,8 @@ def is_readable(x: object) -> bool:
     return (
         type(x) in (Tensor, torch.nn.Parameter) and why_without_numbers(x) is None  # type: ignore[arg-type]
     )
+
+
+def device_name(device: torch.device) -> str:
+    """As a person knows it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -22,7 +22,13 @@ from attnscope.watch.attention import Seen
 from attnscope.watch.guard import Guard
 from attnscope.watch.layers import Layers
 from attnscope.watch.names import any_alive
-from attnscope.watch.numbers import UnreadableError, copy_of_scalar, why_without_numbers
+from attnscope.watch.numbers import (
+    UnreadableError,
+    copy_of_scalar,
+    device_name,
+    outside_of_transforms,
+    why_without_numbers,
+)
 from attnscope.watch.output import Output, see_cross_entropy
 from attnscope.watch.parameters import Parameters, parameters_of
 from attnscope.watch.recording import MOST_PLACES, Recorder, broken_gradients
@@ -113,7 +119,8 @@ def _guarded(
         @functools.wraps(method)
         def guarded(self: "Steps", *args: _P.args, **kwargs: _P.kwargs) -> None:
             if self.is_on:
-                with self.lock, self._guard.measuring(what, self.now.number):
+                measuring = self._guard.measuring(what, self.now.number)
+                with self.lock, measuring, outside_of_transforms():
                     method(self, *args, **kwargs)
 
         return cast("Callable[Concatenate[Steps, _P], None]", guarded)
@@ -146,7 +153,7 @@ class Steps:
         self._take_outputs = take_outputs
         self._on_end = on_end
         self._parameters = Parameters(self._on_left_out)
-        self._turns = Turns()
+        self._turns = Turns(self._forget_attention)
         self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._open: set[int] = set()  # optimizers between before_update and after_update, by id
         self._moved: set[int] = set()  # optimizers that have stepped in this step, by id
@@ -176,7 +183,7 @@ class Steps:
     @_guarded("attention")
     def attention(self, module: nn.Module | None, seen: Seen) -> None:
         """An attention call."""
-        if self.repeats or not self._is_mine(module, "attention"):
+        if self.repeats or not self._is_mine(module):
             return
         self._begin()
         if self.now.measured:
@@ -209,7 +216,7 @@ class Steps:
         number = copy_of_scalar(loss)
         if weight is not None:
             number *= copy_of_scalar(weight)
-        if not self._is_mine(None, "loss", trains=True):
+        if not self._is_mine(None, trains=True):
             return
         self._begin()
         if self.updates_itself is None:
@@ -269,7 +276,7 @@ class Steps:
     @_guarded("update")
     def before_update(self, optimizer: torch.optim.Optimizer) -> None:
         """See `OnTraining`."""
-        if not self._is_mine(optimizer, "update", trains=True):
+        if not self._is_mine(optimizer, trains=True):
             return
         self.updates_itself = False
         parameters = parameters_of(optimizer)
@@ -293,7 +300,7 @@ class Steps:
                 step=now.number,
                 name=type(optimizer).__name__,
                 parameters=sum(p.numel() for p in parameters),
-                devices=sorted({_device_name(p.device) for p in parameters}),
+                devices=sorted({device_name(p.device) for p in parameters}),
             )
         self._see_lrs(optimizer)
         with self._guard.measuring("gradients and weights", now.number):
@@ -374,21 +381,19 @@ class Steps:
             if lr is not None:
                 self.now.lrs.append(lr.detach().clone() if isinstance(lr, Tensor) else float(lr))
 
-    def _is_mine(self, part: object | None, what: str, *, trains: bool = False) -> bool:
+    def _is_mine(self, part: object | None, *, trains: bool = False) -> bool:
         """Whether it is the training that is recorded; copies that DataParallel runs in threads are, too."""
         if getattr(part, "_is_replica", False) or (not trains and not torch.is_grad_enabled()):
             return True
         mine = self._turns.is_mine(part, trains=trains)
         if not mine:
-            self._guard.not_measured(what, self.now.number, ANOTHER_THREAD)
+            self._guard.not_measured("training", self.now.number, ANOTHER_THREAD)
         return mine
+
+    def _forget_attention(self) -> None:
+        """It was that of another training."""
+        self.now.heads.clear()
+        self.now.purposes.clear()
 
     def _on_left_out(self, name: str, reason: str) -> None:
         self._guard.not_measured(name, self.now.number, reason)
-
-
-def _device_name(device: torch.device) -> str:
-    """As a person knows it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return device.type

@@ -3,6 +3,7 @@
 One watcher at a time: what it replaces in PyTorch belongs to the whole process.
 """
 
+import atexit
 import os
 import sys
 from collections.abc import Callable
@@ -115,6 +116,15 @@ class Watcher:
         if "torch._dynamo" in sys.modules:  # something may be compiled already, and be traced later
             self._install_probes()
 
+    def stop_with_process(self) -> None:
+        """Stop at the end of this process, if nobody does before."""
+        self._reported = id(getattr(sys, "last_value", None))
+        atexit.register(self._at_exit)
+
+    def _at_exit(self) -> None:
+        error = getattr(sys, "last_value", None)  # of what ended the script, if anything did
+        self.stop_after(None if id(error) == self._reported else error)
+
     def mute(self) -> None:
         """Record nothing more."""
         self._steps.is_on = False
@@ -136,6 +146,7 @@ class Watcher:
         if _watching is not self:
             return
         _watching = None
+        atexit.unregister(self._at_exit)
         with self._steps.lock:  # other threads may train
             self._steps.is_on = False
             self._training.remove()
@@ -223,8 +234,13 @@ class Watcher:
 
     @property
     def unmeasured(self) -> int:
-        """How many different calls, or other things, could not be measured."""
-        return self._layers.n_unmeasured + self._guard.n_kinds
+        """How many different calls could not be measured."""
+        return self._layers.n_unmeasured
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """What else could not be measured, and why, a line each."""
+        return self._guard.said
 
     # -- from here on, what the script does --
 
