@@ -44,7 +44,7 @@ def attention_calls(model: nn.Module, on_call: OnCall) -> Iterator[list[str]]:
     ) -> None:
         unseen.append(f"{name_of(module)} ({backend}, {shapes}): {reason}")
 
-    patches = Patches(lambda: True)
+    patches = Patches(lambda: True, lambda error: unseen.append(f"attention: {error}"))
     try:
         capture = Capture(patches, on_attention=on_attention, on_unmeasured=on_unmeasured)
         try:

@@ -142,8 +142,8 @@ def why_unseen(x: object) -> str | None:
     if x.is_meta:
         return ""
     kind = type(x)
-    if torch._C._functorch.is_functorch_wrapped_tensor(x):
-        return "a transform of torch.func"
+    if torch._C._functorch.is_functorch_wrapped_tensor(x) and not _is_differentiated(x):
+        return "torch.vmap runs over it: its calls are not those of single examples"
     if kind is not Tensor and kind is not nn.Parameter:
         keys: Any = torch._C._dispatch_keys(x)
         if x.is_nested:
@@ -158,15 +158,39 @@ def why_unseen(x: object) -> str | None:
     return None
 
 
+def outside(given: Any) -> Any:
+    """The same tensors, alone or in a tuple or dict, as they are outside of torch.func.grad, if it goes on."""
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return given
+    if isinstance(given, Tensor):
+        return _unwrapped(given)
+    if isinstance(given, tuple | list):
+        return type(given)(map(outside, given))
+    if isinstance(given, dict):
+        return type(given)((key, outside(value)) for key, value in given.items())
+    return given
+
+
+def _unwrapped(x: Any) -> Any:
+    while torch._C._functorch.is_gradtrackingtensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
+
+
+def _is_differentiated(x: Tensor) -> bool:
+    """Whether torch.func.grad, and nothing else of torch.func, has wrapped a tensor."""
+    return not torch._C._functorch.is_functorch_wrapped_tensor(_unwrapped(x))
+
+
 @contextlib.contextmanager
 def unobserved() -> Iterator[None]:
-    """For our own arithmetic: no mode, subclass or profiler of the script sees it."""
+    """For our own arithmetic: no mode, subclass, profiler or transform of the script sees it."""
     is_profiled = torch._C._autograd._profiler_enabled()
     if is_profiled:
         torch._C._autograd._enable_record_function(False)
     try:
         # A subclass keeps its own dispatch: the numbers of a DTensor are nowhere else.
-        with torch._C.DisableTorchFunction(), _modes_aside():
+        with torch._C.DisableTorchFunction(), _modes_aside(), _transforms_aside():
             yield
     finally:
         if is_profiled:
@@ -175,6 +199,14 @@ def unobserved() -> Iterator[None]:
 
 def _modes_aside() -> contextlib.AbstractContextManager[object]:
     return _disable_current_modes() if torch._C._len_torch_dispatch_stack() else _NOTHING
+
+
+def _transforms_aside() -> contextlib.AbstractContextManager[Any]:
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return _NOTHING
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    return temporarily_clear_interpreter_stack()
 
 
 _NOTHING = contextlib.nullcontext()

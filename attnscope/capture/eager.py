@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from attnscope.capture.by_hand import ByHand, Softmax
-from attnscope.capture.dispatch import Original, unobserved, why_unseen
+from attnscope.capture.dispatch import outside, unobserved, why_unseen
 from attnscope.capture.fused import seen_fused, seen_native, seen_native_layer
 from attnscope.capture.kernels import watch_kernels
 from attnscope.capture.names import module_of_call
@@ -57,68 +57,47 @@ class Capture:
                 reason = "softmax over 4 axes or more that no product of activations followed"
                 self._say(softmax.module, "eager", (softmax.z,), reason)
 
-    def _fused(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        out = original(*args, **kwargs)
+    def _fused(self, args: tuple[Any, ...], kwargs: dict[str, Any], _out: Any) -> None:
+        args, kwargs = outside(args), outside(kwargs)
         self._look(lambda module: seen_fused(*args, module=module, **kwargs), "sdpa", args[:3])
-        return out
 
-    def _kernel_of_sdpa(
-        self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        out = original(*args, **kwargs)
+    def _kernel_of_sdpa(self, args: tuple[Any, ...], _kwargs: dict[str, Any], _out: Any) -> None:
         self._look(_not_by_its_function, "sdpa", args[:3])
-        return out
 
-    def _product(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        out = original(*args, **kwargs)
-        self._add(lambda: matrix_product(*args), args)
-        return out
+    def _product(self, args: tuple[Any, ...], _kwargs: dict[str, Any], _out: Any) -> None:
+        self._add(matrix_product, args)
 
-    def _product_added(
-        self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        out = original(*args, **kwargs)
-        self._add(lambda: matrix_product(*args[1:3]), args[1:3])
-        return out
+    def _product_added(self, args: tuple[Any, ...], _kwargs: dict[str, Any], _out: Any) -> None:
+        self._add(matrix_product, args[1:3])
 
-    def _einsum(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        out = original(*args, **kwargs)
-        self._add(lambda: einsum_product(*args[:2]), args[1])
-        return out
+    def _einsum(self, args: tuple[Any, ...], _kwargs: dict[str, Any], _out: Any) -> None:
+        self._add(lambda *operands: einsum_product(args[0], operands), args[1])
 
-    def _add(self, product: Callable[[], Product | None], operands: Sequence[Any]) -> None:
+    def _add(self, product: Callable[..., Product | None], operands: Sequence[Any]) -> None:
         if not in_backward() and all(why_unseen(x) is None for x in operands):
-            found = product()
+            found = product(*outside(operands))
             if found is not None:
                 self._by_hand.add_product(found)
 
-    def _softmax(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        out = original(*args, **kwargs)
+    def _softmax(self, args: tuple[Any, ...], _kwargs: dict[str, Any], out: Any) -> None:
         z, dim = args[:2]
         if z.dim() >= 3 and not in_backward():
             reason = why_unseen(z)
             if reason is None:
-                self._by_hand.add_softmax(z, out, dim, module_of_call)
+                self._by_hand.add_softmax(outside(z), outside(out), dim, module_of_call)
             elif reason and z.dim() >= 4:
                 self._say(module_of_call(), "eager", (z,), reason)
-        return out
 
     def _found(self, softmax: Softmax, see: Callable[[], Seen]) -> None:
         self.hand_on(softmax.module, "eager", (softmax.z,), see)
 
-    def _native(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _native(self, args: tuple[Any, ...], kwargs: dict[str, Any], _out: Any) -> None:
         """The fast path of nn.MultiheadAttention in evaluation."""
-        out = original(*args, **kwargs)
         self._look(lambda _: seen_native(*args, **kwargs), "fast path", args[:3])
-        return out
 
-    def _native_layer(
-        self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _native_layer(self, args: tuple[Any, ...], kwargs: dict[str, Any], _out: Any) -> None:
         """The fast path of nn.TransformerEncoderLayer in evaluation."""
-        out = original(*args, **kwargs)
         self._look(lambda _: seen_native_layer(*args, **kwargs), "fast path", args[:1], "self_attn")
-        return out
 
     def _look(
         self,

@@ -17,6 +17,9 @@ import torch
 from attnscope.capture.dispatch import Look, Original, listen
 from attnscope.capture.dynamo import compiled_by, leave_alone, set_compiler
 
+# Told of a call that is over: its arguments, as the operator's schema has them, and what it returned.
+Observe = Callable[[tuple[Any, ...], dict[str, Any], Any], None]
+
 
 class Patches:
     """What is listened to and replaced at the moment.
@@ -25,9 +28,12 @@ class Patches:
     replacement under another name.
     """
 
-    def __init__(self, is_wanted: Callable[[], bool]) -> None:
-        """`is_wanted` is asked at every call whether anybody looks."""
+    def __init__(
+        self, is_wanted: Callable[[], bool], on_error: Callable[[Exception], None]
+    ) -> None:
+        """`is_wanted` is asked at every call whether anybody looks; `on_error` is told what an observer raised."""
         self._is_wanted = is_wanted
+        self._on_error = on_error
         self._put_back: list[Callable[[], None]] = []
         self._originals: dict[int, tuple[object, Original]] = {}
         self._inside = threading.local()
@@ -52,16 +58,21 @@ class Patches:
             if getattr(owner, name) is original:
                 self._set(owner, name, new)
 
-    def listen(self, name: str, look: Look) -> None:
-        """Look at the calls of an operator, aten::`name`. An operator that one looked at calls is not looked at again."""
-        inside, is_wanted = self._inside, self._is_wanted
+    def listen(self, name: str, observe: Observe) -> None:
+        """Be told of the calls of an operator, aten::`name`, but of none that one of those told of makes inside."""
+        inside, is_wanted, on_error = self._inside, self._is_wanted, self._on_error
 
         def heard(original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if not is_wanted() or getattr(inside, "busy", False):
                 return original(*args, **kwargs)
             inside.busy = True
             try:
-                return look(original, args, kwargs)
+                out = original(*args, **kwargs)
+                try:
+                    observe(args, kwargs, out)
+                except Exception as error:
+                    on_error(error)
+                return out
             finally:
                 inside.busy = False
 

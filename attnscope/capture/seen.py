@@ -12,15 +12,9 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from attnscope.metrics.attention import (
-    STATISTICS,
-    statistics_of,
-    statistics_of_all,
-    statistics_of_logits,
-)
+from attnscope.metrics.attention import totals_of, totals_of_all, totals_of_logits
 from attnscope.metrics.rows import Call, Rows, largest_norm, rows_of, sample_rows, wide
-
-COLUMNS = (*STATISTICS, "rows", "rows_left_out")
+from attnscope.metrics.totals import COLUMNS, TOTALS, finish
 
 # A float mask hides a key by -inf, by the smallest number of its dtype, or by something like -1e4 or -1e9.
 HIDDEN_BELOW = -9e3
@@ -83,13 +77,19 @@ class Measured:
     """What the record keeps of a call.
 
     Attributes:
-        columns_CH: COLUMNS of the heads table.
+        totals: TOTALS to (H,), which other calls of the layer may be added to.
         fit: of a call that computed logits: the scale that explains them best and what it leaves unexplained, twice
             (`fit_scale`); else None.
     """
 
-    columns_CH: Tensor
+    totals: dict[str, Tensor]
     fit: Tensor | None
+
+    @property
+    def columns_CH(self) -> Tensor:
+        """COLUMNS of the heads table, for this call alone."""
+        found = finish(self.totals)
+        return torch.stack([found[name].float() for name in COLUMNS])
 
 
 @torch.no_grad()
@@ -110,7 +110,7 @@ def _measure(seen: Seen, *, rows: int | str, seed: int) -> Measured:
     )
     fit = None
     if seen.modify is not None:
-        found = _statistics_modified(seen, seen.modify, sample)
+        found = _totals_modified(seen, seen.modify, sample)
     elif seen.z is None:
         assert seen.k is not None and seen.scale is not None
         call = Call(
@@ -121,7 +121,7 @@ def _measure(seen: Seen, *, rows: int | str, seed: int) -> Measured:
             bias=None if seen.bias is None else seen.bias.detach(),
             softcap=0.0,
         )
-        found = statistics_of_all(call) if sample is None else statistics_of(rows_of(call, sample))
+        found = totals_of_all(call) if sample is None else totals_of(rows_of(call, sample))
     else:
         call = Call(
             q=seen.q.detach(),
@@ -144,11 +144,11 @@ def _measure(seen: Seen, *, rows: int | str, seed: int) -> Measured:
         if raw is not None:
             fit = fit_scale(raw, z, visible)
             bound = (fit[0].abs() * q_norm * k_norm).where(fit[1] < FIT_WITHIN, bound)
-        found = statistics_of_logits(z, visible, bound)
-    return Measured(columns_CH=torch.stack([found[name].float() for name in COLUMNS]), fit=fit)
+        found = totals_of_logits(z, visible, bound)
+    return Measured(totals=found, fit=fit)
 
 
-def _statistics_modified(seen: Seen, modify: Modify, sample: Rows | None) -> dict[str, Tensor]:
+def _totals_modified(seen: Seen, modify: Modify, sample: Rows | None) -> dict[str, Tensor]:
     """Only the logits of sampled rows exist at once; where all rows are asked for, those of one head."""
     assert seen.k is not None and seen.scale is not None
     q, k = seen.q.detach(), seen.k.detach()
@@ -170,8 +170,8 @@ def _statistics_modified(seen: Seen, modify: Modify, sample: Rows | None) -> dic
         z, visible = modify(raw, b, h[part], i)
         if visible is None:
             visible = torch.ones(1, dtype=torch.bool, device=z.device)
-        found.append(statistics_of_logits(z, visible.expand(z.shape), bound[part]))
-    return {name: torch.cat([each[name] for each in found]) for name in COLUMNS}
+        found.append(totals_of_logits(z, visible.expand(z.shape), bound[part]))
+    return {name: torch.cat([each[name] for each in found]) for name in TOTALS}
 
 
 def visible_logits(z: Tensor, raw: Tensor | None) -> Tensor:

@@ -134,10 +134,20 @@ def _say_what_was_seen(ended: "Ended", where: Path) -> None:
         lines.append(
             "NO OPTIMIZER WAS SEEN: each loss that was differentiated counts as a step, without gradients and updates"
         )
+    elif not watcher.updates and watcher.steps_without_gradient:
+        lines.append(
+            f"NO OPTIMIZER STEP HAD A GRADIENT: {watcher.steps_without_gradient} steps changed nothing. Are gradients zeroed "
+            "between backward() and step()? Has the optimizer the parameters of the model that is trained?"
+        )
     elif not watcher.updates:
         lines.append(
             "NO OPTIMIZER STEP WAS SEEN. Looked for: step() of any torch.optim.Optimizer. Did training begin, and in this "
             "process?"
+        )
+    if watcher.losses_not_seen:
+        lines.append(
+            f"THE LOSS OF {watcher.losses_not_seen} STEPS WAS NOT SEEN: their gradients were there without a scalar that was "
+            "given to backward()"
         )
     if watcher.failure is not None:
         lines.append(f"error: {watcher.failure}")
@@ -145,6 +155,7 @@ def _say_what_was_seen(ended: "Ended", where: Path) -> None:
         lines.append(
             f"{watcher.unmeasured} kinds of calls could not be measured: see the events of the run"
         )
+    lines += [f"not measured: {said}" for said in watcher.failed[:MOST_NAMES]]
     for line in lines:
         typer.echo(f"attnscope: {line}", err=True)
     if watcher.snapshots:

@@ -8,8 +8,6 @@ Shape key: ... any leading axes (member, layer), B batch, H head, T query positi
 position, K d_head.
 """
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
@@ -22,25 +20,24 @@ from attnscope.metrics.rows import (
     sample_rows,
     wide,
 )
+from attnscope.metrics.totals import NOTHING, STATISTICS, add, finish, of_no_key, with_bound
+
+__all__ = [
+    "STATISTICS",
+    "attention_stats",
+    "max_attn_logit",
+    "statistics_of",
+    "statistics_of_all",
+    "statistics_of_logits",
+    "totals_of",
+    "totals_of_all",
+    "totals_of_logits",
+]
 
 SATURATED_ABOVE = 0.99  # of max_prob
 FLAT_BEYOND = 5.0  # logits this far from their row's mean leave the softmax without a gradient
 
 BLOCK_ELEMENTS = 1 << 21  # attention logits held at once
-
-# In the order of the table on disk.
-STATISTICS = (
-    "entropy",
-    "entropy_ratio",
-    "max_prob",
-    "saturated",
-    "logit_std",
-    "max_logit",
-    "max_logit_bound",
-    "logits_over_5",
-    "softmax_gain",
-    "sink",
-)
 
 
 def attention_stats(
@@ -122,14 +119,34 @@ def attention_stats(
 
 def statistics_of(rows: AttentionRows) -> dict[str, Tensor]:
     """Measure rows: column to (..., H)."""
-    totals = _totals(_logits(rows.call), rows.call.visible)
-    return _finish(totals, _bound(rows.call, rows.q_norm, rows.k_norm))
+    return finish(totals_of(rows))
 
 
 def statistics_of_all(call: Call) -> dict[str, Tensor]:
     """Measure every row: column to (..., H). In blocks of rows, so that memory does not grow with T x S."""
+    return finish(totals_of_all(call))
+
+
+def statistics_of_logits(z: Tensor, visible: Tensor, bound: Tensor) -> dict[str, Tensor]:
+    """Measure logits that other code computed: column to (H,). The arguments are those of `totals_of_logits`."""
+    return finish(totals_of_logits(z, visible, bound))
+
+
+def totals_of(rows: AttentionRows) -> dict[str, Tensor]:
+    """TOTALS of rows to (..., H)."""
+    if _is_empty(rows.call):
+        return _of_empty(rows.call)
+    found = _totals(_logits(rows.call), rows.call.visible)
+    return with_bound(found, _bound(rows.call, rows.q_norm, rows.k_norm))
+
+
+def totals_of_all(call: Call) -> dict[str, Tensor]:
+    """TOTALS of every row to (..., H), block by block."""
+    if _is_empty(call):
+        return _of_empty(call)
     n_queries, n_keys = call.q.shape[-2], call.k.shape[-2]
     block = max(1, BLOCK_ELEMENTS // (call.q[..., 0, 0].numel() * n_keys))
+    bound = _bound(call, largest_norm(call.q), largest_norm(call.k))
     totals: dict[str, Tensor] = {}
     for start in range(0, n_queries, block):
         positions = slice(start, start + block)
@@ -145,26 +162,26 @@ def statistics_of_all(call: Call) -> dict[str, Tensor]:
             bias=None if call.bias is None else cut(call.bias),
             softcap=call.softcap,
         )
-        for name, value in _totals(_logits(part), part.visible).items():
-            if name not in totals:
-                totals[name] = value
-            elif name == "max_logit":
-                totals[name] = torch.maximum(totals[name], value)
-            else:
-                totals[name] = totals[name] + value
-    return _finish(totals, _bound(call, largest_norm(call.q), largest_norm(call.k)))
+        found = with_bound(_totals(_logits(part), part.visible), bound)
+        totals = add(totals, found) if totals else found
+    return totals
 
 
-def statistics_of_logits(z: Tensor, visible: Tensor, bound: Tensor) -> dict[str, Tensor]:
-    """Measure logits that other code computed: column to (H,).
+def totals_of_logits(z: Tensor, visible: Tensor, bound: Tensor) -> dict[str, Tensor]:
+    """TOTALS of logits that other code computed to (H,).
 
     Args:
         z: softmax input, masked, (B, H, R, S).
         visible: True where a query sees a key, like z.
         bound: to record as max_logit_bound, (H,).
     """
+    if not z.numel():
+        n_batch, n_heads, n_queries, _ = z.shape
+        return of_no_key(
+            torch.Size([n_heads]), n_batch * n_queries, z.new_empty(0, dtype=wide(z.dtype))
+        )
     numbers = z.to(wide(z.dtype)).where(visible, 0.0)  # what is hidden adds 0 times a number
-    return _finish(_totals(numbers, visible), bound)
+    return with_bound(_totals(numbers, visible), bound)
 
 
 def max_attn_logit(call: Call) -> Tensor:
@@ -173,6 +190,16 @@ def max_attn_logit(call: Call) -> Tensor:
     if call.visible is not None:
         z = z.masked_fill(~call.visible, float("-inf"))
     return z.amax(dim=(-4, -2, -1))
+
+
+def _is_empty(call: Call) -> bool:
+    return 0 in (*call.q.shape[-4:-1], call.k.shape[-2])
+
+
+def _of_empty(call: Call) -> dict[str, Tensor]:
+    *shape, n_batch, n_heads, n_queries, _ = call.q.shape
+    like = call.q.new_empty(0, dtype=wide(call.q.dtype))
+    return of_no_key(torch.Size([*shape, n_heads]), n_batch * n_queries, like)
 
 
 def _logits(call: Call) -> Tensor:
@@ -234,17 +261,6 @@ def _totals(z: Tensor, visible: Tensor | None) -> dict[str, Tensor]:
     columns = torch.stack([value.to(z.dtype).expand(max_prob.shape) for value in per_row.values()])
     sums = columns.where(counted, 0).sum(dim=(-3, -1))
     totals = dict(zip(per_row, sums, strict=True))
-    totals["max_logit"] = max_logit.where(counted, float("-inf")).amax(dim=(-3, -1))
+    totals["max_logit"] = max_logit.where(counted, NOTHING).amax(dim=(-3, -1))
     totals["rows_left_out"] = counted.shape[-3] * counted.shape[-1] - totals["rows"]
     return totals
-
-
-def _finish(totals: Mapping[str, Tensor], bound: Tensor) -> dict[str, Tensor]:
-    n_rows = totals["rows"]
-    stats = {name: totals[name] / n_rows for name in STATISTICS if name in totals}
-    stats["logit_std"] = stats["logit_std"].sqrt()
-    stats["logits_over_5"] = totals["logits_over_5"] / totals["visible"]
-    stats["max_logit"] = totals["max_logit"].where(n_rows > 0, float("nan"))
-    stats["max_logit_bound"] = bound.to(n_rows.dtype).expand(n_rows.shape)
-    ordered = {name: stats[name] for name in STATISTICS}
-    return ordered | {"rows": n_rows, "rows_left_out": totals["rows_left_out"]}

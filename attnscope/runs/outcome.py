@@ -88,6 +88,7 @@ def outcome(
     end_status: str | None,
     planned_steps: int,
     unigram: float | None,
+    seen: ArrayLike | None = None,
 ) -> Outcome:
     """Judge one member.
 
@@ -98,26 +99,31 @@ def outcome(
             nothing was said.
         planned_steps: a member that has them all is complete, however its part ended.
         unigram: loss of predicting from token frequencies alone; None = unknown.
+        seen: whether each loss was seen, (S,): what is not known says nothing; None = all were.
     """
     steps_S: NDArray[Any] = np.asarray(steps, dtype=np.int64)
     losses_S: NDArray[Any] = np.asarray(losses, dtype=np.float64)
     halted = {None: "killed", "running": "running"}.get(end_status, "interrupted")
+    last_step = int(steps_S[-1]) if len(steps_S) else None
+    if seen is not None:
+        seen_S = np.asarray(seen, dtype=bool)
+        steps_S, losses_S = steps_S[seen_S], losses_S[seen_S]
     if not len(steps_S):
         return Outcome(
-            status=halted,
+            status=halted if last_step is None or end_status != "finished" else "trained",
             diverged_at=None,
             nonfinite_at=None,
             first_loss=None,
             best_loss=None,
             final_loss=None,
-            last_step=None,
+            last_step=last_step,
         )
     watch = LossWatch()
     watch.feed(steps_S, losses_S)
     finite_S = np.isfinite(losses_S)
     with np.errstate(all="ignore"):
         final_loss = float(losses_S[-FINAL_STEPS:].mean())
-    last_step = int(steps_S[-1])
+    assert last_step is not None
     if watch.diverged_at is not None:
         status = "diverged"
     elif end_status != "finished" and last_step + 1 < planned_steps:

@@ -25,6 +25,7 @@ from attnscope.runs.layout import (
     REPORT_FOLDER,
     RUN_FILE,
     Manifest,
+    MemberEntry,
     table_file,
 )
 from attnscope.runs.manifest import read_manifest
@@ -219,6 +220,7 @@ class Run:
                 end_status=ends[entry.part],
                 planned_steps=self._planned_steps(entry.settings),
                 unigram=self.unigram_of(entry.part),
+                seen=self._losses_seen(entry, steps_N[mine], losses_N[mine]),
             )
             records.append(
                 MemberRecord(
@@ -230,6 +232,21 @@ class Run:
                 )
             )
         return tuple(records)
+
+    def _losses_seen(
+        self, entry: MemberEntry, steps_S: NDArray[Any], losses_S: NDArray[Any]
+    ) -> NDArray[Any] | None:
+        """Of watched code, whose loss may not be seen: a loss that is NaN, and that the recorder saw, is in the events."""
+        if self.kind != "watch":
+            return None
+        broken = [
+            event.step
+            for (part, _), events in self._events_in.items()
+            for event in events
+            if part == entry.part and event.kind == "nonfinite"
+            if event.member in (None, entry.index) and event.fields.get("tensor") == "loss"
+        ]
+        return ~np.isnan(losses_S) | (steps_S >= min(broken, default=_NEVER))
 
     @property
     def lost(self) -> tuple[str, ...]:

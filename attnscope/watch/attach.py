@@ -76,6 +76,7 @@ def watch_model(
     watcher = open_watcher(where, settings, command=("attnscope.watch_model",))
     if model is not None:
         watcher.add_model(model)
+    watcher.stop_with_process()
     return watcher
 
 
@@ -164,12 +165,12 @@ def _wait_for(path: Path) -> None:
 
 
 def _environment() -> dict[str, object]:
+    """Without the device: which of those that are there is trained on, the event of the optimizer says."""
     return {
         "attnscope": version("attnscope"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": f"{platform.system()} {platform.machine()}",
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
     }

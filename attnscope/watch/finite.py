@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnscope.capture.dispatch import Original, unobserved, why_unseen
+from attnscope.capture.dispatch import outside, unobserved, why_unseen
 from attnscope.capture.eager import in_backward
 from attnscope.capture.names import module_of_call
 from attnscope.capture.patches import Patches
@@ -60,11 +60,9 @@ class Finite:
         patches: Patches,
         *,
         on_call: Callable[[nn.Module | None], None],
-        on_failure: Callable[[Exception], None],
     ) -> None:
         """`on_call` is told of each call in training before its output is looked at."""
         self._on_call = on_call
-        self._on_failure = on_failure
         self._step = _Step()
         for name in OPERATORS:
             patches.listen(name, self._look)
@@ -80,17 +78,12 @@ class Finite:
             total_N=torch.stack([x.to(device) for x in step.totals]),
         )
 
-    def _look(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        out = original(*args, **kwargs)
+    def _look(self, _args: tuple[Any, ...], _kwargs: dict[str, Any], out: Any) -> None:
         if torch.is_grad_enabled() and why_unseen(out) is None and not in_backward():
             module = module_of_call()
-            try:
-                with unobserved():
-                    self._on_call(module)
-                    self._add(module, out.detach())
-            except Exception as error:
-                self._on_failure(error)
-        return out
+            with unobserved():
+                self._on_call(module)
+                self._add(module, outside(out).detach())
 
     def _add(self, module: nn.Module | None, out: Tensor) -> None:
         if len(self._step.totals) >= MOST:

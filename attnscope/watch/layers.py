@@ -1,26 +1,45 @@
 """The attention layers that were seen, and the calls that could not be measured.
 
-Shape key: C column, H head.
+A layer is a module object with a number of heads: two models may have the same paths, and a module may be called with other
+numbers of heads at other times.
+
+Shape key: C total, H head.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
-from attnscope.capture.names import Modules
+from attnscope.capture.names import Modules, root_of
 from attnscope.capture.seen import Seen, measure
-from attnscope.watch.recording import Layer, Step
+from attnscope.metrics.totals import TOTALS
+from attnscope.watch.guard import one_line
+from attnscope.watch.numbers import unwrapped as without_transforms
+from attnscope.watch.recording import Layer
+from attnscope.watch.snapshots import unwrapped
+
+if TYPE_CHECKING:
+    from attnscope.watch.step import Step
 
 SAMPLES = 64  # different row samples, used in turn
 MOST_UNMEASURED = 50  # different calls that are described
 MOST_EVALUATED = 8  # calls of a layer in evaluation that are measured in one step
+MOST_LAYERS = 2000  # a script may make modules at every step
+EVALUATES, MAY_TRAIN, TRAINS = range(3)  # what a call may be for
 OUTSIDE = "attention"  # the name of what no module's method called
+TOO_MANY = f"{MOST_LAYERS} attention modules were seen before it, and no more are measured"
 
 
 class Layers:
-    """Measures attention calls and keeps the layers' numbers."""
+    """Measures attention calls and keeps the layers' numbers.
+
+    Invariants: a number belongs to one module object, which is not kept alive, and no two layers have the same name.
+    """
 
     def __init__(
         self,
@@ -37,7 +56,12 @@ class Layers:
         self._patterns = tuple(patterns)
         self._on_layer = on_layer
         self._on_event = on_event
+        # Module to number of heads to name; None where nobody asked for it. By identity: modules may call themselves equal.
+        self._names_of = WeakIdKeyDictionary()
+        self._names_outside: dict[int, str | None] = {}
         self._numbers: dict[str, int] = {}
+        self._roots = WeakIdKeyDictionary()
+        self._roots_of: dict[str, str] = {}  # name to the class of the model it is in
         self._left_out: dict[str, None] = {}
         self._unmeasured: set[tuple[object, ...]] = set()
         self.calls = 0
@@ -57,20 +81,32 @@ class Layers:
         """How many different calls could not be measured."""
         return len(self._unmeasured)
 
-    def see(self, step: Step, module: nn.Module | None, seen: Seen) -> None:
+    def see(self, step: "Step", module: nn.Module | None, seen: Seen) -> None:
         """Measure a call and add it to the step."""
-        name = self._name_of(module)
-        if not self._wants(name):
+        name = self._name_of(module, seen.q.shape[1])
+        if name is None:
             return
-        trains = torch.is_grad_enabled() if module is None else module.training
+        if name not in self._numbers and len(self._numbers) >= MOST_LAYERS:
+            self.unmeasured(step, module, seen.backend, [], TOO_MANY)
+            return
+        purpose = _purpose(module)
         known = step.heads.get(self._numbers.get(name, -1), ())
-        if not trains and len(known) >= MOST_EVALUATED:  # a text that is generated token by token
+        if (
+            purpose == EVALUATES and len(known) >= MOST_EVALUATED
+        ):  # a text that is generated token by token
             return
         self.calls += 1
-        measured = measure(seen, rows=self._rows, seed=step.number % SAMPLES)
+        try:
+            seen = _readable(seen)
+            measured = measure(seen, rows=self._rows, seed=step.number % SAMPLES)
+        except Exception as error:
+            shapes = [list(x.shape) for x in (seen.q, seen.k) if x is not None]
+            self.unmeasured(step, module, seen.backend, shapes, one_line(error))
+            return
         layer = self._numbers.get(name)
         if layer is None:
             layer = self._numbers[name] = len(self._numbers)
+            self._roots_of[name] = "" if module is None else self._root_of(module)
             self._on_layer(
                 step.number,
                 Layer(
@@ -86,22 +122,24 @@ class Layers:
                     fit=measured.fit,
                 ),
             )
-        if trains and layer not in step.training:  # evaluation counts only where nothing else is
-            step.training.add(layer)
+        before = step.purposes.get(layer, EVALUATES)
+        if purpose > before:  # what serves less counts only where nothing else is
             step.heads[layer] = []
-        if trains or layer not in step.training:
-            step.heads.setdefault(layer, []).append(measured.columns_CH)
+        if purpose >= before:
+            step.purposes[layer] = purpose
+            totals_CH = torch.stack([measured.totals[each].float() for each in TOTALS])
+            step.heads.setdefault(layer, []).append(totals_CH)
 
     def unmeasured(
         self,
-        step: Step,
+        step: "Step",
         module: nn.Module | None,
         backend: str,
         shapes: list[list[int]],
         reason: str,
     ) -> None:
         """Describe a call that cannot be measured, the first time."""
-        name = self._name_of(module)
+        name = self._path_of(module)
         key = (name, backend, reason)
         if key in self._unmeasured or len(self._unmeasured) >= MOST_UNMEASURED:
             return
@@ -117,11 +155,77 @@ class Layers:
             reason=reason,
         )
 
-    def _name_of(self, module: nn.Module | None) -> str:
+    def _path_of(self, module: nn.Module | None) -> str:
         return OUTSIDE if module is None else self._modules.name_of(module)
 
-    def _wants(self, name: str) -> bool:
-        wanted = not self._patterns or any(fnmatchcase(name, each) for each in self._patterns)
+    def _name_of(self, module: nn.Module | None, n_heads: int) -> str | None:
+        """The layer's name, the same at every call; None where nobody asked for it."""
+        mine = self._names_outside if module is None else self._names_of.setdefault(module, {})
+        if n_heads in mine and (mine[n_heads] is None or mine[n_heads] in self._numbers):
+            return mine[
+                n_heads
+            ]  # else nothing of it could be measured, and another may have the name
+        path = self._path_of(module)
+        others = any(each in self._numbers for each in mine.values())
+        name = self._new_name(module, path, n_heads, has_others=others)
+        mine[n_heads] = name if self._wants(path, name) else None
+        return mine[n_heads]
+
+    def _new_name(
+        self, module: nn.Module | None, path: str, n_heads: int, *, has_others: bool
+    ) -> str:
+        """The path of the module; where that is taken, with its number of heads, the class of its model, or a count."""
+        if getattr(module, "_is_replica", False):  # DataParallel copies modules at every call
+            return path
+        name = path
+        if has_others:
+            name = f"{path} ({n_heads} heads)"
+        elif path in self._numbers and module is not None:
+            root = self._root_of(module)
+            if root not in (path, self._roots_of[path]):
+                name = f"{root}.{path}"
+        plain, number = name, 2
+        while name in self._numbers:
+            name, number = f"{plain} ({number})", number + 1
+        return name
+
+    def _root_of(self, module: nn.Module) -> str:
+        """The class of the largest model alive that holds the module."""
+        if module not in self._roots:
+            root = unwrapped(root_of(module))
+            for each in root.modules():
+                self._roots[each] = type(root).__name__
+        return str(self._roots.get(module, type(module).__name__))
+
+    def _wants(self, *names: str) -> bool:
+        """Whether one of the names of a layer was asked for; the first is the module's path."""
+        wanted = not self._patterns or any(
+            fnmatchcase(name, each) for name in names for each in self._patterns
+        )
         if not wanted:
-            self._left_out[name] = None
+            self._left_out[names[-1]] = None
         return wanted
+
+
+def _purpose(module: nn.Module | None) -> int:
+    """What a call is for: reentrant checkpointing trains without gradients, too, but so may somebody evaluate."""
+    has_gradients = torch.is_grad_enabled()
+    if module is None:
+        return TRAINS if has_gradients else EVALUATES
+    if not module.training:
+        return EVALUATES
+    return TRAINS if has_gradients else MAY_TRAIN
+
+
+def _readable(seen: Seen) -> Seen:
+    """The call with numbers that can be read.
+
+    Raises:
+        UnreadableError: it has none.
+    """
+    given = (seen.k, seen.z, seen.visible, seen.bias)
+    q = without_transforms(seen.q)
+    k, z, visible, bias = (None if x is None else without_transforms(x) for x in given)
+    if q is seen.q and all(a is b for a, b in zip((k, z, visible, bias), given, strict=True)):
+        return seen
+    return replace(seen, q=q, k=k, z=z, visible=visible, bias=bias)

@@ -110,12 +110,17 @@ def _weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 def _named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments by the names that forward gives them; by their numbers where it takes them otherwise."""
-    while type(model).__name__ in WRAPPERS:
-        model = getattr(model, WRAPPERS[type(model).__name__])
     try:
-        return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
+        return dict(inspect.signature(unwrapped(model).forward).bind(*args, **kwargs).arguments)
     except (TypeError, ValueError):
         return {**{str(number): x for number, x in enumerate(args)}, **kwargs}
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The script's own model."""
+    while type(model).__name__ in WRAPPERS:
+        model = getattr(model, WRAPPERS[type(model).__name__])
+    return model
 
 
 def _flatten(

@@ -88,9 +88,9 @@ class Stopper:
 
     def met(self, tables: Tables) -> tuple[Condition, str] | None:
         """The first condition that the newest records meet, and what met it; None if none does."""
-        steps = tables.get("steps") or {}
-        if steps:
-            self._watch.feed(steps["step"], steps["loss"])
+        losses = tables.get("losses") or {}
+        if losses:
+            self._watch.feed(losses["step"], losses["loss"])
         for condition in self._conditions:
             found = self._one(condition, tables)
             if found is not None:
@@ -129,8 +129,10 @@ def stop(condition: Condition, found: str) -> NoReturn:
 
 
 def _nonfinite(tables: Tables) -> str | None:
-    steps, heads, params = (tables.get(name) or {} for name in ("steps", "heads", "params"))
-    for table, column in ((heads, "max_logit_bound"), (steps, "loss"), (steps, "grad_norm")):
+    steps, losses, heads, params = (
+        tables.get(name) or {} for name in ("steps", "losses", "heads", "params")
+    )
+    for table, column in ((heads, "max_logit_bound"), (losses, "loss"), (steps, "grad_norm")):
         if table:
             bad = np.flatnonzero(np.isnan(table[column]) | np.isinf(table[column]))
             if column == "max_logit_bound":  # unknown where q and k were not seen

@@ -2,7 +2,8 @@
 
 import functools
 import sys
-import weakref
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Any, Protocol
 
@@ -12,23 +13,34 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
+from torch.utils.weak import WeakIdKeyDictionary
 
-from attnscope.capture.dispatch import Original, unobserved, why_unseen
+from attnscope.capture.dispatch import Original, outside, why_unseen
 from attnscope.capture.dynamo import not_compiled
+from attnscope.capture.eager import in_backward
 from attnscope.capture.patches import Patches
-from attnscope.watch.parameters import total_norm
+from attnscope.watch.parameters import parameters_of, total_norm
 
-FRAMES = 16  # looked through for who calls backward
+# Stands on the stack, with the optimizer among its variables, while an optimizer steps.
+_STEP = getattr(torch.optim.Optimizer.profile_hook_step(lambda *_, **__: None), "__code__", None)
 
 
 class OnTraining(Protocol):
     """What is told of a step, in the order in which things happen."""
 
-    def loss(self, loss: Tensor, *, adds_up: bool) -> None:
-        """A scalar is about to be differentiated; without what GradScaler multiplied it by.
+    repeats: bool  # whether a loss is computed again and again within one update (L-BFGS)
 
-        With `adds_up` the losses of a step's micro-batches add up to its mean; else they must be looked at.
-        """
+    def trying(self, what: str) -> AbstractContextManager[None]:
+        """A context: what fails inside is said, and goes no further."""
+
+    def loss(self, loss: Tensor, weight: Tensor | None) -> None:
+        """A scalar is about to be differentiated, without what GradScaler multiplied it by; its gradient gets this weight."""
+
+    def zeroed(self, owner: torch.optim.Optimizer | torch.nn.Module) -> None:
+        """The gradients of its parameters are about to be thrown away."""
+
+    def cross_entropy(self, logits: Tensor, targets: Tensor, ignore_index: int) -> None:
+        """Cross-entropy is computed in training."""
 
     def before_clipping(self, parameters: list[Tensor]) -> None:
         """Gradients are about to be clipped."""
@@ -54,17 +66,20 @@ class Training:
 
     def __init__(self, patches: Patches, told: OnTraining) -> None:
         self._told = told
-        self._scaled: tuple[weakref.ref[Tensor], Tensor] | None = None
+        self._scaled = WeakIdKeyDictionary()  # what GradScaler gave to what it was given
+        self._last_root: Any = None
         self._stepped = False
+        replace = patches.replace
         # What Tensor.backward and torch.autograd.backward call: these are functions that scripts look up and compare.
-        patches.replace(
-            [torch.autograd, torch.autograd.graph], "_engine_run_backward", self._backward
-        )
+        replace([torch.autograd, torch.autograd.graph], "_engine_run_backward", self._backward)
         utils = torch.nn.utils
-        patches.replace([utils, utils.clip_grad], "clip_grad_norm_", self._clip_norm)
-        patches.replace([utils, utils.clip_grad], "clip_grad_value_", self._clip_value)
-        patches.replace([torch.amp.GradScaler], "scale", self._scale)
-        patches.replace([torch.amp.GradScaler], "step", self._scaler_step)
+        replace([utils, utils.clip_grad], "clip_grad_norm_", self._clip_norm)
+        replace([utils, utils.clip_grad], "clip_grad_value_", self._clip_value)
+        replace([torch.amp.GradScaler], "scale", self._scale)
+        replace([torch.amp.GradScaler], "step", self._scaler_step)
+        replace([torch.optim.Optimizer], "zero_grad", self._zero_grad)
+        replace([torch.nn.Module], "zero_grad", self._zero_grad)
+        patches.listen("cross_entropy_loss", self._cross_entropy)
         self._hooks = [
             register_optimizer_step_pre_hook(self._before),
             register_optimizer_step_post_hook(self._after),
@@ -80,17 +95,26 @@ class Training:
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Where the step has a closure, the gradients of the update are there when that first returns."""
+        if _is_inside_another(optimizer):
+            return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if not callable(closure):
             self._told.before_update(optimizer)
             return None
-        told = iter((False, True))
+        told = self._told
+        has_returned = False
 
         @functools.wraps(closure)
         def watched() -> Any:
-            result = closure()
-            if not next(told, True):
-                self._told.before_update(optimizer)
+            nonlocal has_returned
+            before, told.repeats = told.repeats, has_returned
+            try:
+                result = closure()
+            finally:
+                told.repeats = before
+            if not has_returned:
+                has_returned = True
+                told.before_update(optimizer)
             return result
 
         if len(args) > 1:
@@ -103,28 +127,45 @@ class Training:
         self._told.after_update(optimizer)
 
     def _backward(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if kwargs.get("accumulate_grad"):  # else it is torch.autograd.grad, of whatever it is
-            adds_up = _is_trainer_of_hugging_face()
-            for root in args[0]:
-                with unobserved():
-                    is_loss = why_unseen(root) is None and root.numel() == 1
-                if is_loss:
-                    self._told.loss(self._without_scale(root), adds_up=adds_up)
+        # Without accumulating it is torch.autograd.grad, of whatever it is; inside of another one, checkpointing
+        # differentiates what it has computed again.
+        if kwargs.get("accumulate_grad") and not in_backward():
+            with self._told.trying("loss"):
+                roots, weights, _, _, inputs = args[:5]
+                for root, weight in zip(roots, weights, strict=False):
+                    if isinstance(root, Tensor) and root.numel() == 1:
+                        again = len(inputs) > 0 and self._was_last(root)
+                        if not again:  # the same loss, for other parameters
+                            self._told.loss(self._without_scale(root), weight)
         return original(*args, **kwargs)
 
+    def _was_last(self, root: Tensor) -> bool:
+        before, self._last_root = self._last_root, WeakIdKeyDictionary({root: True})
+        return before is not None and root in before
+
     def _scale(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        args, kwargs = _kept(args, kwargs, "outputs", at=1)
         scaled = original(*args, **kwargs)
-        given = args[1] if len(args) > 1 else kwargs.get("outputs")
-        if isinstance(given, Tensor) and isinstance(scaled, Tensor):
-            self._scaled = weakref.ref(scaled), given
+        with self._told.trying("loss"):
+            given = args[1] if len(args) > 1 else kwargs.get("outputs")
+            for one, made in zip(_listed(given), _listed(scaled), strict=False):
+                if isinstance(one, Tensor) and isinstance(made, Tensor) and made is not one:
+                    self._scaled[made] = one.detach()
         return scaled
 
     def _without_scale(self, root: Tensor) -> Tensor:
-        if self._scaled is None or self._scaled[0]() is not root:
-            return root
-        given = self._scaled[1]
-        self._scaled = None
-        return given
+        found: Tensor = self._scaled.get(root, root)
+        return found
+
+    def _zero_grad(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._told.zeroed(args[0])
+        return original(*args, **kwargs)
+
+    def _cross_entropy(self, args: tuple[Any, ...], _kwargs: dict[str, Any], loss: Any) -> None:
+        if loss.requires_grad and why_unseen(args[0]) is None and not in_backward():
+            with self._told.trying("cross-entropy"):
+                logits, targets = outside(args[:2])
+                self._told.cross_entropy(logits, targets, args[4] if len(args) > 4 else -100)
 
     def _scaler_step(
         self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -133,60 +174,80 @@ class Training:
         scaler = args[0]
         value = getattr(scaler, "_scale", None) if scaler.is_enabled() else None
         if value is not None:
-            with unobserved():
-                scale = value.detach().clone()
-            self._told.scaled(scale)
+            with self._told.trying("loss scale"):
+                self._told.scaled(value.detach().clone())
         result = original(*args, **kwargs)
         if not self._stepped:
             self._told.skipped(args[1] if len(args) > 1 else kwargs["optimizer"])
         return result
 
     def _clip_norm(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        parameters, args = _kept(args, kwargs)
-        max_norm = args[1] if len(args) > 1 else kwargs.get("max_norm")
-        norm_type = args[2] if len(args) > 2 else kwargs.get("norm_type", 2.0)
-        self._told.before_clipping(parameters)
+        args, kwargs = _kept(args, kwargs, "parameters")
+        with self._told.trying("clipping"):
+            self._told.before_clipping(_tensors(args[0] if args else kwargs["parameters"]))
         total = original(*args, **kwargs)
-        with unobserved():
+        with self._told.trying("clipping"):
+            max_norm = args[1] if len(args) > 1 else kwargs.get("max_norm")
+            norm_type = args[2] if len(args) > 2 else kwargs.get("norm_type", 2.0)
             norm = total.detach()
             if hasattr(norm, "full_tensor"):  # all ranks are here: clipping waits for all of them
                 norm = norm.full_tensor()
-            factor = (float(max_norm or 0.0) / (norm + 1e-6)).clamp(max=1.0)
-        self._told.clipped(factor, norm if float(norm_type) == 2.0 else None)
+            most = max_norm.detach() if isinstance(max_norm, Tensor) else float(max_norm or 0.0)
+            factor = (most / (norm + 1e-6)).clamp(max=1.0)
+            self._told.clipped(factor, norm if float(norm_type) == 2.0 else None)
         return total
 
     def _clip_value(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        parameters, args = _kept(args, kwargs)
-        self._told.before_clipping(parameters)
-        with unobserved():
+        args, kwargs = _kept(args, kwargs, "parameters")
+        parameters: list[Tensor] = []
+        before = None
+        with self._told.trying("clipping"):
+            parameters = _tensors(args[0] if args else kwargs["parameters"])
+            self._told.before_clipping(parameters)
             before = total_norm(parameters)
         result = original(*args, **kwargs)
-        with unobserved():
-            after = total_norm(parameters)
+        with self._told.trying("clipping"):
+            after = None if before is None else total_norm(parameters)
             factor = None if before is None or after is None else after / before
-        self._told.clipped(factor, before)
+            self._told.clipped(factor, before)
         return result
 
 
-def _is_trainer_of_hugging_face() -> bool:
-    """Whether transformers.Trainer calls backward: it, or the model, divides the loss of every micro-batch in one of several ways."""
-    trainer = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
-    frame: FrameType | None = sys._getframe(1) if trainer is not None else None
-    for _ in range(FRAMES):
-        if frame is None:
-            return False
-        if frame.f_code.co_name == "training_step":
-            return isinstance(frame.f_locals.get("self"), trainer)  # type: ignore[arg-type]
+def _is_inside_another(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the step of an optimizer around this one goes on, which is measured: an update counts once.
+
+    One around it that has no gradients of its own (a container of optimizers) counts for nothing.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    found = []
+    while frame is not None:
+        if frame.f_code is _STEP:
+            found.append(frame)
         frame = frame.f_back
+    for outer in found[1:]:
+        owner = outer.f_locals.get("self")
+        if isinstance(owner, torch.optim.Optimizer) and parameters_of(owner):
+            return True
     return False
 
 
-def _kept(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], tuple[Any, ...]]:
-    """The parameters given to clipping; what can be gone through only once is given on as a list."""
-    given = args[0] if args else kwargs["parameters"]
-    parameters = [given] if isinstance(given, Tensor) else list(given)
-    if args:
-        args = (parameters, *args[1:])
-    else:
-        kwargs["parameters"] = parameters
-    return [p for p in parameters if isinstance(p, Tensor)], args
+def _listed(given: Any) -> list[Any]:
+    if given is None or isinstance(given, Tensor):
+        return [given]
+    return list(given)
+
+
+def _tensors(given: Any) -> list[Tensor]:
+    return [p for p in _listed(given) if isinstance(p, Tensor)]
+
+
+def _kept(
+    args: tuple[Any, ...], kwargs: dict[str, Any], name: str, *, at: int = 0
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same arguments; what can be gone through only once is given on as a list."""
+    given = args[at] if len(args) > at else kwargs.get(name)
+    if isinstance(given, Tensor | list | tuple) or not isinstance(given, Iterable):
+        return args, kwargs
+    if len(args) > at:
+        return (*args[:at], list(given), *args[at + 1 :]), kwargs
+    return args, {**kwargs, name: list(given)}

@@ -3,62 +3,40 @@
 One watcher at a time: what it replaces in PyTorch belongs to the whole process.
 """
 
-import functools
+import atexit
 import os
 import sys
-import time
-import warnings
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from attnscope.capture.dispatch import Original, unobserved
+from attnscope.capture.dispatch import Original
 from attnscope.capture.eager import Capture, in_backward
-from attnscope.capture.names import Modules, any_alive, called_by_torch
+from attnscope.capture.names import Modules, called_by_torch
 from attnscope.capture.patches import Patches
-from attnscope.capture.seen import Seen, scalar_factor
+from attnscope.capture.seen import Seen
 from attnscope.errors import RunError, RunWriteError
 from attnscope.watch.finite import Finite
+from attnscope.watch.guard import MOST_TEXT, Guard, one_line
 from attnscope.watch.layers import Layers
-from attnscope.watch.parameters import Parameters, parameters_of
-from attnscope.watch.recording import MOST_PLACES, Recorder, Step, broken_gradients
+from attnscope.watch.recording import Recorder, Tables
 from attnscope.watch.settings import Settings
 from attnscope.watch.snapshots import Snapshots
+from attnscope.watch.step import Steps
 from attnscope.watch.stopping import Stopper, stop
 from attnscope.watch.training import Training
 
 if TYPE_CHECKING:
     from attnscope.capture.compiled import Probes
+    from attnscope.watch.finite import Outputs
 
 FLUSH_SECONDS = 0.75  # a killed process loses at most this and the step it was in
-FIRST = 20  # steps that are all measured, whatever the cadence: what explodes, explodes early
-MOST_LOSSES = 1000  # of one step
-MOST_TEXT = 500  # characters of an exception
 
-_T = TypeVar("_T")
-_P = ParamSpec("_P")
 _watching: "Watcher | None" = None
-
-
-def _guarded(method: Callable[_P, None]) -> Callable[_P, None]:
-    """What goes wrong in watching must not go wrong in the script."""
-
-    @functools.wraps(method)
-    def guarded(*args: _P.args, **kwargs: _P.kwargs) -> None:
-        try:
-            with unobserved():
-                method(*args, **kwargs)
-        except Exception as error:
-            watcher = args[0]
-            assert isinstance(watcher, Watcher)
-            watcher.fail(error)
-
-    return guarded
 
 
 class Watcher:
@@ -68,43 +46,45 @@ class Watcher:
     """
 
     path: Path
-    failure: Exception | None
 
     def __init__(
         self, path: Path, recorder: Recorder, modules: Modules, settings: Settings
     ) -> None:
         """Use `watch_model` or `watch_script`."""
         self.path = path
-        self.failure = None
         self._recorder = recorder
-        self._every = settings.every
         conditions = settings.checked()
         self._stopper = Stopper(conditions) if conditions else None
         self._process = os.getpid()
         self._modules = modules
+        self._guard = Guard(recorder, on_failure=self.mute)
         self._layers = Layers(
             self._modules,
             rows=settings.rows,
             patterns=settings.layers,
             on_layer=recorder.add_layer,
-            on_event=self._event,
+            on_event=self._guard.event,
         )
-        self._parameters = Parameters()
+        self._steps = Steps(
+            recorder=recorder,
+            layers=self._layers,
+            guard=self._guard,
+            every=settings.every,
+            take_outputs=self._take_outputs,
+            on_forward_over=lambda: self._capture.forget(),
+            on_end=self._step_over,
+        )
         self._snapshots = (
             Snapshots(settings.snapshot, self._step_of_forward) if settings.snapshot else None
         )
         self._written: tuple[Path, ...] = ()
-        self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-        self._stepped = False
-        self._updates_itself: bool | None = None  # a script without optimizers: each loss is a step
-        self._updates = 0
-        self._begun = time.perf_counter()
-        self._now = Step(number=0, measured=True)
-        self._is_on = False
         self._probes: Probes | None = None
-        self._seeing = Patches(lambda: self._is_on and (self._now.measured or self._stepped))
-        self._hearing = Patches(lambda: self._is_on)
-        self._checking = Patches(lambda: self._is_on)
+        steps = self._steps
+        self._seeing = Patches(
+            lambda: steps.is_on and (steps.now.measured or steps.stepped), self._failed("attention")
+        )
+        self._hearing = Patches(lambda: steps.is_on, self._failed("training"))
+        self._checking = Patches(lambda: steps.is_on, self._failed("outputs of modules"))
 
     # -- from here on, what the user calls --
 
@@ -128,19 +108,32 @@ class Watcher:
                 f"{self.path}: this process is being watched already, into {_watching.path}. Stop that one first."
             )
         _watching = self
-        self._is_on = True
+        self._steps.is_on = True
         self._capture = Capture(
             self._seeing, on_attention=self._on_attention, on_unmeasured=self._on_unmeasured
         )
-        self._finite = Finite(self._checking, on_call=self._on_forward, on_failure=self.fail)
-        self._training = Training(self._hearing, self)
+        self._finite = Finite(self._checking, on_call=self._on_forward)
+        self._training = Training(self._hearing, self._steps)
         self._hearing.replace([torch], "compile", self._compile)
         if "torch._dynamo" in sys.modules:  # something may be compiled already, and be traced later
             self._install_probes()
 
+    def stop_with_process(self) -> None:
+        """Stop at the end of this process, if nobody does before."""
+        self._reported = id(getattr(sys, "last_value", None))
+        atexit.register(self._at_exit)
+
+    def _at_exit(self) -> None:
+        error = getattr(sys, "last_value", None)  # of what ended the script, if anything did
+        self.stop_after(None if id(error) == self._reported else error)
+
     def mute(self) -> None:
         """Record nothing more."""
-        self._is_on = False
+        self._steps.is_on = False
+
+    def forked(self) -> None:
+        """This is a child process: the run directory is its parent's."""
+        self._steps.forked()
 
     def add_model(self, model: nn.Module) -> None:
         """Take the names of modules and parameters from this model."""
@@ -155,33 +148,42 @@ class Watcher:
         if _watching is not self:
             return
         _watching = None
-        self._is_on = False
-        self._training.remove()
-        if self._probes is not None:
-            self._probes.remove()
-        for patches in (self._checking, self._hearing, self._seeing):
-            patches.restore()
-        self._capture.forget()
-        if os.getpid() == self._process:
-            self._finish(status, **fields)
-        if self._snapshots is not None:
-            self._snapshots.remove()
+        atexit.unregister(self._at_exit)
+        with self._steps.lock:  # other threads may train
+            self._steps.is_on = False
+            self._training.remove()
+            if self._probes is not None:
+                self._probes.remove()
+            for patches in (self._checking, self._hearing, self._seeing):
+                patches.restore()
+            self._capture.forget()
+            if os.getpid() == self._process:
+                self._finish(status, **fields)
+            if self._snapshots is not None:
+                self._snapshots.remove()
 
     def _finish(self, status: str, **fields: object) -> None:
-        if self._stepped or self._now.losses or (self._now.heads and not self._updates):
-            self._add_step()
+        steps, guard = self._steps, self._guard
+        now = steps.now.number
+        with guard.measuring("last step", now):
+            steps.end()
         if self._snapshots is not None:
-            self._write(self._recorder.flush)
+            guard.write("records", now, lambda: self._recorder.flush(guard.measuring))
             self._snapshot(str(fields.get("error", "")) or self._recorder.broken)
-        self._write(
-            lambda: self._recorder.finish(
-                status,
-                updates=self._updates,
-                attention_layers=len(self._layers.names),
-                attention_calls=self._layers.calls,
-                **fields,
-            )
-        )
+        said = {
+            "updates": steps.updates,
+            "attention_layers": len(self._layers.names),
+            "attention_calls": self._layers.calls,
+            **fields,
+        }
+        more = {
+            "steps_without_gradient": steps.without_gradient,
+            "losses_not_seen": self._recorder.losses_not_seen,
+            "measurements_failed": guard.counts,
+        }
+        said |= {name: value for name, value in more.items() if value}
+        with guard.measuring("end", now):
+            self._recorder.finish(status, guard.measuring, step=now, **said)
 
     def stop_after(self, error: BaseException | None) -> None:
         """Stop, and say that training ended with this exception, or with none."""
@@ -193,14 +195,29 @@ class Watcher:
             self.stop("failed", error=f"{type(error).__name__}: {error}"[:MOST_TEXT])
 
     @property
+    def failure(self) -> RunWriteError | None:
+        """Why nothing more could be written; None = everything was."""
+        return self._guard.failure
+
+    @property
     def updates(self) -> int:
-        """Optimizer updates seen."""
-        return self._updates
+        """Optimizer updates seen: steps of optimizers that had gradients."""
+        return self._steps.updates
 
     @property
     def took_losses_for_steps(self) -> bool:
         """Whether no optimizer was there, so that each loss that was differentiated counts as a step."""
-        return bool(self._updates_itself)
+        return bool(self._steps.updates_itself)
+
+    @property
+    def steps_without_gradient(self) -> int:
+        """How often an optimizer stepped where none of its parameters had a gradient."""
+        return self._steps.without_gradient
+
+    @property
+    def losses_not_seen(self) -> int:
+        """Steps whose gradients were there without a scalar that was given to backward()."""
+        return self._recorder.losses_not_seen
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -222,30 +239,42 @@ class Watcher:
         """How many different calls could not be measured."""
         return self._layers.n_unmeasured
 
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """What else could not be measured, and why, a line each."""
+        return self._guard.said
+
     # -- from here on, what the script does --
 
     def _on_forward(self, _module: nn.Module | None) -> None:
         """Something is computed: the step before is over, if there was one."""
-        if self._stepped:
-            self._end_step()
+        self._steps.computed()
         if self._snapshots is not None:
-            self._snapshots.attach()
+            with self._steps.trying("snapshot"):
+                self._snapshots.attach()
 
     def _step_of_forward(self) -> int:
-        if self._stepped:
-            self._end_step()
-        return self._now.number
+        self._steps.computed()
+        return self._steps.now.number
 
     def _on_attention(self, module: nn.Module | None, seen: Seen) -> None:
         self._on_forward(module)
-        if self._now.measured:
-            self._layers.see(self._now, module, seen)
+        self._steps.attention(module, seen)
 
     def _on_unmeasured(
         self, module: nn.Module | None, backend: str, shapes: list[list[int]], reason: str
     ) -> None:
         self._on_forward(module)
-        self._layers.unmeasured(self._now, module, backend, shapes, reason)
+        self._steps.unmeasured(module, backend, shapes, reason)
+
+    def _take_outputs(self) -> "Outputs | None":
+        return self._finite.end_step()
+
+    def _failed(self, what: str) -> Callable[[Exception], None]:
+        def failed(error: Exception) -> None:
+            self._guard.not_measured(what, self._steps.now.number, one_line(error))
+
+        return failed
 
     def _on_compiled(
         self,
@@ -254,9 +283,10 @@ class Watcher:
         tensors: list[Tensor],
         see: Callable[[], Seen],
     ) -> None:
-        wanted = self._now.measured or self._stepped or self._snapshots is not None
+        steps = self._steps
+        wanted = steps.now.measured or steps.stepped or self._snapshots is not None
         is_seen = self._seeing.is_looking()  # a function that is replaced may be compiled itself
-        if self._is_on and wanted and not is_seen and not in_backward():
+        if steps.is_on and wanted and not is_seen and not in_backward():
             with self._seeing.undisturbed(), torch.no_grad():
                 self._capture.hand_on(module, backend, tensors, see)
 
@@ -281,148 +311,48 @@ class Watcher:
                 self._on_compiled, lambda reason: self._on_unmeasured(None, "compiled", [], reason)
             )
 
-    @_guarded
-    def loss(self, loss: Tensor, *, adds_up: bool) -> None:
-        """See `OnTraining`."""
-        if self._stepped:
-            self._end_step()
-        if self._updates_itself is None:
-            self._updates_itself = not any_alive(torch.optim.Optimizer)
-        elif len(self._now.losses) >= MOST_LOSSES:  # its optimizers step where we cannot see it
-            self._updates_itself = True
-        self._stepped = self._updates_itself
-        seen = loss.detach().clone()
-        if adds_up and self._now.losses:
-            seen += self._now.losses.pop()[0]
-        self._now.losses.append((seen, scalar_factor(loss)))
-        self._capture.forget()  # the forward pass is over
-
-    @_guarded
-    def before_clipping(self, parameters: list[Tensor]) -> None:
-        """See `OnTraining`."""
-        self._parameters.see_gradients(self._now, parameters)
-
-    @_guarded
-    def clipped(self, factor: Tensor | None, total_norm_before: Tensor | None) -> None:
-        """See `OnTraining`."""
-        now = self._now
-        if now.grad_norm is None:
-            now.grad_norm = total_norm_before
-        if now.clip_factor is None:
-            now.clip_factor = factor
-
-    @_guarded
-    def scaled(self, loss_scale: Tensor) -> None:
-        """See `OnTraining`."""
-        self._now.loss_scale = loss_scale
-
-    @_guarded
-    def skipped(self, optimizer: torch.optim.Optimizer) -> None:
-        """See `OnTraining`."""
-        now = self._now
-        self._parameters.see_gradients(now, parameters_of(optimizer))
-        self._event(
-            "skipped_update",
-            step=now.number,
-            why="GradScaler found NaN or Inf in the gradient",
-            where=broken_gradients(now)[:MOST_PLACES],
-        )
-        self._parameters.skip(now)
-        now.grad_norm = now.clip_factor = None
-
-    @_guarded
-    def before_update(self, optimizer: torch.optim.Optimizer) -> None:
-        """See `OnTraining`."""
-        if not self._is_on:
-            return
-        self._updates_itself = False
-        parameters = parameters_of(optimizer)
-        now = self._now
-        if optimizer not in self._optimizers:
-            self._optimizers.add(optimizer)
-            kind, n_parameters = type(optimizer).__name__, sum(p.numel() for p in parameters)
-            self._event("optimizer", step=now.number, name=kind, parameters=n_parameters)
-        for group in optimizer.param_groups:
-            if "lr" in group:
-                lr = group["lr"]
-                now.lrs.append(lr.detach().clone() if isinstance(lr, Tensor) else float(lr))
-        self._parameters.before_update(now, optimizer)
-
-    @_guarded
-    def after_update(self, optimizer: torch.optim.Optimizer) -> None:
-        """See `OnTraining`."""
-        if self._is_on:
-            self._capture.forget()
-            self._updates += 1
-            self._stepped = True
-            self._parameters.after_update(self._now, optimizer)
-
-    def _end_step(self) -> None:
-        """The step is over, as the next one begins; here the script may be stopped."""
-        self._add_step()
+    def _step_over(self) -> None:
+        """A step is over, as the next one begins; here the script may be stopped."""
+        step = self._steps.now.number
         if self._stopper is None and self._snapshots is None:
             if self._recorder.due(FLUSH_SECONDS):
-                self._write(self._recorder.flush)
+                self._flush(step)
             return
-        tables = self._write(self._recorder.flush)
-        met = None if tables is None or self._stopper is None else self._stopper.met(tables)
+        tables = self._flush(step)
+        met = None
+        if tables is not None and self._stopper is not None:
+            with self._guard.measuring("stop-on", step):
+                met = self._stopper.met(tables)
         self._snapshot(self._recorder.broken if met is None else met[1])
         if met is not None:
             condition, found = met
-            self._event("stopped", step=self._now.number, on=condition.text, found=found)
+            self._guard.event("stopped", step=step, on=condition.text, found=found)
             self._stopper = None
             stop(condition, found)
+
+    def _flush(self, step: int) -> Tables | None:
+        with self._seeing.undisturbed():
+            return self._guard.write(
+                "records", step, lambda: self._recorder.flush(self._guard.measuring)
+            )
 
     def _snapshot(self, why: str | None) -> None:
         """Training broke, or nothing happened: then `why` is None. Only the first time is kept."""
         if self._snapshots is None or not why or self.failure is not None:
             return
         snapshots, self._snapshots = self._snapshots, None
-        step = self._now.number
+        step = self._steps.now.number
         try:
             paths = snapshots.write(self._recorder.folder)
         except Exception as error:
-            self._event("snapshot_failed", step=step, reason=str(error)[:MOST_TEXT])
+            self._guard.event("snapshot_failed", step=step, reason=str(error)[:MOST_TEXT])
         else:
             self._written = tuple(paths)
             if paths:
-                self._event("snapshot", step=step, why=why, files=[path.name for path in paths])
+                names = [path.name for path in paths]
+                self._guard.event("snapshot", step=step, why=why, files=names)
         finally:
             snapshots.remove()
-
-    def _add_step(self) -> None:
-        now = self._now
-        time_now = time.perf_counter()
-        now.step_ms = 1000 * (time_now - self._begun)
-        self._begun = time_now
-        self._parameters.end_step(now)
-        now.outputs = self._finite.end_step()
-        self._recorder.add(now)
-        self._stepped = False
-        number = now.number + 1
-        self._now = Step(number=number, measured=number < FIRST or number % self._every == 0)
-
-    def _event(self, kind: str, *, step: int, **fields: object) -> None:
-        self._write(lambda: self._recorder.event(kind, step=step, **fields))
-
-    def _write(self, write: Callable[[], _T]) -> _T | None:
-        """Write to the run directory, unless that failed before."""
-        if self.failure is not None:
-            return None
-        try:
-            with self._seeing.undisturbed():
-                return write()
-        except Exception as error:
-            self.fail(error)
-            return None
-
-    def fail(self, error: Exception) -> None:
-        """Training goes on unwatched, and it is said once."""
-        if self.failure is None:
-            self.failure = error
-            self.mute()
-            said = str(error) if isinstance(error, RunWriteError) else repr(error)
-            warnings.warn(f"attnscope no longer watches: {said}", RuntimeWarning, stacklevel=2)
 
 
 def watching() -> Watcher | None:
@@ -433,7 +363,7 @@ def watching() -> Watcher | None:
 def _forked() -> None:
     """A child has our patches, but the run directory is its parent's."""
     if _watching is not None:
-        _watching.mute()
+        _watching.forked()
 
 
 if hasattr(os, "register_at_fork"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from attnscope.capture.dispatch import listen, why_unseen
+from attnscope.capture.dispatch import listen, outside, why_unseen
 from attnscope.capture.patches import Patches
 
 OPERATORS = (
@@ -122,10 +122,10 @@ def test_nothing_stays_registered():
     def registered():
         return [torch._C._dispatch_dump(f"aten::{name}") for name in OPERATORS]
 
-    before = registered()
-    patches = Patches(lambda: True)
+    before, errors = registered(), []
+    patches = Patches(lambda: True, errors.append)
     for name in OPERATORS:
-        patches.listen(name, lambda original, args, kwargs: original(*args, **kwargs))
+        patches.listen(name, lambda args, kwargs, out: None)
     assert registered() != before
     patches.restore()
     assert registered() == before
@@ -189,8 +189,22 @@ def test_which_tensors_are_left_alone():
     assert why_unseen("x") == "no tensor"
     said = []
     torch.func.vmap(lambda y: said.append(why_unseen(y)) or y)(x)
-    assert said == ["a transform of torch.func"]
+    assert said == ["torch.vmap runs over it: its calls are not those of single examples"]
+    torch.func.grad(lambda y: said.append((why_unseen(y), type(outside(y)))) or y.sum())(x)
+    assert said[1] == (None, torch.Tensor)
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
         assert why_unseen(torch.randn(3)) == ""
+
+
+def test_what_an_observer_raises_does_not_reach_the_script():
+    errors, x = [], torch.randn(2, 3, 3)
+    patches = Patches(lambda: True, errors.append)
+    patches.listen("softmax.int", lambda args, kwargs, out: 1 / 0)
+    try:
+        watched = x.softmax(-1)
+    finally:
+        patches.restore()
+    assert [type(error) for error in errors] == [ZeroDivisionError]
+    assert torch.equal(watched, x.softmax(-1))

@@ -76,40 +76,6 @@ def test_gradients_weights_and_updates_are_those_of_the_optimizer(tmp_path):
     assert run.events.set_index("kind").loc["optimizer", "fields"]["name"] == "SGD"
 
 
-@pytest.mark.parametrize("divided", [True, False])
-def test_the_loss_is_the_mean_over_micro_batches_whether_the_script_divides_or_not(
-    tmp_path, divided
-):
-    def step(model, optimizer):
-        optimizer.zero_grad()
-        for half in X.split(2):
-            loss = loss_of(model, half)
-            (loss / 2 if divided else loss).backward()
-        optimizer.step()
-
-    run = train(tmp_path / "run", step, steps=1)
-    mean = sum(loss_of(Small(), half).item() for half in X.split(2)) / 2
-    assert run.steps["loss"].tolist() == [pytest.approx(mean)]
-
-
-def test_the_last_update_of_an_epoch_may_have_fewer_micro_batches_than_losses_are_divided_by(
-    tmp_path,
-):
-    sizes = iter([3, 3, 2, 1])
-    expected = []
-
-    def step(model, optimizer):
-        optimizer.zero_grad()
-        losses = [loss_of(model, X * (i + 1)) for i in range(next(sizes))]
-        for loss in losses:
-            (loss / 3).backward()
-        expected.append(sum(loss.item() for loss in losses) / len(losses))
-        optimizer.step()
-
-    run = train(tmp_path / "run", step, steps=4)
-    assert run.steps["loss"].tolist() == pytest.approx(expected, rel=1e-5)
-
-
 def test_layers_that_are_skipped_at_first_keep_their_own_numbers(tmp_path):
     class Dropped(nn.Module):
         def __init__(self):
@@ -163,7 +129,7 @@ def test_without_an_optimizer_each_loss_is_a_step(tmp_path):
 
 
 def test_updates_that_cannot_be_seen_do_not_pile_up_in_one_step(tmp_path, monkeypatch):
-    monkeypatch.setattr("attnscope.watch.watcher.MOST_LOSSES", 10)
+    monkeypatch.setattr("attnscope.watch.step.MOST_LOSSES", 10)
     model = Small()
     hidden = torch.optim.SGD(model.parameters(), lr=0.1)
     with watch_model(model, path=tmp_path / "run") as watcher:
@@ -382,7 +348,7 @@ def test_nothing_is_left_behind_after_an_exception(tmp_path):
     assert len(found.steps) == 1
 
 
-def test_a_model_made_after_another_was_freed_has_its_own_names(tmp_path):
+def test_a_model_made_after_another_was_freed_is_another_one(tmp_path):
     class Inner(nn.Module):
         def __init__(self):
             super().__init__()
@@ -396,7 +362,7 @@ def test_a_model_made_after_another_was_freed_has_its_own_names(tmp_path):
             model = kind()
             plain_step(model, torch.optim.SGD(model.parameters(), lr=0.1))
             del model
-    assert watcher.layers == ("Small", "inner")
+    assert watcher.layers == ("Small", "inner", "Small (2)", "inner (2)")
 
 
 def test_a_child_process_records_nothing(tmp_path):
