@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from attnscope.errors import RunError, RunWriteError
 from attnscope.watch.attention import Seen
 from attnscope.watch.capture import Capture, in_backward
-from attnscope.watch.finite import Finite
+from attnscope.watch.finite import Finite, Outputs
 from attnscope.watch.guard import MOST_TEXT, Guard, one_line
 from attnscope.watch.layers import Layers
 from attnscope.watch.names import Modules, called_by_torch
@@ -25,13 +25,12 @@ from attnscope.watch.patches import Original, Patches
 from attnscope.watch.recording import Recorder, Tables
 from attnscope.watch.settings import Settings
 from attnscope.watch.snapshots import Snapshots
-from attnscope.watch.step import Steps
+from attnscope.watch.steps import Steps
 from attnscope.watch.stopping import Stopper, stop
 from attnscope.watch.training import Training
 
 if TYPE_CHECKING:
     from attnscope.watch.compiled import Probes
-    from attnscope.watch.finite import Outputs
 
 FLUSH_SECONDS = 0.75  # a killed process loses at most this and the step it was in
 
@@ -265,7 +264,7 @@ class Watcher:
         self._on_forward(module)
         self._steps.unmeasured(module, backend, shapes, reason)
 
-    def _take_outputs(self) -> "Outputs | None":
+    def _take_outputs(self) -> Outputs | None:
         return self._finite.end_step()
 
     def _output_failed(self, error: Exception) -> None:
