@@ -9,7 +9,6 @@ Shape key: C total, H head.
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -22,9 +21,7 @@ from attnscope.watch.guard import one_line
 from attnscope.watch.numbers import unwrapped as without_transforms
 from attnscope.watch.recording import Layer
 from attnscope.watch.snapshots import unwrapped
-
-if TYPE_CHECKING:
-    from attnscope.watch.step import Step
+from attnscope.watch.step import Step
 
 SAMPLES = 64  # different row samples, used in turn
 MOST_UNMEASURED = 50  # different calls that are described
@@ -81,7 +78,7 @@ class Layers:
         """How many different calls could not be measured."""
         return len(self._unmeasured)
 
-    def see(self, step: "Step", module: nn.Module | None, seen: Seen) -> None:
+    def see(self, step: Step, module: nn.Module | None, seen: Seen) -> None:
         """Measure a call and add it to the step."""
         name = self._name_of(module, seen.q.shape[1])
         if name is None:
@@ -132,7 +129,7 @@ class Layers:
 
     def unmeasured(
         self,
-        step: "Step",
+        step: Step,
         module: nn.Module | None,
         backend: str,
         shapes: list[list[int]],
@@ -168,7 +165,8 @@ class Layers:
         path = self._path_of(module)
         others = any(each in self._numbers for each in mine.values())
         name = self._new_name(module, path, n_heads, has_others=others)
-        mine[n_heads] = name if self._wants(path, name) else None
+        asked_by = (path, name) if module is None or not self._patterns else (path, name, f"{self._root_of(module)}.{path}")  # fmt: skip
+        mine[n_heads] = name if self._wants(*asked_by) else None
         return mine[n_heads]
 
     def _new_name(
@@ -203,7 +201,7 @@ class Layers:
             fnmatchcase(name, each) for name in names for each in self._patterns
         )
         if not wanted:
-            self._left_out[names[-1]] = None
+            self._left_out[names[0]] = None
         return wanted
 
 

@@ -1,7 +1,8 @@
 """Whether a tensor of the script's has numbers that can be read, and why not."""
 
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -41,13 +42,20 @@ def unwrapped(x: Tensor) -> Tensor:
     return x
 
 
-def outside_of_transforms() -> AbstractContextManager[Any]:
-    """A context in which what is computed belongs to no transform of torch.func that goes on."""
-    if torch._C._functorch.peek_interpreter_stack() is None:
-        return nullcontext()
-    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+@contextmanager
+def outside_of_modes() -> Iterator[None]:
+    """What is computed inside is ours: no transform of torch.func, default device or mode of the script's sees it."""
+    with ExitStack() as stack:
+        stack.enter_context(torch._C.DisableTorchFunction())
+        if torch._C._len_torch_dispatch_stack():
+            from torch.utils._python_dispatch import _disable_current_modes
 
-    return temporarily_clear_interpreter_stack()
+            stack.enter_context(_disable_current_modes())
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+            stack.enter_context(temporarily_clear_interpreter_stack())
+        yield
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ Shape key: P parameter.
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,10 +13,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from attnscope.capture.names import parameter_names, places
 from attnscope.watch.guard import one_line
 from attnscope.watch.numbers import UnreadableError, why_without_numbers
+from attnscope.watch.step import Step
 from attnscope.watch.tables import PARAMETER_COLUMNS
-
-if TYPE_CHECKING:
-    from attnscope.watch.step import Step
 
 # Copies of weights, which updates are measured against, hold at most so many numbers; of more, every n-th is copied.
 MOST_COPIED = 8 << 20
@@ -55,7 +53,7 @@ class Parameters:
         self._gradients: list[tuple[list[int], dict[str, Tensor]]] = []
         self._before: dict[int, tuple[list[Tensor], Before]] = {}
 
-    def see_gradients(self, step: "Step", parameters: Sequence[Tensor]) -> None:
+    def see_gradients(self, step: Step, parameters: Sequence[Tensor]) -> None:
         """Measure gradients, once per step and parameter: the first time is before clipping."""
         known = {key for keys, _ in self._gradients for key in keys}
         new = [p for p in parameters if p.grad is not None and id(p) not in known]
@@ -66,7 +64,7 @@ class Parameters:
         self._gradients.append(([id(p) for p in new], sizes))
         step.gradients.append((self.places_of(new), sizes["grad_norm"]))
 
-    def before_update(self, step: "Step", optimizer: torch.optim.Optimizer) -> None:
+    def before_update(self, step: Step, optimizer: torch.optim.Optimizer) -> None:
         """Remember what the update will be measured against."""
         parameters = parameters_of(optimizer)
         self.see_gradients(step, parameters)
@@ -75,7 +73,7 @@ class Parameters:
             if before is not None:
                 self._before[id(optimizer)] = parameters, before
 
-    def after_update(self, step: "Step", optimizer: torch.optim.Optimizer) -> None:
+    def after_update(self, step: Step, optimizer: torch.optim.Optimizer) -> None:
         """Measure the update."""
         if id(optimizer) not in self._before:
             return
@@ -101,12 +99,12 @@ class Parameters:
         for name in PARAMETER_COLUMNS:
             step.sizes.setdefault(name, []).append(sizes[name])
 
-    def skip(self, step: "Step") -> None:
+    def skip(self, step: Step) -> None:
         """No update comes of these gradients; others of the same step will."""
         self._gradients.clear()
         step.gradients.clear()
 
-    def end_step(self, step: "Step") -> None:
+    def end_step(self, step: Step) -> None:
         """All gradients of the step have been seen."""
         if step.grad_norm is None and step.gradients:
             device = step.gradients[0][1].device

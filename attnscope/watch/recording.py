@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
@@ -14,10 +13,8 @@ from attnscope.capture.names import Modules
 from attnscope.capture.seen import scale_of
 from attnscope.runs.outcome import LossWatch
 from attnscope.runs.writer import PartWriter
+from attnscope.watch.step import Step
 from attnscope.watch.tables import Array, heads_of, params_of, seen_losses, steps_of
-
-if TYPE_CHECKING:
-    from attnscope.watch.step import Step
 
 MOST_PLACES = 20  # that an event names
 MOST_DEEP = 4  # levels of lists and dictionaries in an event
@@ -125,7 +122,7 @@ class Recorder:
         self._layers[layer.number] = layer.name
         self._undescribed.append((step, layer))
 
-    def add(self, step: "Step") -> None:
+    def add(self, step: Step) -> None:
         """A step is over."""
         self._block.append(step)
 
@@ -187,7 +184,7 @@ class Recorder:
         plain = {name: as_plain(value) for name, value in fields.items()}
         self._writer.finish(status, **plain)
 
-    def _note_filled(self, steps: dict[str, Array], block: Sequence["Step"]) -> None:
+    def _note_filled(self, steps: dict[str, Array], block: Sequence[Step]) -> None:
         """Which columns have had a value; 1 for a factor that was not there is none, nor is NaN for a loss."""
         if not steps:
             return
@@ -199,7 +196,7 @@ class Recorder:
 
     def _alarm(
         self,
-        block: Sequence["Step"],
+        block: Sequence[Step],
         steps: dict[str, Array],
         heads: dict[str, Array],
         measuring: Measuring,
@@ -235,7 +232,7 @@ class Recorder:
                 self.broken = f"{said} at step {step}"
 
     def _first_of(
-        self, block: Sequence["Step"], tensor: str, broken: Callable[["Step"], list[str]]
+        self, block: Sequence[Step], tensor: str, broken: Callable[[Step], list[str]]
     ) -> list[tuple[int, str, dict[str, object]]]:
         for step in block:
             where = broken(step)
@@ -257,7 +254,7 @@ class Recorder:
             fields["where"] = list(dict.fromkeys(where))[:MOST_PLACES]
         return [(step, "nonfinite", fields)]
 
-    def _broken_outputs(self, step: "Step") -> list[str]:
+    def _broken_outputs(self, step: Step) -> list[str]:
         """Where it began: the rest of a forward pass is broken, too."""
         broken = [] if step.outputs is None else step.outputs.broken()
         return [
@@ -280,7 +277,7 @@ def as_plain(value: object, deep: int = MOST_DEEP) -> object:
         return type(value).__name__
 
 
-def broken_gradients(step: "Step") -> list[str]:
+def broken_gradients(step: Step) -> list[str]:
     """The parameters whose gradient is not finite, as they are named in texts; waits for the device."""
     found = []
     for places, norm_P in step.gradients:

@@ -5,7 +5,7 @@ Shape key: C column, H head, P parameter, X all heads of a block's calls side by
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,16 +15,14 @@ from torch import Tensor
 from attnscope.metrics.totals import COLUMNS as HEAD_COLUMNS
 from attnscope.metrics.totals import TOTALS, add, finish
 from attnscope.runs.layout import COLUMNS as TABLES
-
-if TYPE_CHECKING:
-    from attnscope.watch.step import Step
+from attnscope.watch.step import Step
 
 PARAMETER_COLUMNS = ("grad_norm", "grad_max", "nonfinite", "weight_norm", "update_norm")
 
 Array = NDArray[Any]
 
 
-def steps_of(block: Sequence["Step"], tokens_before: int) -> dict[str, Array]:
+def steps_of(block: Sequence[Step], tokens_before: int) -> dict[str, Array]:
     """One row per step that had an update or a loss; NaN is the loss of a step whose loss was not seen."""
     n = len(block)
     if not n:
@@ -55,7 +53,7 @@ def _largest(lrs: Sequence[float | Tensor]) -> float:
     return max(numbers + _on_host(tensors), default=math.nan)
 
 
-def seen_losses(steps: dict[str, Array], block: Sequence["Step"]) -> dict[str, Array]:
+def seen_losses(steps: dict[str, Array], block: Sequence[Step]) -> dict[str, Array]:
     """Step and loss of the rows whose loss was seen."""
     if not steps:
         return {}
@@ -63,7 +61,7 @@ def seen_losses(steps: dict[str, Array], block: Sequence["Step"]) -> dict[str, A
     return {name: steps[name][seen] for name in ("step", "loss")}
 
 
-def heads_of(block: Sequence["Step"]) -> dict[str, Array]:
+def heads_of(block: Sequence[Step]) -> dict[str, Array]:
     """One row per step, layer and head: several calls of a layer in one step are one row, as if they had been one call."""
     seen = [(step, layer, each) for step in block for layer, each in sorted(step.heads.items()) if each]  # fmt: skip
     if not seen:
@@ -96,7 +94,7 @@ def _side_by_side(calls: Sequence[Tensor], device: torch.device) -> dict[str, Te
     return dict(zip(TOTALS, joined_CX, strict=True))
 
 
-def params_of(block: Sequence["Step"]) -> dict[str, Array]:
+def params_of(block: Sequence[Step]) -> dict[str, Array]:
     """One row per step, layer and group."""
     if not block:
         return {}

@@ -20,19 +20,18 @@ from attnscope.capture.names import Modules, called_by_torch
 from attnscope.capture.patches import Patches
 from attnscope.capture.seen import Seen
 from attnscope.errors import RunError, RunWriteError
-from attnscope.watch.finite import Finite
+from attnscope.watch.finite import Finite, Outputs
 from attnscope.watch.guard import MOST_TEXT, Guard, one_line
 from attnscope.watch.layers import Layers
 from attnscope.watch.recording import Recorder, Tables
 from attnscope.watch.settings import Settings
 from attnscope.watch.snapshots import Snapshots
-from attnscope.watch.step import Steps
+from attnscope.watch.steps import Steps
 from attnscope.watch.stopping import Stopper, stop
 from attnscope.watch.training import Training
 
 if TYPE_CHECKING:
     from attnscope.capture.compiled import Probes
-    from attnscope.watch.finite import Outputs
 
 FLUSH_SECONDS = 0.75  # a killed process loses at most this and the step it was in
 
@@ -267,7 +266,7 @@ class Watcher:
         self._on_forward(module)
         self._steps.unmeasured(module, backend, shapes, reason)
 
-    def _take_outputs(self) -> "Outputs | None":
+    def _take_outputs(self) -> Outputs | None:
         return self._finite.end_step()
 
     def _failed(self, what: str) -> Callable[[Exception], None]:

@@ -436,9 +436,10 @@ def test_optimizers_that_step_inside_backward_are_one_step(tmp_path):
         optimizers[p].step()
         optimizers[p].zero_grad()
 
-    for p in model.parameters():
-        p.register_post_accumulate_grad_hook(update)
+    hooks = [p.register_post_accumulate_grad_hook(update) for p in model.parameters()]
     run = train(tmp_path / "run", lambda model, _: loss_of(model).backward(), model=model)
+    for hook in hooks:  # the garbage collector does not see them
+        hook.remove()
     plain = train(tmp_path / "plain", plain_step)
     columns = ["step", "loss", "lr"]
     assert run.steps[columns].equals(plain.steps[columns])

@@ -129,7 +129,7 @@ def test_without_an_optimizer_each_loss_is_a_step(tmp_path):
 
 
 def test_updates_that_cannot_be_seen_do_not_pile_up_in_one_step(tmp_path, monkeypatch):
-    monkeypatch.setattr("attnscope.watch.step.MOST_LOSSES", 10)
+    monkeypatch.setattr("attnscope.watch.steps.MOST_LOSSES", 10)
     model = Small()
     hidden = torch.optim.SGD(model.parameters(), lr=0.1)
     with watch_model(model, path=tmp_path / "run") as watcher:
