@@ -7,6 +7,10 @@
 One part has one writer. The four digits of a table are its segment: a resumed part opens new files and never changes
 old ones. Tables are Arrow IPC streams, compressed with lz4, without dictionaries, so that every batch stands alone.
 JSON is strict: a number that is not finite is one of the texts NaN, Infinity and -Infinity.
+
+Damage is said, never read as truth: batches, lines of events and JSON objects carry checksums (streams, checksums); end.json
+lists under `files` the length and checksum of every table and events file that its part wrote, and the event `start` of a
+segment those of the segments before it.
 """
 
 import json

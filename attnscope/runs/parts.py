@@ -3,14 +3,16 @@
 import json
 import stat
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from attnscope.errors import RunError
 from attnscope.runs.atomic import reason_of
-from attnscope.runs.foreign import is_folder, printable, read_file
+from attnscope.runs.checksums import KEY, has_seal, hexadecimal, is_as_sealed
+from attnscope.runs.foreign import is_folder, is_regular_file, printable, read_file
 from attnscope.runs.layout import (
     END_FILE,
     END_STATUSES,
@@ -28,7 +30,19 @@ from attnscope.runs.layout import (
 from attnscope.runs.manifest import is_whole, read_json
 from attnscope.runs.streams import Table, decode_table
 
+CHANGED = "was changed after it was written: its checksum is another"
 RUNNING_SECONDS = 5  # without end.json, but written to so recently: still running
+
+
+MOST_START_BYTES = 1 << 20  # of the first line of an events file
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """What was written into a file: how many bytes, and their checksum as eight hexadecimal digits."""
+
+    bytes: int
+    crc32: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +56,8 @@ class Part:
         segments: ascending; every one has at least one file.
         end: what end.json says; None without one, or if a later segment was begun.
         changed: when the newest file was written to, in seconds since the epoch; 0 if there is none.
+        written: name to what was written, of the files that are known to be complete: all of a part that has ended, those of
+            earlier segments of one that was gone on with.
         lost: one line per thing that cannot be used.
     """
 
@@ -51,6 +67,7 @@ class Part:
     segments: tuple[int, ...] = ()
     end: dict[str, Any] | None = None
     changed: float = 0
+    written: Mapping[str, Written] = field(default_factory=dict)
     lost: tuple[str, ...] = ()
 
 
@@ -97,6 +114,14 @@ def find_part(run: Path, index: int) -> Part:
             lost = (str(error),)
     if end and segments and end.get("segment") != segments[-1]:
         end = None
+    written = files_in(end) if end else {}
+    if not end and segments and segments[-1] > 0:
+        written = _files_before(path / table_file("events", segments[-1]))
+    sizes = {
+        entry: found.st_size if stat.S_ISREG(found.st_mode) else None
+        for entry, found in entries.items()
+    }
+    lost += tuple(f"{name}/{note}" for note in _not_as_written(written, sizes))
     return Part(
         index=index,
         path=path,
@@ -104,8 +129,67 @@ def find_part(run: Path, index: int) -> Part:
         segments=tuple(segments),
         end=end,
         changed=max(times, default=0),
+        written=written,
         lost=lost,
     )
+
+
+def files_in(table: Mapping[str, Any]) -> dict[str, Written]:
+    """The files that end.json or the event `start` lists."""
+    files = table.get("files")
+    found: dict[str, Written] = {}
+    for name, said in files.items() if isinstance(files, dict) else ():
+        if isinstance(said, dict) and (TABLE_FILE.fullmatch(name) or EVENTS_FILE.fullmatch(name)):
+            size, crc = said.get("bytes"), said.get(KEY)
+            if is_whole(size, 0, 2**62) and isinstance(crc, str):
+                found[name] = Written(bytes=size, crc32=crc)
+    return found
+
+
+def files_as_found(part: Part) -> dict[str, Written]:
+    """The files of a part that is gone on with: as they were written where that is known, else as they are now."""
+    found = dict(part.written)
+    for name in sorted(part.files - found.keys()):
+        try:
+            data = read_file(part.path / name, name=name, limit=MAX_TABLE_BYTES)
+        except RunError:
+            continue
+        found[name] = Written(bytes=len(data), crc32=hexadecimal(crc32(data)))
+    return found
+
+
+def _files_before(events: Path) -> dict[str, Written]:
+    """What the first line of a segment's events says of the segments before it."""
+    try:
+        if is_regular_file(events):
+            with events.open("rb") as file:
+                return files_in(_event_in(file.readline(MOST_START_BYTES).rstrip(b"\n")).fields)
+    except (OSError, ValueError, RecursionError):
+        pass  # said where the events are read
+    return {}
+
+
+def _not_as_written(written: Mapping[str, Written], sizes: Mapping[str, int | None]) -> list[str]:
+    """One line for each file that is gone, shorter or longer; what else happened to one shows when it is read.
+
+    Args:
+        written: what should be there.
+        sizes: of the entries that are there; None of what is no plain file.
+    """
+    notes = []
+    for name, said in sorted(written.items()):
+        size = sizes.get(name, 0)
+        if size == 0:
+            notes.append(f"{name}: is gone or empty; {said.bytes} bytes were written")
+        elif size is not None and size != said.bytes:
+            notes.append(f"{name}: has {size} bytes, but {said.bytes} were written")
+    return notes
+
+
+def _other_content(part: Part, file: str, data: bytes) -> bool:
+    """Whether a file that has the right length is not what was written."""
+    said = part.written.get(file)
+    return said is not None and len(data) == said.bytes and hexadecimal(crc32(data)) != said.crc32
 
 
 def strangers(run: Path, known: Iterable[int]) -> tuple[str, ...]:
@@ -151,8 +235,11 @@ def read_events(part: Part, segment: int) -> tuple[list[Event], list[str]]:
     *lines, torn = data.split(b"\n")
     events: list[Event] = []
     bad: list[int] = []
+    all_sealed = any(map(has_seal, lines))  # of a file of ours, either every line has one or none
     for number, line in enumerate(lines, start=1):
         try:
+            if all_sealed and not has_seal(line):
+                raise ValueError
             events.append(_event_in(line))
         except (ValueError, RecursionError):
             bad.append(number)
@@ -163,6 +250,8 @@ def read_events(part: Part, segment: int) -> tuple[list[Event], list[str]]:
         )
     if torn:
         lost.append(f"{name}: the last {len(torn)} bytes are not a complete line")
+    if not lost and _other_content(part, file, data):
+        lost.append(f"{name}: {CHANGED}")
     return events, lost
 
 
@@ -178,12 +267,15 @@ def read_table(part: Part, segment: int, table: str) -> Table:
         except RunError as error:
             lost = (str(error),)
     found = decode_table(data, table)
-    return replace(found, lost=lost + tuple(f"{name}: {note}" for note in found.lost))
+    lost += tuple(f"{name}: {note}" for note in found.lost)
+    if not lost and _other_content(part, file, data):
+        lost = (f"{name}: {CHANGED}",)
+    return replace(found, lost=lost)
 
 
 def _event_in(line: bytes) -> Event:
     value = json.loads(line.decode())
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or not is_as_sealed(line):
         raise ValueError
     kind, step, member, fields = (value.get(key) for key in ("kind", "step", "member", "fields"))
     if (
@@ -201,4 +293,4 @@ def _end_in(path: Path, *, name: str) -> dict[str, Any]:
     end = read_json(path, name=name, limit=MAX_JSON_BYTES)
     if end.get("status") not in END_STATUSES:
         raise RunError(f"{name}: its status is none of {', '.join(END_STATUSES)}")
-    return {key: with_special(value) for key, value in end.items()}
+    return {key: with_special(value) for key, value in end.items() if key != KEY}

@@ -27,7 +27,7 @@ from attnscope.runs.layout import (
     Manifest,
     table_file,
 )
-from attnscope.runs.manifest import read_manifest
+from attnscope.runs.manifest import change_of, read_manifest
 from attnscope.runs.outcome import outcome
 from attnscope.runs.parts import (
     Event,
@@ -111,6 +111,7 @@ class Run:
         self.status = status_of(self._parts)
         self.ends = {part.index: part.end for part in self._parts if part.end}
         self._notes = [note for part in self._parts for note in part.lost]
+        self._notes += [note for note in [change_of(path)] if note]
         self._notes += strangers(path, [part.index for part in self._parts])
         self._steps_tables: dict[tuple[int, int], Table] = {}
         self._numbers: dict[int, dict[int, int]] = {}  # part, index -> place in run.json
@@ -258,6 +259,8 @@ class Run:
         for part in self._parts:
             found = {segment: self._table(part, segment, table) for segment in part.segments}
             ends = self._replaced_from(part, found)
+            if table == "steps":
+                self._notes += self._gaps_in(part, ends)
             for segment, each in found.items():
                 steps_N, members_N = each.columns["step"], each.columns["member"]
                 code_of = np.full(
@@ -333,6 +336,22 @@ class Run:
             if firsts:
                 limit = min(limit, *firsts, *starts)
         return ends
+
+    def _gaps_in(self, part: Part, ends: Mapping[int, int]) -> list[str]:
+        """One line for each segment of a training that goes on later than those before it have records of."""
+        notes: list[str] = []
+        last = -1
+        for segment in part.segments if self.kind == "train" else ():
+            steps_N = self._table(part, segment, "steps").columns["step"]
+            starts = [x.step for x in self._events_in[part.index, segment] if x.kind == "start"]
+            if starts and len(steps_N) and segment and starts[0] > last + 1:
+                notes.append(
+                    f"{part.path.name}: the records of steps {last + 1} to {starts[0] - 1} are gone; training went on "
+                    f"after them, at step {starts[0]}"
+                )
+            kept_N = steps_N[steps_N < ends[segment]]
+            last = max(last, int(kept_N.max(initial=-1)))
+        return notes
 
     @cached_property
     def _events_in(self) -> dict[tuple[int, int], list[Event]]:

@@ -11,11 +11,12 @@ import shlex
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from io import FileIO
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
+from zlib import crc32
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -23,6 +24,7 @@ from numpy.typing import ArrayLike
 from attnscope.config import Config, Member, to_table, to_toml
 from attnscope.errors import RunError, RunWriteError
 from attnscope.runs.atomic import reason_of, remedy_of, replace_file, sync_folder
+from attnscope.runs.checksums import hexadecimal, sealed
 from attnscope.runs.foreign import is_folder
 from attnscope.runs.layout import (
     CONFIG_FILE,
@@ -40,6 +42,7 @@ from attnscope.runs.layout import (
     to_json,
 )
 from attnscope.runs.manifest import encode_manifest, read_manifest
+from attnscope.runs.parts import Written, files_as_found, find_part
 from attnscope.runs.streams import END_OF_STREAM, encode_batch, encode_schema
 
 
@@ -128,9 +131,9 @@ class RunWriter:
         """Open a run directory to go on with it.
 
         Raises:
-            RunError: it is no run directory, or its format is not the one written here.
+            RunError: it is no run directory, its run.json was changed, or its format is not the one written here.
         """
-        version = read_manifest(path).schema_version
+        version = read_manifest(path, as_written=True).schema_version
         if version != SCHEMA_VERSION:
             raise RunError(
                 f"{path} has format {version}, but format {SCHEMA_VERSION} would be added to it. "
@@ -186,25 +189,34 @@ class RunWriter:
         Raises:
             RunWriteError: the folder cannot be written.
         """
-        return PartWriter(self.path / part_folder(index), first_step=first_step)
+        return PartWriter(self.path, index, first_step=first_step)
+
+
+class _Done(NamedTuple):
+    """What is whole in a file: bytes, their checksum, and how many writes it took."""
+
+    bytes: int = 0
+    crc32: int = 0
+    writes: int = 0
 
 
 class PartWriter:
     """Appends to the tables and events of one part.
 
-    Invariants: a file holds whole batches or lines up to its `_ends` entry, whatever interrupted the last write. After
-    a failed write nothing is written any more and the same error is raised again.
+    Invariants: a file holds whole batches or lines as far as `_done` says, whatever interrupted the last write. After a
+    failed write nothing is written any more and the same error is raised again.
     """
 
     path: Path
     segment: int
 
-    def __init__(self, path: Path, *, first_step: int) -> None:
+    def __init__(self, run: Path, index: int, *, first_step: int) -> None:
         """Use `RunWriter.part`."""
-        self.path = path
+        self.path = path = run / part_folder(index)
         self.segment = 0
         self._files: dict[str, FileIO] = {}
-        self._ends: dict[str, int] = {}
+        self._done: dict[str, _Done] = {}
+        self._before: dict[str, Written] = {}
         self._closed = False
         self._failure: RunWriteError | None = None
         self._last_step: int | None = None
@@ -215,7 +227,9 @@ class PartWriter:
             self.segment = 1 + max(
                 (_segment_of(entry.name) for entry in path.iterdir()), default=-1
             )
-            self.event("start", step=first_step, segment=self.segment)
+            # Where end.json goes, nobody else knows it any more.
+            self._before = files_as_found(find_part(run, index))
+            self.event("start", step=first_step, segment=self.segment, files=_as_json(self._before))
             (path / END_FILE).unlink(missing_ok=True)
         except OSError as error:
             self._fail(path, error)
@@ -230,12 +244,13 @@ class PartWriter:
         Raises:
             RunWriteError: the disk did not take them.
         """
-        batch = encode_batch(table, columns)
+        name = table_file(table, self.segment)
+        number = self._done.get(name, _Done()).writes
+        batch = encode_batch(table, columns, number=number)
         steps = np.asarray(columns["step"])
         if not len(steps):
             return
-        name = table_file(table, self.segment)
-        self._write(name, batch if self._ends.get(name) else encode_schema(table) + batch)
+        self._write(name, batch if number else encode_schema(table) + batch)
         if table == "steps":
             self._last_step = int(steps.max())
 
@@ -252,7 +267,7 @@ class PartWriter:
             RunWriteError: the disk did not take it.
         """
         line = to_json({"kind": kind, "step": step, "member": member, "fields": fields})
-        self._write(table_file("events", self.segment), line.encode() + b"\n")
+        self._write(table_file("events", self.segment), sealed(line).encode() + b"\n")
 
     def finish(self, status: str, **fields: object) -> None:
         """Close the files and say in end.json how the part ended; after a failed write that is always "failed".
@@ -279,18 +294,26 @@ class PartWriter:
         if self._failure:
             said |= {"status": "failed", "error": str(self._failure)}
             with contextlib.suppress(OSError):
-                replace_file(path, to_json(said).encode())
+                replace_file(path, self._end(said))
             return
         try:
             for name, file in self._files.items():
                 if TABLE_FILE.fullmatch(name):
                     self._write(name, END_OF_STREAM)
                 os.fsync(file.fileno())
-            replace_file(path, to_json(said).encode())
+            replace_file(path, self._end(said))
         except OSError as error:
             self._fail(path, error)
         finally:
             self.close()
+
+    def _end(self, said: Mapping[str, object]) -> bytes:
+        """The bytes of end.json: what is said, and which files there must be."""
+        own = {
+            name: Written(bytes=done.bytes, crc32=hexadecimal(done.crc32))
+            for name, done in self._done.items()
+        }
+        return sealed(to_json({**said, "files": _as_json({**self._before, **own})})).encode()
 
     def close(self) -> None:
         """Close the files and say nothing; a reader takes the part for killed."""
@@ -308,18 +331,22 @@ class PartWriter:
         try:
             if name not in self._files:
                 self._files[name] = FileIO(path, "ab")
-                self._ends[name] = 0
-            file = self._files[name]
+            file, done = self._files[name], self._done.get(name, _Done())
             if not os.fstat(file.fileno()).st_nlink:
                 raise FileNotFoundError(errno.ENOENT, "The file was deleted while it was written")
-            if file.tell() != self._ends[name]:  # the last write was interrupted, by Ctrl-C perhaps
-                file.truncate(self._ends[name])
-                file.seek(self._ends[name])
+            if file.tell() != done.bytes:  # the last write was interrupted, by Ctrl-C perhaps
+                file.truncate(done.bytes)
+                file.seek(done.bytes)
             rest = memoryview(data)
             while rest:
                 rest = rest[file.write(rest) :]
-            self._ends[name] += len(data)
+            # One assignment: an interrupt must not find half of it.
+            self._done[name] = _Done(
+                done.bytes + len(data), crc32(data, done.crc32), done.writes + 1
+            )
         except OSError as error:
+            with contextlib.suppress(OSError, KeyError):  # half a batch helps nobody
+                self._files[name].truncate(self._done.get(name, _Done()).bytes)
             self._fail(path, error)
 
     def _fail(self, path: Path, error: OSError) -> NoReturn:
@@ -336,6 +363,10 @@ class PartWriter:
             )
         self._failure = RunWriteError(f"{path}: {reason_of(error)}. {rest}")
         raise self._failure from None
+
+
+def _as_json(files: Mapping[str, Written]) -> dict[str, object]:
+    return {name: asdict(each) for name, each in files.items()}
 
 
 def next_run_path(folder: Path, stem: str) -> Path:

@@ -14,9 +14,10 @@ import torch
 from attnscope.config import Config, DataConfig, Member, members_of
 from attnscope.data import Corpus, open_data
 from attnscope.errors import RunError
-from attnscope.runs.checkpoint import load_checkpoint
+from attnscope.runs.checkpoint import Checkpoint, load_checkpoint
 from attnscope.runs.foreign import printable
 from attnscope.runs.layout import part_folder
+from attnscope.runs.manifest import is_whole
 from attnscope.runs.reader import Run, open_run
 from attnscope.runs.writer import PartWriter, RunWriter
 from attnscope.train.alarms import Alarms
@@ -153,6 +154,8 @@ def train_part_of(
     data = _open(members)
     _same_data(run, index, data)
     checkpoint = load_checkpoint(run.path / part_folder(index))
+    if checkpoint is not None:
+        _check_fits(run, checkpoint, len(configs))
     part = Part(configs, vocab_size=data.vocab_size, resume_from=checkpoint)
     alarms = Alarms(len(configs))
     if part.step:
@@ -234,6 +237,23 @@ def _describe(corpora: Mapping[int, Corpus]) -> dict[str, object]:
     first = described[min(described)]
     others = {str(index): each for index, each in described.items() if each != first}
     return {**first, "parts": others}
+
+
+def _check_fits(run: Run, checkpoint: Checkpoint, n_members: int) -> None:
+    alive, names = checkpoint.state.get("alive"), checkpoint.state.get("parameters")
+    good = (
+        isinstance(alive, list)
+        and all(is_whole(index, 0, n_members - 1) for index in alive)
+        and len({*alive}) == len(alive)
+        and isinstance(names, list)
+        and all(f"parameters/{name}" in checkpoint.tensors for name in names)
+        and all(x.shape[:1] == (len(alive),) for x in checkpoint.tensors.values())
+    )
+    if not good:
+        raise RunError(
+            f"{run.path}: its checkpoint at step {checkpoint.step} does not fit the members of this run. Restore it, or "
+            "delete it: the part is then trained again from its first step."
+        )
 
 
 def _same_data(run: Run, index: int, data: Corpus) -> None:

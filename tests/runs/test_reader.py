@@ -90,7 +90,7 @@ def test_a_unigram_loss_that_is_not_finite_comes_back_as_a_number(tmp_path):
 
 def test_a_part_with_data_of_its_own_has_its_own_unigram_loss(tmp_path):
     writer = finished(tmp_path / "a", unigram=0.5)
-    raw = json.loads((writer.path / "run.json").read_text())
+    raw = made_up.unsealed(writer.path / "run.json")
     raw["data"]["parts"] = {"0": {"reference": {"unigram": 3.0}}, "1": {}}
     (writer.path / "run.json").write_text(json.dumps(raw))
     assert open_run(writer.path).members[0].status == "trained"
@@ -98,7 +98,7 @@ def test_a_part_with_data_of_its_own_has_its_own_unigram_loss(tmp_path):
 
 def test_parts_are_joined(tmp_path):
     writer = made_up.new_run(tmp_path / "a")
-    raw = json.loads((writer.path / "run.json").read_text())
+    raw = made_up.unsealed(writer.path / "run.json")
     raw["members"][1] |= {"part": 1, "index": 0}
     (writer.path / "run.json").write_text(json.dumps(raw))
     for index in (0, 1):
@@ -292,10 +292,10 @@ def test_an_attempt_to_resume_that_failed_at_once_changes_nothing(tmp_path):
 
 def test_a_part_that_never_began_ended_like_the_run(tmp_path):
     writer = finished(tmp_path / "a", steps=300)
-    raw = json.loads((writer.path / "run.json").read_text())
+    raw = made_up.unsealed(writer.path / "run.json")
     raw["members"][1] |= {"part": 1, "index": 0}
     (writer.path / "run.json").write_text(json.dumps(raw))
-    end = json.loads((writer.path / "part-0000" / "end.json").read_text())
+    end = made_up.unsealed(writer.path / "part-0000" / "end.json")
     (writer.path / "part-0000" / "end.json").write_text(json.dumps(end | {"status": "interrupted"}))
     run = open_run(writer.path)
     assert run.status == "interrupted"
@@ -345,7 +345,11 @@ def test_runs_are_listed_and_a_broken_one_says_why(tmp_path):
 
 def test_a_run_from_before_there_were_layers_opens(tmp_path):
     finished(tmp_path / "r")
-    (tmp_path / "r" / "part-0000" / "layers-0000.arrow").unlink()
+    part = tmp_path / "r" / "part-0000"
+    (part / "layers-0000.arrow").unlink()
+    end = made_up.unsealed(part / "end.json")
+    del end["files"]["layers-0000.arrow"]
+    (part / "end.json").write_text(json.dumps(end))
     run = open_run(tmp_path / "r")
     assert len(run.layers) == 0 and list(run.layers.columns) == list(COLUMNS["layers"])
     assert len(run.heads) and run.lost == ()
