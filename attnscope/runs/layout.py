@@ -4,7 +4,8 @@
     <run>/part-0000/  steps-0000.arrow  heads-0000.arrow  layers-0000.arrow  params-0000.arrow  events-0000.jsonl
                       checkpoint-00000100.safetensors  checkpoint-00000100.json  end.json
 
-One part has one writer. The four digits of a table are its segment: a resumed part opens new files and never changes
+One part has one writer at a time; while somebody writes a run or a part, writer-0000.json in its folder says who (holder).
+The four digits of a table are its segment: a resumed part opens new files and never changes
 old ones. Tables are Arrow IPC streams, compressed with lz4, without dictionaries, so that every batch stands alone.
 JSON is strict: a number that is not finite is one of the texts NaN, Infinity and -Infinity.
 

@@ -2,7 +2,6 @@
 
 import json
 import stat
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from attnscope.errors import RunError
 from attnscope.runs.atomic import reason_of
 from attnscope.runs.checksums import KEY, has_seal, hexadecimal, is_as_sealed
 from attnscope.runs.foreign import is_folder, is_regular_file, printable, read_file
+from attnscope.runs.holder import Holder, in_words, writer_of
 from attnscope.runs.layout import (
     END_FILE,
     END_STATUSES,
@@ -31,7 +31,6 @@ from attnscope.runs.manifest import is_whole, read_json
 from attnscope.runs.streams import Table, decode_table
 
 CHANGED = "was changed after it was written: its checksum is another"
-RUNNING_SECONDS = 5  # without end.json, but written to so recently: still running
 
 
 MOST_START_BYTES = 1 << 20  # of the first line of an events file
@@ -55,7 +54,8 @@ class Part:
         files: names of its tables and events files.
         segments: ascending; every one has at least one file.
         end: what end.json says; None without one, or if a later segment was begun.
-        changed: when the newest file was written to, in seconds since the epoch; 0 if there is none.
+        changed: when the newest record was written, in seconds since the epoch; 0 if there is none.
+        writer: who writes it now, as far as can be told from here; None if nobody does.
         written: name to what was written, of the files that are known to be complete: all of a part that has ended, those of
             earlier segments of one that was gone on with.
         lost: one line per thing that cannot be used.
@@ -67,6 +67,7 @@ class Part:
     segments: tuple[int, ...] = ()
     end: dict[str, Any] | None = None
     changed: float = 0
+    writer: Holder | None = None
     written: Mapping[str, Written] = field(default_factory=dict)
     lost: tuple[str, ...] = ()
 
@@ -104,7 +105,7 @@ def find_part(run: Path, index: int) -> Part:
         return Part(index=index, path=path, lost=(f"{name}: cannot be read: {reason_of(error)}",))
     found = [TABLE_FILE.fullmatch(entry) or EVENTS_FILE.fullmatch(entry) for entry in entries]
     segments = sorted({int(match["segment"]) for match in found if match})
-    times = [entry.st_mtime for entry in entries.values() if stat.S_ISREG(entry.st_mode)]
+    times = [entries[match.string].st_mtime for match in found if match]
     end: dict[str, Any] | None = None
     lost: tuple[str, ...] = ()
     if END_FILE in entries:
@@ -129,6 +130,7 @@ def find_part(run: Path, index: int) -> Part:
         segments=tuple(segments),
         end=end,
         changed=max(times, default=0),
+        writer=None if end else writer_of(path),
         written=written,
         lost=lost,
     )
@@ -206,20 +208,21 @@ def strangers(run: Path, known: Iterable[int]) -> tuple[str, ...]:
     )
 
 
-def status_of(parts: Sequence[Part]) -> str:
-    """finished, failed, interrupted, running or killed, of all parts together."""
+def status_of(parts: Sequence[Part], writer: Holder | None) -> str:
+    """finished, failed, interrupted, running or killed, of all parts together; `writer` is who writes the run now."""
     ends = {part.end["status"] if part.end else None for part in parts}
-    for status in ("failed", "interrupted"):
-        if status in ends:
-            return status
-    if None not in ends:
+    if ends == {"finished"}:
         return "finished"
-    return "running" if any(is_recent(part) for part in parts) else "killed"
+    if writer is not None or any(part.writer is not None for part in parts):
+        return "running"
+    return next((status for status in ("failed", "interrupted") if status in ends), "killed")
 
 
-def is_recent(part: Part) -> bool:
-    """Whether the part was written to just now."""
-    return abs(time.time() - part.changed) < RUNNING_SECONDS
+def written_elsewhere(parts: Sequence[Part], writer: Holder | None) -> str:
+    """Who writes a run on another machine, in words; empty if nobody does."""
+    changed = max((part.changed for part in parts), default=0)
+    found = [each for each in (writer, *(part.writer for part in parts)) if each is not None]
+    return next((said for each in found if (said := in_words(each, changed))), "")
 
 
 def read_events(part: Part, segment: int) -> tuple[list[Event], list[str]]:

@@ -21,6 +21,7 @@ from attnscope.config import Config, nearest, parse_table
 from attnscope.errors import ConfigError, RunError, RunWriteError
 from attnscope.runs.atomic import reason_of, remedy_of
 from attnscope.runs.foreign import is_folder, printable
+from attnscope.runs.holder import writer_of
 from attnscope.runs.layout import (
     REPORT_FOLDER,
     RUN_FILE,
@@ -33,11 +34,11 @@ from attnscope.runs.parts import (
     Event,
     Part,
     find_part,
-    is_recent,
     read_events,
     read_table,
     status_of,
     strangers,
+    written_elsewhere,
 )
 from attnscope.runs.streams import Table, decode_table
 
@@ -66,7 +67,10 @@ class MemberRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSummary:
-    """A line of `attnscope runs`. `problem` says why a run cannot be opened; the rest is then empty."""
+    """A line of `attnscope runs`.
+
+    `problem` says why a run cannot be opened; the rest is then empty. `writer` says who writes it on another machine.
+    """
 
     path: Path
     name: str
@@ -74,6 +78,7 @@ class RunSummary:
     created: str = ""
     members: tuple[str, ...] = ()
     last_step: int | None = None
+    writer: str = ""
     problem: str | None = None
 
 
@@ -90,7 +95,8 @@ class Run:
         environment: versions and device.
         data: fingerprint; `reference` has the losses to compare with; `parts`, by number, what is different in a part.
         entries: who was to be trained, in which part; `members` also says how it went.
-        status: finished, interrupted, failed, killed or running.
+        status: finished, interrupted, failed, killed or running: whoever writes it is alive, or on another machine.
+        writer: who writes it on another machine and how old its last record is; empty if nobody does.
         ends: part to what its end.json says; parts without one are missing.
     """
 
@@ -108,7 +114,9 @@ class Run:
         self.entries = manifest.members
         self._names = [entry.name for entry in manifest.members]
         self._parts = _parts_of(path, manifest)
-        self.status = status_of(self._parts)
+        self._is_held = (holder := writer_of(path)) is not None
+        self.status = status_of(self._parts, holder)
+        self.writer = written_elsewhere(self._parts, holder)
         self.ends = {part.index: part.end for part in self._parts if part.end}
         self._notes = [note for part in self._parts for note in part.lost]
         self._notes += [note for note in [change_of(path)] if note]
@@ -366,9 +374,9 @@ class Run:
         """What ended a part, for its members: of one that never began, what ended the run."""
         if part.end:
             return str(part.end["status"])
-        if part.segments:
-            return "running" if is_recent(part) else None
-        return None if self.status == "killed" else self.status
+        if part.writer is not None or self._is_held:
+            return "running"
+        return None if part.segments or self.status in ("killed", "running") else self.status
 
     def _planned_steps(self, settings: Mapping[str, object]) -> int:
         train = self._manifest.config.get("train")
@@ -422,13 +430,14 @@ def list_runs(folder: str | Path) -> list[RunSummary]:
                 RunSummary(path=path, name=name, status="unreadable", problem=str(error))
             )
             continue
-        parts = _parts_of(path, manifest)
+        parts, holder = _parts_of(path, manifest), writer_of(path)
         last = [part.end.get("last_step") for part in parts if part.end]
         summaries.append(
             RunSummary(
                 path=path,
                 name=name,
-                status=status_of(parts),
+                status=status_of(parts, holder),
+                writer=written_elsewhere(parts, holder),
                 created=manifest.created,
                 members=tuple(entry.name for entry in manifest.members),
                 last_step=max((step for step in last if isinstance(step, int)), default=None),

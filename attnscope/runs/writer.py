@@ -1,4 +1,4 @@
-"""Fills a run directory: one `RunWriter` per run, one `PartWriter` per part, which no other process writes to.
+"""Fills a run directory: one `RunWriter` per run, one `PartWriter` per part, which no other process writes to meanwhile.
 
 What `append` and `event` were given is with the operating system when they return: `kill -9` loses nothing of it.
 """
@@ -26,6 +26,7 @@ from attnscope.errors import RunError, RunWriteError
 from attnscope.runs.atomic import reason_of, remedy_of, replace_file, sync_folder
 from attnscope.runs.checksums import hexadecimal, sealed
 from attnscope.runs.foreign import is_folder
+from attnscope.runs.holder import hold, release
 from attnscope.runs.layout import (
     CONFIG_FILE,
     END_FILE,
@@ -187,6 +188,7 @@ class RunWriter:
         """Start a new segment of a part; from `first_step` on it replaces what earlier segments recorded.
 
         Raises:
+            RunError: another process writes it.
             RunWriteError: the folder cannot be written.
         """
         return PartWriter(self.path, index, first_step=first_step)
@@ -215,6 +217,7 @@ class PartWriter:
         self.path = path = run / part_folder(index)
         self.segment = 0
         self._files: dict[str, FileIO] = {}
+        self._held: int | None = None
         self._done: dict[str, _Done] = {}
         self._before: dict[str, Written] = {}
         self._closed = False
@@ -224,6 +227,7 @@ class PartWriter:
         try:
             if not is_folder(path):
                 path.mkdir()
+            self._held = hold(path, run=run)
             self.segment = 1 + max(
                 (_segment_of(entry.name) for entry in path.iterdir()), default=-1
             )
@@ -318,10 +322,13 @@ class PartWriter:
     def close(self) -> None:
         """Close the files and say nothing; a reader takes the part for killed."""
         self._closed = True
+        held, self._held = self._held, None
         for file in self._files.values():
             with contextlib.suppress(OSError):
                 file.close()
         self._files.clear()
+        if held is not None:
+            release(self.path, held)
 
     def _write(self, name: str, data: bytes) -> None:
         if self._failure:

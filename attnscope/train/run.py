@@ -16,6 +16,7 @@ from attnscope.data import Corpus, open_data
 from attnscope.errors import RunError
 from attnscope.runs.checkpoint import Checkpoint, load_checkpoint
 from attnscope.runs.foreign import printable
+from attnscope.runs.holder import holding
 from attnscope.runs.layout import part_folder
 from attnscope.runs.manifest import is_whole
 from attnscope.runs.reader import Run, open_run
@@ -50,7 +51,8 @@ def train_run(
         AttnscopeError: the config, the data or the directory cannot be used, or the disk is full.
     """
     create_run(config, members_of(config), path, command=command)
-    return _train_parts(path, on_progress, should_stop)
+    with holding(path):
+        return _train_parts(path, on_progress, should_stop)
 
 
 def resume_run(
@@ -70,13 +72,14 @@ def resume_run(
         "finished" or "interrupted".
 
     Raises:
-        RunError: there is nothing left to do, or the data is not what the run began with.
+        RunError: another process still writes it, there is nothing left to do, or the data is not what the run began with.
     """
     if not parts_left(open_run(path)):
         raise RunError(
             f"{path} is finished: there is nothing to resume. Read it: attnscope report {path}"
         )
-    return _train_parts(path, on_progress, should_stop)
+    with holding(path):
+        return _train_parts(path, on_progress, should_stop)
 
 
 def create_run(

@@ -109,9 +109,9 @@ def test_the_loser_of_a_race_for_a_name_is_told_so(tmp_path, monkeypatch):
 
 def test_files_of_a_part_are_made_when_they_are_needed(tmp_path):
     part = made_up.new_run(tmp_path / "a").part(0)
-    assert everything_below(part.path) == ["events-0000.jsonl"]
+    assert everything_below(part.path) == ["events-0000.jsonl", "writer-0000.json"]
     part.append("heads", made_up.columns("heads", []))
-    assert everything_below(part.path) == ["events-0000.jsonl"]
+    assert everything_below(part.path) == ["events-0000.jsonl", "writer-0000.json"]
     part.append("heads", made_up.columns("heads", [0]))
     part.close()
     assert everything_below(part.path) == ["events-0000.jsonl", "heads-0000.arrow"]

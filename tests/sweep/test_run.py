@@ -13,10 +13,10 @@ import pytest
 import attnscope
 from attnscope.errors import AttnscopeError, RunError
 from attnscope.runs.reader import open_run
-from attnscope.sweep.plan import plan_sweep
+from attnscope.sweep.plan import PartPlan, Plan
 from attnscope.sweep.run import resume_sweep, run_sweep
 from attnscope.sweep.workers import LocalWorkers, train_here
-from attnscope.train.run import train_run
+from attnscope.train.run import by_part, train_run
 from tests.sweep.small import members, table_of, tiny
 
 
@@ -50,7 +50,13 @@ class Here:
 
 @pytest.fixture(scope="module")
 def plan():
-    return plan_sweep(members(), jobs=1)
+    """Two parts, however fast this machine is just now."""
+    found = members()
+    parts = tuple(
+        PartPlan(part=part, n_members=len(group), seconds=1.0, peak_bytes=1)
+        for part, group in by_part(found).items()
+    )
+    return Plan(members=found, parts=parts, memory_bytes=2**30, jobs=1)
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +190,25 @@ def test_standings_tell_waiting_from_training_from_done(plan, tmp_path):
     finally:
         workers.close()
     assert seen[0] == ["training", "waiting"] and seen[-1] == ["finished", "finished"]
+
+
+def test_a_sweep_that_just_began_has_no_killed_members(plan, tmp_path):
+    seen = []
+    workers = LocalWorkers(1)
+
+    def look(standings):
+        seen.append(open_run(tmp_path / "r").status)
+        for standing in standings.values():
+            seen.extend(standing.outcomes)
+
+    try:
+        run_sweep(tiny(), plan, tmp_path / "r", workers=workers, on_look=look)
+    finally:
+        workers.close()
+    assert seen[:3] == ["running"] * 3, "two parts that wait"
+    assert "killed" not in seen
+    assert open_run(tmp_path / "r").status == "finished"
+    assert not list((tmp_path / "r").rglob("writer-*"))
 
 
 def test_a_run_that_exists_is_left_alone(uninterrupted, plan):
