@@ -96,7 +96,7 @@ def test_commands_list_and_compare_old_runs(tmp_path):
     listed = CliRunner().invoke(app, ["runs", str(tmp_path), "--json"])
     assert listed.exit_code == 0 and listed.stdout.count('"status": "finished"') == 3
     out = str(tmp_path / "out")
-    names = [str(tmp_path / name) for name in ("lab", "sweep")]
+    names = [str(tmp_path / name) for name in RECORDED]
     compared = CliRunner().invoke(app, ["compare", *names, "--out", out])
     assert compared.exit_code == 0, compared.output
 
