@@ -117,7 +117,7 @@ def find_part(run: Path, index: int) -> Part:
         end = None
     written = files_in(end) if end else {}
     if not end and segments and segments[-1] > 0:
-        written = _files_before(path / table_file("events", segments[-1]))
+        written = files_in(start_of(path / table_file("events", segments[-1])))
     sizes = {
         entry: found.st_size if stat.S_ISREG(found.st_mode) else None
         for entry, found in entries.items()
@@ -160,12 +160,12 @@ def files_as_found(part: Part) -> dict[str, Written]:
     return found
 
 
-def _files_before(events: Path) -> dict[str, Written]:
-    """What the first line of a segment's events says of the segments before it."""
+def start_of(events: Path) -> dict[str, Any]:
+    """What the first line of a segment's events says of how the segment began."""
     try:
         if is_regular_file(events):
             with events.open("rb") as file:
-                return files_in(_event_in(file.readline(MOST_START_BYTES).rstrip(b"\n")).fields)
+                return _event_in(file.readline(MOST_START_BYTES).rstrip(b"\n")).fields
     except (OSError, ValueError, RecursionError):
         pass  # said where the events are read
     return {}

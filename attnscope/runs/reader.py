@@ -28,7 +28,7 @@ from attnscope.runs.layout import (
     Manifest,
     table_file,
 )
-from attnscope.runs.manifest import change_of, read_manifest
+from attnscope.runs.manifest import change_of, is_whole, read_manifest
 from attnscope.runs.outcome import outcome
 from attnscope.runs.parts import (
     Event,
@@ -36,6 +36,7 @@ from attnscope.runs.parts import (
     find_part,
     read_events,
     read_table,
+    start_of,
     status_of,
     strangers,
     written_elsewhere,
@@ -250,6 +251,18 @@ class Run:
     def name_of(self, part: int, index: int) -> str:
         """The name of the member at position `index` along the axis M of a part."""
         return self._names[self._numbers[part][index]]
+
+    def threads_of(self, part: int) -> int | None:
+        """Threads that a part was trained with, or one that did begin where it did not; None = nobody knows."""
+        for each in sorted(self._parts, key=lambda other: (other.index != part, other.index)):
+            for segment in each.segments:
+                threads = start_of(each.path / table_file("events", segment)).get("threads")
+                if is_whole(threads, 1, 2**15):
+                    return threads
+        # Before parts said it, the process that made the run did, which trained all but sweeps.
+        made_with = self.environment.get("threads")
+        began = any(part.segments for part in self._parts) and "sweep" not in self._manifest.config
+        return made_with if began and is_whole(made_with, 1, 2**15) else None
 
     def unigram_of(self, part: int) -> float | None:
         """Unigram loss of what a part was trained on, nats per token; None = unknown."""

@@ -184,14 +184,19 @@ class RunWriter:
         shutil.rmtree(self.path / part_folder(index), ignore_errors=True)
         return new, new + 1
 
-    def part(self, index: int, *, first_step: int = 0) -> "PartWriter":
+    def part(self, index: int, *, first_step: int = 0, threads: int | None = None) -> "PartWriter":
         """Start a new segment of a part; from `first_step` on it replaces what earlier segments recorded.
+
+        Args:
+            index: of the part.
+            first_step: where it begins.
+            threads: that it is trained with, on which the last digits of sums depend; None = unknown.
 
         Raises:
             RunError: another process writes it.
             RunWriteError: the folder cannot be written.
         """
-        return PartWriter(self.path, index, first_step=first_step)
+        return PartWriter(self.path, index, first_step=first_step, threads=threads)
 
 
 class _Done(NamedTuple):
@@ -212,7 +217,9 @@ class PartWriter:
     path: Path
     segment: int
 
-    def __init__(self, run: Path, index: int, *, first_step: int) -> None:
+    def __init__(
+        self, run: Path, index: int, *, first_step: int, threads: int | None = None
+    ) -> None:
         """Use `RunWriter.part`."""
         self.path = path = run / part_folder(index)
         self.segment = 0
@@ -233,7 +240,13 @@ class PartWriter:
             )
             # Where end.json goes, nobody else knows it any more.
             self._before = files_as_found(find_part(run, index))
-            self.event("start", step=first_step, segment=self.segment, files=_as_json(self._before))
+            self.event(
+                "start",
+                step=first_step,
+                segment=self.segment,
+                threads=threads,
+                files=_as_json(self._before),
+            )
             (path / END_FILE).unlink(missing_ok=True)
         except OSError as error:
             self._fail(path, error)

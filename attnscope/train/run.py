@@ -138,7 +138,7 @@ def train_part_of(
     report: Callable[[Progress], None] = lambda _progress: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> str:
-    """Train one part of a run, from its last checkpoint if there is one.
+    """Train one part of a run, from its last checkpoint if there is one, with as many threads as the run began with.
 
     Args:
         run: opened before this part was last written to, or never since.
@@ -153,9 +153,27 @@ def train_part_of(
     Raises:
         AttnscopeError: the data is not what the run began with, or the disk is full.
     """
-    configs = [member.config for member in members]
     data = _open(members)
     _same_data(run, index, data)
+    with _threads(run.threads_of(index)) as threads:
+        part, alarms = _begun(run, index, members, data)
+        writer = RunWriter.resume(run.path).part(index, first_step=part.step, threads=threads)
+        with _said_how_it_ended(writer):
+            status = train_part(
+                part,
+                data,
+                writer=writer,
+                alarms=alarms,
+                on_progress=report,
+                should_stop=should_stop,
+            )
+            writer.finish(status)
+            return status
+
+
+def _begun(run: Run, index: int, members: Sequence[Member], data: Corpus) -> tuple[Part, Alarms]:
+    """A part at its first step, or at its last checkpoint, and alarms that have heard of everything before."""
+    configs = [member.config for member in members]
     checkpoint = load_checkpoint(run.path / part_folder(index))
     if checkpoint is not None:
         _check_fits(run, checkpoint, len(configs))
@@ -166,13 +184,7 @@ def train_part_of(
             name = run.name_of(index, member.index)
             before = run.steps[(run.steps["member"] == name) & (run.steps["step"] < part.step)]
             alarms.feed(member.index, before["step"].to_numpy(), before["loss"].to_numpy())
-    writer = RunWriter.resume(run.path).part(index, first_step=part.step)
-    with _said_how_it_ended(writer):
-        status = train_part(
-            part, data, writer=writer, alarms=alarms, on_progress=report, should_stop=should_stop
-        )
-        writer.finish(status)
-        return status
+    return part, alarms
 
 
 def _train_parts(path: Path, on_progress: OnProgress, should_stop: Callable[[], bool]) -> str:
@@ -210,6 +222,19 @@ def environment(device: torch.device) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
     }
+
+
+@contextlib.contextmanager
+def _threads(wanted: int | None) -> Iterator[int]:
+    """So many threads, for a while: another number would change the last digits of sums. None = as many as there are."""
+    before = torch.get_num_threads()
+    if wanted is not None and wanted != before:
+        torch.set_num_threads(wanted)
+    try:
+        yield torch.get_num_threads()
+    finally:
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import Future
+from pathlib import Path
 
 import pytest
 
@@ -269,3 +270,70 @@ def test_killed_three_times_and_resumed_gives_the_table_of_one_uninterrupted(tmp
     last = begin("killed")
     assert last.communicate()[0].strip() == "finished"
     assert table_of(tmp_path / "killed") == table_of(tmp_path / "whole")
+
+
+def living(session):
+    """Processes of a session that are not only waiting to be buried, and their parents."""
+    found = {}
+    for path in Path("/proc").iterdir():
+        if path.name.isdigit():
+            try:
+                state, parent, _, its_session, *_ = (
+                    (path / "stat").read_text().rpartition(")")[2].split()
+                )
+            except OSError:
+                continue
+            if int(its_session) == session and state not in "ZX":
+                found[int(path.name)] = int(parent)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
+@pytest.mark.parametrize("when", ["while it measures", "while it trains"])
+def test_no_process_outlives_a_sweep_that_is_killed(tmp_path, when):
+    sizes = [
+        "--set",
+        "model.d_model=32",
+        "--set",
+        "train.steps=100000",
+        "--set",
+        "data.source=markov",
+    ]
+    victim = subprocess.Popen(
+        [sys.executable, "-m", "attnscope", "sweep", "--vary", "model.norm=none,pre", *sizes, "--jobs", "2", "--name", "r"],
+        cwd=tmp_path,
+        start_new_session=True,
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    parts = [tmp_path / "runs" / "r" / f"part-000{k}" for k in (0, 1)]
+
+    def is_time():
+        if when == "while it trains":
+            return all(list(part.glob("steps-*")) for part in parts)
+        return len(living(victim.pid)) > 3  # its tracker, its fork server, and a worker
+
+    try:
+        deadline = time.monotonic() + 90
+        while not is_time():
+            assert time.monotonic() < deadline and victim.poll() is None
+            time.sleep(0.02)
+        workers = {pid for pid, parent in living(victim.pid).items() if parent != victim.pid}
+        workers -= {victim.pid}
+        assert workers
+        victim.kill()
+        victim.wait()
+        killed_at = time.monotonic()
+        while workers & living(victim.pid).keys() and time.monotonic() < killed_at + 10:
+            time.sleep(0.02)
+        assert time.monotonic() < killed_at + 2, "a worker went on"
+        while living(victim.pid) and time.monotonic() < killed_at + 20:
+            time.sleep(0.05)
+        assert not living(victim.pid), "its fork server or its tracker went on"
+    finally:
+        for pid in living(victim.pid):
+            os.kill(pid, signal.SIGKILL)
+    if when == "while it trains":
+        run = open_run(tmp_path / "runs" / "r")
+        assert run.status == "killed" and {m.status for m in run.members} == {"killed"}
