@@ -118,11 +118,11 @@ def find_part(run: Path, index: int) -> Part:
     written = files_in(end) if end else {}
     if not end and segments and segments[-1] > 0:
         written = files_in(start_of(path / table_file("events", segments[-1])))
-    sizes = {
-        entry: found.st_size if stat.S_ISREG(found.st_mode) else None
-        for entry, found in entries.items()
-    }
-    lost += tuple(f"{name}/{note}" for note in _not_as_written(written, sizes))
+    lost += tuple(
+        f"{name}/{entry}: is gone or empty; {said.bytes} bytes were written"
+        for entry, said in sorted(written.items())
+        if entry not in entries
+    )
     return Part(
         index=index,
         path=path,
@@ -171,27 +171,15 @@ def start_of(events: Path) -> dict[str, Any]:
     return {}
 
 
-def _not_as_written(written: Mapping[str, Written], sizes: Mapping[str, int | None]) -> list[str]:
-    """One line for each file that is gone, shorter or longer; what else happened to one shows when it is read.
-
-    Args:
-        written: what should be there.
-        sizes: of the entries that are there; None of what is no plain file.
-    """
-    notes = []
-    for name, said in sorted(written.items()):
-        size = sizes.get(name, 0)
-        if size == 0:
-            notes.append(f"{name}: is gone or empty; {said.bytes} bytes were written")
-        elif size is not None and size != said.bytes:
-            notes.append(f"{name}: has {size} bytes, but {said.bytes} were written")
-    return notes
-
-
-def _other_content(part: Part, file: str, data: bytes) -> bool:
-    """Whether a file that has the right length is not what was written."""
+def _with_what_was_written(part: Part, file: str, data: bytes, lost: list[str]) -> list[str]:
+    """What could not be read of a file, and in how far it is not what was written."""
     said = part.written.get(file)
-    return said is not None and len(data) == said.bytes and hexadecimal(crc32(data)) != said.crc32
+    if said is None:
+        return lost
+    if len(data) != said.bytes:
+        sizes = f"has {len(data)} bytes, but {said.bytes} were written"
+        return [*lost[:-1], f"{lost[-1]}; it {sizes}"] if lost else [sizes]
+    return lost or [CHANGED] * (hexadecimal(crc32(data)) != said.crc32)
 
 
 def strangers(run: Path, known: Iterable[int]) -> tuple[str, ...]:
@@ -248,32 +236,25 @@ def read_events(part: Part, segment: int) -> tuple[list[Event], list[str]]:
             bad.append(number)
     lost = []
     if bad:
-        lost.append(
-            f"{name}: {len(bad)} of {len(lines)} lines are no events, the first is line {bad[0]}"
-        )
+        lost.append(f"{len(bad)} of {len(lines)} lines are no events, the first is line {bad[0]}")
     if torn:
-        lost.append(f"{name}: the last {len(torn)} bytes are not a complete line")
-    if not lost and _other_content(part, file, data):
-        lost.append(f"{name}: {CHANGED}")
-    return events, lost
+        lost.append(f"the last {len(torn)} bytes are not a complete line")
+    return events, [f"{name}: {note}" for note in _with_what_was_written(part, file, data, lost)]
 
 
 def read_table(part: Part, segment: int, table: str) -> Table:
     """One table of one segment, empty where there is no file; its `lost` names the file."""
     file = table_file(table, segment)
     name = f"{part.path.name}/{file}"
-    data = b""
-    lost: tuple[str, ...] = ()
-    if file in part.files:
-        try:
-            data = read_file(part.path / file, name=name, limit=MAX_TABLE_BYTES)
-        except RunError as error:
-            lost = (str(error),)
+    if file not in part.files:
+        return decode_table(b"", table)
+    try:
+        data = read_file(part.path / file, name=name, limit=MAX_TABLE_BYTES)
+    except RunError as error:
+        return replace(decode_table(b"", table), lost=(str(error),))
     found = decode_table(data, table)
-    lost += tuple(f"{name}: {note}" for note in found.lost)
-    if not lost and _other_content(part, file, data):
-        lost = (f"{name}: {CHANGED}",)
-    return replace(found, lost=lost)
+    notes = _with_what_was_written(part, file, data, list(found.lost))
+    return replace(found, lost=tuple(f"{name}: {note}" for note in notes))
 
 
 def _event_in(line: bytes) -> Event:

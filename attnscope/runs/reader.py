@@ -282,6 +282,8 @@ class Run:
             ends = self._replaced_from(part, found)
             if table == "steps":
                 self._notes += self._gaps_in(part, ends)
+            else:
+                self._notes += self._without_steps(part, table, found)
             for segment, each in found.items():
                 steps_N, members_N = each.columns["step"], each.columns["member"]
                 code_of = np.full(
@@ -357,6 +359,21 @@ class Run:
             if firsts:
                 limit = min(limit, *firsts, *starts)
         return ends
+
+    def _without_steps(self, part: Part, table: str, found: Mapping[int, Table]) -> list[str]:
+        """One line for each segment whose steps are gone: they are written before all others."""
+        notes = []
+        for segment, each in found.items():
+            steps_N, others_N = (
+                x.columns["step"] for x in (self._table(part, segment, "steps"), each)
+            )
+            last, later = int(steps_N.max(initial=-1)), int(others_N.max(initial=-1))
+            if later > last and table_file("steps", segment) not in part.written:
+                notes.append(
+                    f"{part.path.name}/{table_file('steps', segment)}: {table} go on to step {later}, but steps end "
+                    + (f"at {last}" if last >= 0 else "before the first")
+                )
+        return notes
 
     def _gaps_in(self, part: Part, ends: Mapping[int, int]) -> list[str]:
         """One line for each segment of a training that goes on later than those before it have records of."""

@@ -156,9 +156,11 @@ def train_part_of(
     data = _open(members)
     _same_data(run, index, data)
     with _threads(run.threads_of(index)) as threads:
-        part, alarms = _begun(run, index, members, data)
+        part, alarms, notes = _begun(run, index, members, data)
         writer = RunWriter.resume(run.path).part(index, first_step=part.step, threads=threads)
         with _said_how_it_ended(writer):
+            for note in notes:
+                writer.event("checkpoint_left_out", step=part.step, why=note)
             status = train_part(
                 part,
                 data,
@@ -171,8 +173,10 @@ def train_part_of(
             return status
 
 
-def _begun(run: Run, index: int, members: Sequence[Member], data: Corpus) -> tuple[Part, Alarms]:
-    """A part at its first step, or at its last checkpoint, and alarms that have heard of everything before."""
+def _begun(
+    run: Run, index: int, members: Sequence[Member], data: Corpus
+) -> tuple[Part, Alarms, tuple[str, ...]]:
+    """A part at its first step or last checkpoint, alarms that have heard all before, and why newer checkpoints will not do."""
     configs = [member.config for member in members]
     checkpoint = load_checkpoint(run.path / part_folder(index))
     if checkpoint is not None:
@@ -184,7 +188,7 @@ def _begun(run: Run, index: int, members: Sequence[Member], data: Corpus) -> tup
             name = run.name_of(index, member.index)
             before = run.steps[(run.steps["member"] == name) & (run.steps["step"] < part.step)]
             alarms.feed(member.index, before["step"].to_numpy(), before["loss"].to_numpy())
-    return part, alarms
+    return part, alarms, checkpoint.notes if checkpoint is not None else ()
 
 
 def _train_parts(path: Path, on_progress: OnProgress, should_stop: Callable[[], bool]) -> str:

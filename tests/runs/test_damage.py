@@ -157,6 +157,25 @@ def test_what_a_killed_part_had_before_it_was_gone_on_with_is_known_for_ever(tmp
     assert open_run(writer.path).lost == (lost,)
 
 
+def test_steps_that_are_gone_from_a_killed_part_are_missed_by_the_other_tables(tmp_path):
+    part = made_up.new_run(tmp_path / "a").part(0)
+    file = part.path / "steps-0000.arrow"
+    made_up.fill(part, range(4))
+    end = file.stat().st_size
+    made_up.fill(part, range(4, 8))
+    part.close()
+    assert open_run(tmp_path / "a").lost == ()
+    file.write_bytes(file.read_bytes()[:end])
+    assert open_run(tmp_path / "a").lost == tuple(
+        f"part-0000/steps-0000.arrow: {table} go on to step 7, but steps end at 3"
+        for table in ("heads", "layers", "params")
+    )
+    file.unlink()
+    assert (
+        "heads go on to step 7, but steps end before the first" in open_run(tmp_path / "a").lost[0]
+    )
+
+
 def test_training_that_went_on_after_records_were_lost_says_which(tmp_path):
     writer = made_up.new_run(tmp_path / "a")
     first = writer.part(0)
