@@ -26,7 +26,7 @@ from attnscope.runs.foreign import printable
 from attnscope.runs.layout import EVENTS_FILE, TABLE_FILE, to_json
 from attnscope.runs.manifest import is_whole, read_json
 
-WRITER_FILE = re.compile(r"writer-(?P<number>\d{4})\.json")
+WRITER_FILE = re.compile(r"writer-(?P<number>\d{4,9})\.json")
 MAX_WRITER_BYTES = 4096
 
 

@@ -199,7 +199,7 @@ def strangers(run: Path, known: Iterable[int]) -> tuple[str, ...]:
 def status_of(parts: Sequence[Part], writer: Holder | None) -> str:
     """finished, failed, interrupted, running or killed, of all parts together; `writer` is who writes the run now."""
     ends = {part.end["status"] if part.end else None for part in parts}
-    if ends == {"finished"}:
+    if ends <= {"finished"}:
         return "finished"
     if writer is not None or any(part.writer is not None for part in parts):
         return "running"

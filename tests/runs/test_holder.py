@@ -183,10 +183,10 @@ def test_a_file_system_without_links_will_do(tmp_path, monkeypatch):
 )
 def test_a_file_that_names_nobody_holds_nothing(tmp_path, content):
     path = made_up.new_run(tmp_path / "a").path
-    (path / "writer-0007.json").write_text(content)
+    (path / "writer-9999.json").write_text(content)
     assert open_run(path).status == "killed"
     with holding(path):
-        assert (path / "writer-0008.json").exists()
+        assert (path / "writer-10000.json").exists()
     assert not list(path.glob("writer-*"))
 
 
