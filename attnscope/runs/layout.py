@@ -61,6 +61,12 @@ def table_file(table: str, segment: int) -> str:
     return f"{table}-{segment:04d}.{'jsonl' if table == 'events' else 'arrow'}"
 
 
+def segment_of(name: str) -> int:
+    """The segment that a file belongs to; -1 for what is neither a table nor events."""
+    found = TABLE_FILE.fullmatch(name) or EVENTS_FILE.fullmatch(name)
+    return int(found["segment"]) if found else -1
+
+
 def checkpoint_file(step: int, kind: str) -> str:
     """The `safetensors` or `json` half of a checkpoint."""
     return f"checkpoint-{step:08d}.{kind}"

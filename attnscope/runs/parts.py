@@ -148,6 +148,11 @@ def files_in(table: Mapping[str, Any]) -> dict[str, Written]:
     return found
 
 
+def files_as_json(files: Mapping[str, Written]) -> dict[str, object]:
+    """As end.json and the event `start` list files."""
+    return {name: {"bytes": each.bytes, KEY: each.crc32} for name, each in files.items()}
+
+
 def files_as_found(part: Part) -> dict[str, Written]:
     """The files of a part that is gone on with: as they were written where that is known, else as they are now."""
     found = dict(part.written)
@@ -255,6 +260,59 @@ def read_table(part: Part, segment: int, table: str) -> Table:
     found = decode_table(data, table)
     notes = _with_what_was_written(part, file, data, list(found.lost))
     return replace(found, lost=tuple(f"{name}: {note}" for note in notes))
+
+
+def started_with(parts: Sequence[Part], index: int) -> dict[str, Any]:
+    """How a part began, or another one where it did not: what the event `start` says besides its step."""
+    for part in sorted(parts, key=lambda part: (part.index != index, part.index)):
+        for segment in part.segments:
+            if said := start_of(part.path / table_file("events", segment)):
+                return said
+    return {}
+
+
+def gaps_in(
+    part: Part,
+    steps: Mapping[int, Table],
+    starts: Mapping[int, Sequence[int]],
+    ends: Mapping[int, int],
+) -> list[str]:
+    """One line for each segment of a training that goes on later than the records of those before it reach.
+
+    Args:
+        part: the part.
+        steps: segment to its steps.
+        starts: segment to where it says that it begins.
+        ends: segment to the step from which later ones replace it.
+    """
+    notes: list[str] = []
+    last = -1
+    for segment, table in steps.items():
+        steps_N = table.columns["step"]
+        begins = min(starts[segment], default=0)
+        if len(steps_N) and segment and begins > last + 1:
+            notes.append(
+                f"{part.path.name}: the records of steps {last + 1} to {begins - 1} are gone; training went on after them, at "
+                f"step {begins}"
+            )
+        last = max(last, int(steps_N[steps_N < ends[segment]].max(initial=-1)))
+    return notes
+
+
+def without_steps(
+    part: Part, table: str, found: Mapping[int, Table], steps: Mapping[int, Table]
+) -> list[str]:
+    """One line for each segment in which another table goes further than the steps, which are written first."""
+    notes = []
+    for segment, each in found.items():
+        last, later = (int(x.columns["step"].max(initial=-1)) for x in (steps[segment], each))
+        file = table_file("steps", segment)
+        if later > last and file not in part.written:  # else it was said already
+            until = f"at {last}" if last >= 0 else "before the first"
+            notes.append(
+                f"{part.path.name}/{file}: {table} go on to step {later}, but steps end {until}"
+            )
+    return notes
 
 
 def _event_in(line: bytes) -> Event:

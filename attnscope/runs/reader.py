@@ -34,11 +34,13 @@ from attnscope.runs.parts import (
     Event,
     Part,
     find_part,
+    gaps_in,
     read_events,
     read_table,
-    start_of,
+    started_with,
     status_of,
     strangers,
+    without_steps,
     written_elsewhere,
 )
 from attnscope.runs.streams import Table, decode_table
@@ -254,11 +256,9 @@ class Run:
 
     def threads_of(self, part: int) -> int | None:
         """Threads that a part was trained with, or one that did begin where it did not; None = nobody knows."""
-        for each in sorted(self._parts, key=lambda other: (other.index != part, other.index)):
-            for segment in each.segments:
-                threads = start_of(each.path / table_file("events", segment)).get("threads")
-                if is_whole(threads, 1, 2**15):
-                    return threads
+        said = started_with(self._parts, part).get("threads")
+        if is_whole(said, 1, 2**15):
+            return said
         # Before parts said it, the process that made the run did, which trained all but sweeps.
         made_with = self.environment.get("threads")
         began = any(part.segments for part in self._parts) and "sweep" not in self._manifest.config
@@ -280,10 +280,12 @@ class Run:
         for part in self._parts:
             found = {segment: self._table(part, segment, table) for segment in part.segments}
             ends = self._replaced_from(part, found)
-            if table == "steps":
-                self._notes += self._gaps_in(part, ends)
-            else:
-                self._notes += self._without_steps(part, table, found)
+            steps = {segment: self._table(part, segment, "steps") for segment in found}
+            if table != "steps":
+                self._notes += without_steps(part, table, found, steps)
+            elif self.kind == "train":
+                starts = {segment: self._starts_in(part, segment) for segment in found}
+                self._notes += gaps_in(part, steps, starts, ends)
             for segment, each in found.items():
                 steps_N, members_N = each.columns["step"], each.columns["member"]
                 code_of = np.full(
@@ -354,42 +356,14 @@ class Run:
             ends[segment] = limit
             tables = [self._table(part, segment, "steps"), *filter(None, [found.get(segment)])]
             firsts = [int(x.columns["step"].min()) for x in tables if len(x.columns["step"])]
-            events = self._events_in[part.index, segment]
-            starts = [event.step for event in events if event.kind == "start"]
             if firsts:
-                limit = min(limit, *firsts, *starts)
+                limit = min(limit, *firsts, *self._starts_in(part, segment))
         return ends
 
-    def _without_steps(self, part: Part, table: str, found: Mapping[int, Table]) -> list[str]:
-        """One line for each segment whose steps are gone: they are written before all others."""
-        notes = []
-        for segment, each in found.items():
-            steps_N, others_N = (
-                x.columns["step"] for x in (self._table(part, segment, "steps"), each)
-            )
-            last, later = int(steps_N.max(initial=-1)), int(others_N.max(initial=-1))
-            if later > last and table_file("steps", segment) not in part.written:
-                notes.append(
-                    f"{part.path.name}/{table_file('steps', segment)}: {table} go on to step {later}, but steps end "
-                    + (f"at {last}" if last >= 0 else "before the first")
-                )
-        return notes
-
-    def _gaps_in(self, part: Part, ends: Mapping[int, int]) -> list[str]:
-        """One line for each segment of a training that goes on later than those before it have records of."""
-        notes: list[str] = []
-        last = -1
-        for segment in part.segments if self.kind == "train" else ():
-            steps_N = self._table(part, segment, "steps").columns["step"]
-            starts = [x.step for x in self._events_in[part.index, segment] if x.kind == "start"]
-            if starts and len(steps_N) and segment and starts[0] > last + 1:
-                notes.append(
-                    f"{part.path.name}: the records of steps {last + 1} to {starts[0] - 1} are gone; training went on "
-                    f"after them, at step {starts[0]}"
-                )
-            kept_N = steps_N[steps_N < ends[segment]]
-            last = max(last, int(kept_N.max(initial=-1)))
-        return notes
+    def _starts_in(self, part: Part, segment: int) -> list[int]:
+        """Where a segment says that it begins."""
+        events = self._events_in[part.index, segment]
+        return [event.step for event in events if event.kind == "start"]
 
     @cached_property
     def _events_in(self) -> dict[tuple[int, int], list[Event]]:

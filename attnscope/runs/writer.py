@@ -11,7 +11,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from io import FileIO
 from pathlib import Path
@@ -31,7 +31,6 @@ from attnscope.runs.layout import (
     CONFIG_FILE,
     END_FILE,
     END_STATUSES,
-    EVENTS_FILE,
     MAX_PART,
     RUN_FILE,
     SCHEMA_VERSION,
@@ -39,11 +38,12 @@ from attnscope.runs.layout import (
     Manifest,
     MemberEntry,
     part_folder,
+    segment_of,
     table_file,
     to_json,
 )
 from attnscope.runs.manifest import encode_manifest, read_manifest
-from attnscope.runs.parts import Written, files_as_found, find_part
+from attnscope.runs.parts import Written, files_as_found, files_as_json, find_part
 from attnscope.runs.streams import END_OF_STREAM, encode_batch, encode_schema
 
 
@@ -217,9 +217,7 @@ class PartWriter:
     path: Path
     segment: int
 
-    def __init__(
-        self, run: Path, index: int, *, first_step: int, threads: int | None = None
-    ) -> None:
+    def __init__(self, run: Path, index: int, *, first_step: int, threads: int | None) -> None:
         """Use `RunWriter.part`."""
         self.path = path = run / part_folder(index)
         self.segment = 0
@@ -235,9 +233,7 @@ class PartWriter:
             if not is_folder(path):
                 path.mkdir()
             self._held = hold(path, run=run)
-            self.segment = 1 + max(
-                (_segment_of(entry.name) for entry in path.iterdir()), default=-1
-            )
+            self.segment = 1 + max((segment_of(entry.name) for entry in path.iterdir()), default=-1)
             # Where end.json goes, nobody else knows it any more.
             self._before = files_as_found(find_part(run, index))
             self.event(
@@ -245,7 +241,7 @@ class PartWriter:
                 step=first_step,
                 segment=self.segment,
                 threads=threads,
-                files=_as_json(self._before),
+                files=files_as_json(self._before),
             )
             (path / END_FILE).unlink(missing_ok=True)
         except OSError as error:
@@ -330,7 +326,7 @@ class PartWriter:
             name: Written(bytes=done.bytes, crc32=hexadecimal(done.crc32))
             for name, done in self._done.items()
         }
-        return sealed(to_json({**said, "files": _as_json({**self._before, **own})})).encode()
+        return sealed(to_json({**said, "files": files_as_json({**self._before, **own})})).encode()
 
     def close(self) -> None:
         """Close the files and say nothing; a reader takes the part for killed."""
@@ -385,21 +381,12 @@ class PartWriter:
         raise self._failure from None
 
 
-def _as_json(files: Mapping[str, Written]) -> dict[str, object]:
-    return {name: asdict(each) for name, each in files.items()}
-
-
 def next_run_path(folder: Path, stem: str) -> Path:
     """The first of folder/stem-001, stem-002, ... that does not exist."""
     number = 1
     while os.path.lexists(path := folder / f"{stem}-{number:03d}"):
         number += 1
     return path
-
-
-def _segment_of(name: str) -> int:
-    found = TABLE_FILE.fullmatch(name) or EVENTS_FILE.fullmatch(name)
-    return int(found["segment"]) if found else -1
 
 
 def _refuse(path: Path, *, resumable: bool) -> NoReturn:
