@@ -20,6 +20,7 @@ app = typer.Typer(
 
 INTERRUPTED = 130  # what a shell expects after Ctrl-C
 FOUND = 3  # --fail-on
+MOST_TEXT = 4000  # characters of a line that foreign names may be in
 
 
 def _say_version(wanted: bool) -> None:
@@ -46,8 +47,11 @@ def main(
 
 
 def note(text: str) -> None:
-    """A line for people, on stderr."""
-    typer.echo(text, err=True)
+    """Lines for people, on stderr, that do nothing but show themselves."""
+    from attnscope.runs.foreign import printable
+
+    for line in text.splitlines():
+        typer.echo(printable(line, MOST_TEXT), err=True)
 
 
 @contextlib.contextmanager

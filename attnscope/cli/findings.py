@@ -40,6 +40,8 @@ def print_findings(path: Path, *, as_json: bool) -> frozenset[str]:
     _print_paragraph(console, _looked_at(run, [rule.__name__ for rule in RULES], len(findings)))
     for lost in run.lost:
         typer.echo(f"warning: {lost}", err=True)
+    if run.writer:
+        typer.echo(f"note: {run.writer}; whether it still runs cannot be told from here.", err=True)
     console.print()
     console.print(Text(f"Next: attnscope report {shlex.quote(str(path))}"), soft_wrap=True)
     return kinds

@@ -77,6 +77,8 @@ def print_result(path: Path, *, as_json: bool) -> None:
         console.print(Text(sentence))
     for lost in run.lost:
         typer.echo(f"warning: {lost}", err=True)
+    if run.writer:
+        typer.echo(f"note: {run.writer}; whether it still runs cannot be told from here.", err=True)
     console.print()
     console.print(Text(f"Report: {report}"), soft_wrap=True)
     console.print(Text(f"Next:   {_next_command(run, found)}"), soft_wrap=True)
@@ -223,7 +225,10 @@ def print_runs(folder: Path, *, as_json: bool) -> None:
         members = ", ".join(run.members[:4]) + (" ..." if len(run.members) > 4 else "")
         table.add_row(
             Text(run.name),
-            Text(run.status, style=STYLES.get(run.status, "")),
+            Text(
+                f"{run.status}: {run.writer}" if run.writer else run.status,
+                style=STYLES.get(run.status, ""),
+            ),
             Text(run.created),
             "-" if run.last_step is None else str(run.last_step),
             Text(members or run.problem or ""),

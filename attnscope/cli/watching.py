@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from attnscope.cli.app import MOST_TEXT, note
 from attnscope.cli.resolve import run_path
 from attnscope.errors import ConfigError
+from attnscope.runs.foreign import printable
 
 if TYPE_CHECKING:
     from attnscope.watch.script import Ended, Program
@@ -96,7 +98,7 @@ def _exit_code(ended: "Ended", program: "Program") -> int:
         return 0
     if isinstance(error, StoppedError):
         for line in error.__notes__:
-            typer.echo(line, err=True)
+            note(line)
     if isinstance(error, SystemExit):
         if error.code is None or isinstance(error.code, int):
             return error.code or 0
@@ -157,7 +159,7 @@ def _say_what_was_seen(ended: "Ended", where: Path) -> None:
         )
     lines += [f"not measured: {said}" for said in watcher.failed[:MOST_NAMES]]
     for line in lines:
-        typer.echo(f"attnscope: {line}", err=True)
+        note(f"attnscope: {printable(line, MOST_TEXT)}")
     if watcher.snapshots:
         files = ", ".join(f"{path.parent.name}/{path.name}" for path in watcher.snapshots)
         typer.echo(f"attnscope: what led to the break: {files}", err=True)

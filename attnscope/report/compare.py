@@ -141,7 +141,7 @@ class LrArm:
     Attributes:
         name: the values that tell it from other arms.
         cells: learning rate to cell, ascending.
-        stable: the largest learning rate up to which no member diverged; None if the smallest already did.
+        stable: the largest learning rate with which all members ended and up to which none diverged; None if there is none.
         bracket: the next larger one, where members do diverge; None if none did.
         best: the learning rate with the lowest mean loss.
         sensitivity: `lr_sensitivity`, mean over seeds.
@@ -370,7 +370,9 @@ def _lr_arms(cells: Sequence[Cell], axes: Mapping[str, Sequence[str]]) -> tuple[
         by_lr = sorted(found.items())
         broken = [lr for lr, cell in by_lr if cell.outcomes["diverged"]]
         bracket = broken[0] if broken else None
-        below = [lr for lr, _ in by_lr if bracket is None or lr < bracket]
+        # Nothing is known of a cell whose members were stopped before they were done.
+        known = [lr for lr, cell in by_lr if not set(cell.outcomes) - set(ENDED)]
+        below = [lr for lr in known if bracket is None or lr < bracket]
         per_seed = _sensitivities(by_lr)
         means = {lr: mean for lr, cell in by_lr if (mean := _mean_loss(cell)) is not None}
         named = [f"{words[key]}={value}" for key, value in zip(others, values, strict=True)]

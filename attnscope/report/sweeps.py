@@ -21,17 +21,18 @@ def sentence_on(found: Comparison) -> str | None:
         return None
     said = _on_changes(found.baseline, found.changes)
     if said is None or any(len(arm.cells) >= A_RANGE for arm in found.lr_arms):
+        arms = [
+            arm
+            for arm in found.lr_arms  # of the others nothing ended that would tell
+            if arm.stable is not None or arm.bracket == arm.cells[0][0]
+        ]
         stable = [
             f"{arm.name} {'none' if arm.stable is None else f'{arm.stable:.3g}'}"
             + ("" if arm.bracket is None else f" (diverges at {arm.bracket:.3g})")
-            for arm in found.lr_arms[:MOST_NAMED]
+            for arm in arms[:MOST_NAMED]
         ]
-        more = (
-            f" and {len(found.lr_arms) - MOST_NAMED} more arms"
-            if len(found.lr_arms) > MOST_NAMED
-            else ""
-        )
-        return f"Largest stable learning rate: {', '.join(stable)}{more}." if stable else None
+        more = f" and {len(arms) - MOST_NAMED} more arms" if len(arms) > MOST_NAMED else ""
+        return f"Largest stable learning rate: {', '.join(stable)}{more}." if stable else said
     return said
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from attnscope.errors import RunError, RunWriteError
 from attnscope.runs.atomic import reason_of, remedy_of, replace_file
+from attnscope.runs.checksums import sealed
 from attnscope.runs.foreign import is_folder, printable, read_file
 from attnscope.runs.layout import (
     CHECKPOINT_FILE,
@@ -72,7 +73,7 @@ def save_checkpoint(
     keep = {path.name, checkpoint_file(step, "safetensors")}
     try:
         replace_file(part_dir / checkpoint_file(step, "safetensors"), payload)
-        replace_file(path, to_json(commit).encode())
+        replace_file(path, sealed(to_json(commit)).encode())
     except OSError as error:
         raise RunWriteError(
             f"{path}: {reason_of(error)}. The checkpoint before it and all records are kept. "
@@ -94,7 +95,7 @@ def load_checkpoint(part_dir: Path) -> Checkpoint | None:
     """The newest checkpoint that is whole; None if there is none.
 
     Raises:
-        RunError: the folder cannot be listed.
+        RunError: the folder cannot be listed, or there are checkpoints and none is whole.
     """
     if not is_folder(part_dir):
         return None
@@ -113,12 +114,18 @@ def load_checkpoint(part_dir: Path) -> Checkpoint | None:
             notes.append(str(error))
         else:
             return Checkpoint(step=step, tensors=tensors, state=state, notes=tuple(notes))
+    if notes:
+        raise RunError(
+            f"{printable(part_dir.parent, 400)}: {notes[0]}. Restore the file, or delete the checkpoint: the part is then "
+            "trained again from its first step."
+        )
     return None
 
 
 def _load(part_dir: Path, step: int) -> tuple[dict[str, Tensor], dict[str, object]]:
     name = f"{part_dir.name}/{checkpoint_file(step, 'json')}"
-    commit = read_json(part_dir / checkpoint_file(step, "json"), name=name, limit=MAX_JSON_BYTES)
+    path = part_dir / checkpoint_file(step, "json")
+    commit = read_json(path, name=name, limit=MAX_JSON_BYTES, way_out="")
     name = f"{part_dir.name}/{checkpoint_file(step, 'safetensors')}"
     payload = read_file(
         part_dir / checkpoint_file(step, "safetensors"), name=name, limit=MAX_CHECKPOINT_BYTES

@@ -4,9 +4,14 @@
     <run>/part-0000/  steps-0000.arrow  heads-0000.arrow  layers-0000.arrow  params-0000.arrow  events-0000.jsonl
                       checkpoint-00000100.safetensors  checkpoint-00000100.json  end.json
 
-One part has one writer. The four digits of a table are its segment: a resumed part opens new files and never changes
+One part has one writer at a time; while somebody writes a run or a part, writer-0000.json in its folder says who (holder).
+The four digits of a table are its segment: a resumed part opens new files and never changes
 old ones. Tables are Arrow IPC streams, compressed with lz4, without dictionaries, so that every batch stands alone.
 JSON is strict: a number that is not finite is one of the texts NaN, Infinity and -Infinity.
+
+Damage is said, never read as truth: batches, lines of events and JSON objects carry checksums (streams, checksums); end.json
+lists under `files` the length and checksum of every table and events file that its part wrote, and the event `start` of a
+segment those of the segments before it.
 """
 
 import json
@@ -54,6 +59,12 @@ def part_folder(part: int) -> str:
 def table_file(table: str, segment: int) -> str:
     """The file of a table's segment; `events` is one JSON object per line, the others are Arrow."""
     return f"{table}-{segment:04d}.{'jsonl' if table == 'events' else 'arrow'}"
+
+
+def segment_of(name: str) -> int:
+    """The segment that a file belongs to; -1 for what is neither a table nor events."""
+    found = TABLE_FILE.fullmatch(name) or EVENTS_FILE.fullmatch(name)
+    return int(found["segment"]) if found else -1
 
 
 def checkpoint_file(step: int, kind: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeGuard
 
 from attnscope.errors import RunError
+from attnscope.runs.checksums import KEY, is_as_sealed, sealed
 from attnscope.runs.foreign import printable, read_file
 from attnscope.runs.layout import (
     KINDS,
@@ -25,17 +26,21 @@ from attnscope.runs.layout import (
 
 def encode_manifest(manifest: Manifest) -> bytes:
     """The bytes of run.json."""
-    return (to_json(asdict(manifest), indent=1) + "\n").encode()
+    return (sealed(to_json(asdict(manifest), indent=1), space="\n ") + "\n").encode()
 
 
-def read_manifest(run: Path) -> Manifest:
+def read_manifest(run: Path, *, as_written: bool = False) -> Manifest:
     """Read run.json of a run directory.
+
+    Args:
+        run: the directory.
+        as_written: a file that was changed later is an error, too: what is trained from it would not be the same run.
 
     Raises:
         RunError: it is missing, damaged, too large, or of a newer version of the format.
     """
     name = printable(run / RUN_FILE, 400)
-    raw = read_json(run / RUN_FILE, name=name, limit=MAX_JSON_BYTES)
+    raw = read_json(run / RUN_FILE, name=name, limit=MAX_JSON_BYTES, as_written=False)
 
     def damaged(place: str, value: object, allowed: str) -> NoReturn:
         raise RunError(
@@ -80,6 +85,8 @@ def read_manifest(run: Path) -> Manifest:
     kind = raw.get("kind", "train")  # runs of attnscope versions that could not watch do not say
     if kind not in KINDS:
         damaged("kind", kind, " or ".join(KINDS))
+    if as_written and (changed := change_of(run)):
+        raise RunError(f"{printable(run, 400)}: {changed}.")
     return Manifest(
         schema_version=version,
         kind=kind,
@@ -92,23 +99,48 @@ def read_manifest(run: Path) -> Manifest:
     )
 
 
-def read_json(path: Path, *, name: str, limit: int) -> dict[str, Any]:
-    """The JSON object in a file; `name` is what errors call it.
+def change_of(run: Path) -> str:
+    """What to say of a run.json that is not as it was written; empty where it is, or nobody can tell.
 
     Raises:
-        RunError: it cannot be read or is no JSON object.
+        RunError: it cannot be read.
+    """
+    if is_as_sealed(read_file(run / RUN_FILE, name=RUN_FILE, limit=MAX_JSON_BYTES)):
+        return ""
+    return (
+        f"{RUN_FILE} was changed after it was written: its checksum is another. Restore it, or, if that was meant, "
+        f"take its last entry, {KEY}, out"
+    )
+
+
+def read_json(
+    path: Path,
+    *,
+    name: str,
+    limit: int,
+    as_written: bool = True,
+    way_out: str = ". Restore the file, or leave this run out.",
+) -> dict[str, Any]:
+    """The JSON object in a file; `name` is what errors call it, `way_out` what they end with.
+
+    Raises:
+        RunError: it cannot be read, is no JSON object, or (`as_written`) does not fit its checksum.
     """
     try:
-        value = json.loads(read_file(path, name=name, limit=limit).decode())
+        data = read_file(path, name=name, limit=limit)
+        value = json.loads(data.decode())
         if isinstance(value, dict):
             with_special(value)  # nested too deep for one is too deep for all
-            return value
-        problem = "not a table"
+            if is_as_sealed(data) or not as_written:
+                return value
+            problem = "its checksum is another"
+        else:
+            problem = "not a table"
     except RecursionError:
         problem = "nested too deep"
     except ValueError as error:  # also UnicodeDecodeError, and whole numbers of 5000 digits
         problem = printable(error, 100)
-    raise RunError(f"{name} is damaged: {problem}. Restore the file, or leave this run out.")
+    raise RunError(f"{name} is damaged: {problem}{way_out}")
 
 
 def is_whole(value: object, low: int, high: int) -> TypeGuard[int]:

@@ -2,15 +2,17 @@
 
 import json
 import stat
-import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from attnscope.errors import RunError
 from attnscope.runs.atomic import reason_of
-from attnscope.runs.foreign import is_folder, printable, read_file
+from attnscope.runs.checksums import KEY, has_seal, hexadecimal, is_as_sealed
+from attnscope.runs.foreign import is_folder, is_regular_file, printable, read_file
+from attnscope.runs.holder import Holder, in_words, writer_of
 from attnscope.runs.layout import (
     END_FILE,
     END_STATUSES,
@@ -28,7 +30,18 @@ from attnscope.runs.layout import (
 from attnscope.runs.manifest import is_whole, read_json
 from attnscope.runs.streams import Table, decode_table
 
-RUNNING_SECONDS = 5  # without end.json, but written to so recently: still running
+CHANGED = "was changed after it was written: its checksum is another"
+
+
+MOST_START_BYTES = 1 << 20  # of the first line of an events file
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """What was written into a file: how many bytes, and their checksum as eight hexadecimal digits."""
+
+    bytes: int
+    crc32: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +54,10 @@ class Part:
         files: names of its tables and events files.
         segments: ascending; every one has at least one file.
         end: what end.json says; None without one, or if a later segment was begun.
-        changed: when the newest file was written to, in seconds since the epoch; 0 if there is none.
+        changed: when the newest record was written, in seconds since the epoch; 0 if there is none.
+        writer: who writes it now, as far as can be told from here; None if nobody does.
+        written: name to what was written, of the files that are known to be complete: all of a part that has ended, those of
+            earlier segments of one that was gone on with.
         lost: one line per thing that cannot be used.
     """
 
@@ -51,6 +67,8 @@ class Part:
     segments: tuple[int, ...] = ()
     end: dict[str, Any] | None = None
     changed: float = 0
+    writer: Holder | None = None
+    written: Mapping[str, Written] = field(default_factory=dict)
     lost: tuple[str, ...] = ()
 
 
@@ -87,7 +105,7 @@ def find_part(run: Path, index: int) -> Part:
         return Part(index=index, path=path, lost=(f"{name}: cannot be read: {reason_of(error)}",))
     found = [TABLE_FILE.fullmatch(entry) or EVENTS_FILE.fullmatch(entry) for entry in entries]
     segments = sorted({int(match["segment"]) for match in found if match})
-    times = [entry.st_mtime for entry in entries.values() if stat.S_ISREG(entry.st_mode)]
+    times = [entries[match.string].st_mtime for match in found if match]
     end: dict[str, Any] | None = None
     lost: tuple[str, ...] = ()
     if END_FILE in entries:
@@ -97,6 +115,14 @@ def find_part(run: Path, index: int) -> Part:
             lost = (str(error),)
     if end and segments and end.get("segment") != segments[-1]:
         end = None
+    written = files_in(end) if end else {}
+    if not end and segments and segments[-1] > 0:
+        written = files_in(start_of(path / table_file("events", segments[-1])))
+    lost += tuple(
+        f"{name}/{entry}: is gone or empty; {said.bytes} bytes were written"
+        for entry, said in sorted(written.items())
+        if entry not in entries
+    )
     return Part(
         index=index,
         path=path,
@@ -104,8 +130,61 @@ def find_part(run: Path, index: int) -> Part:
         segments=tuple(segments),
         end=end,
         changed=max(times, default=0),
+        writer=None if end else writer_of(path),
+        written=written,
         lost=lost,
     )
+
+
+def files_in(table: Mapping[str, Any]) -> dict[str, Written]:
+    """The files that end.json or the event `start` lists."""
+    files = table.get("files")
+    found: dict[str, Written] = {}
+    for name, said in files.items() if isinstance(files, dict) else ():
+        if isinstance(said, dict) and (TABLE_FILE.fullmatch(name) or EVENTS_FILE.fullmatch(name)):
+            size, crc = said.get("bytes"), said.get(KEY)
+            if is_whole(size, 0, 2**62) and isinstance(crc, str):
+                found[name] = Written(bytes=size, crc32=crc)
+    return found
+
+
+def files_as_json(files: Mapping[str, Written]) -> dict[str, object]:
+    """As end.json and the event `start` list files."""
+    return {name: {"bytes": each.bytes, KEY: each.crc32} for name, each in files.items()}
+
+
+def files_as_found(part: Part) -> dict[str, Written]:
+    """The files of a part that is gone on with: as they were written where that is known, else as they are now."""
+    found = dict(part.written)
+    for name in sorted(part.files - found.keys()):
+        try:
+            data = read_file(part.path / name, name=name, limit=MAX_TABLE_BYTES)
+        except RunError:
+            continue
+        found[name] = Written(bytes=len(data), crc32=hexadecimal(crc32(data)))
+    return found
+
+
+def start_of(events: Path) -> dict[str, Any]:
+    """What the first line of a segment's events says of how the segment began."""
+    try:
+        if is_regular_file(events):
+            with events.open("rb") as file:
+                return _event_in(file.readline(MOST_START_BYTES).rstrip(b"\n")).fields
+    except (OSError, ValueError, RecursionError):
+        pass  # said where the events are read
+    return {}
+
+
+def _with_what_was_written(part: Part, file: str, data: bytes, lost: list[str]) -> list[str]:
+    """What could not be read of a file, and in how far it is not what was written."""
+    said = part.written.get(file)
+    if said is None:
+        return lost
+    if len(data) != said.bytes:
+        sizes = f"has {len(data)} bytes, but {said.bytes} were written"
+        return [*lost[:-1], f"{lost[-1]}; it {sizes}"] if lost else [sizes]
+    return lost or [CHANGED] * (hexadecimal(crc32(data)) != said.crc32)
 
 
 def strangers(run: Path, known: Iterable[int]) -> tuple[str, ...]:
@@ -122,20 +201,21 @@ def strangers(run: Path, known: Iterable[int]) -> tuple[str, ...]:
     )
 
 
-def status_of(parts: Sequence[Part]) -> str:
-    """finished, failed, interrupted, running or killed, of all parts together."""
+def status_of(parts: Sequence[Part], writer: Holder | None) -> str:
+    """finished, failed, interrupted, running or killed, of all parts together; `writer` is who writes the run now."""
     ends = {part.end["status"] if part.end else None for part in parts}
-    for status in ("failed", "interrupted"):
-        if status in ends:
-            return status
-    if None not in ends:
+    if ends <= {"finished"}:
         return "finished"
-    return "running" if any(is_recent(part) for part in parts) else "killed"
+    if writer is not None or any(part.writer is not None for part in parts):
+        return "running"
+    return next((status for status in ("failed", "interrupted") if status in ends), "killed")
 
 
-def is_recent(part: Part) -> bool:
-    """Whether the part was written to just now."""
-    return abs(time.time() - part.changed) < RUNNING_SECONDS
+def written_elsewhere(parts: Sequence[Part], writer: Holder | None) -> str:
+    """Who writes a run on another machine, in words; empty if nobody does."""
+    changed = max((part.changed for part in parts), default=0)
+    found = [each for each in (writer, *(part.writer for part in parts)) if each is not None]
+    return next((said for each in found if (said := in_words(each, changed))), "")
 
 
 def read_events(part: Part, segment: int) -> tuple[list[Event], list[str]]:
@@ -151,39 +231,93 @@ def read_events(part: Part, segment: int) -> tuple[list[Event], list[str]]:
     *lines, torn = data.split(b"\n")
     events: list[Event] = []
     bad: list[int] = []
+    all_sealed = any(map(has_seal, lines))  # of a file of ours, either every line has one or none
     for number, line in enumerate(lines, start=1):
         try:
+            if all_sealed and not has_seal(line):
+                raise ValueError
             events.append(_event_in(line))
         except (ValueError, RecursionError):
             bad.append(number)
     lost = []
     if bad:
-        lost.append(
-            f"{name}: {len(bad)} of {len(lines)} lines are no events, the first is line {bad[0]}"
-        )
+        lost.append(f"{len(bad)} of {len(lines)} lines are no events, the first is line {bad[0]}")
     if torn:
-        lost.append(f"{name}: the last {len(torn)} bytes are not a complete line")
-    return events, lost
+        lost.append(f"the last {len(torn)} bytes are not a complete line")
+    return events, [f"{name}: {note}" for note in _with_what_was_written(part, file, data, lost)]
 
 
 def read_table(part: Part, segment: int, table: str) -> Table:
     """One table of one segment, empty where there is no file; its `lost` names the file."""
     file = table_file(table, segment)
     name = f"{part.path.name}/{file}"
-    data = b""
-    lost: tuple[str, ...] = ()
-    if file in part.files:
-        try:
-            data = read_file(part.path / file, name=name, limit=MAX_TABLE_BYTES)
-        except RunError as error:
-            lost = (str(error),)
+    if file not in part.files:
+        return decode_table(b"", table)
+    try:
+        data = read_file(part.path / file, name=name, limit=MAX_TABLE_BYTES)
+    except RunError as error:
+        return replace(decode_table(b"", table), lost=(str(error),))
     found = decode_table(data, table)
-    return replace(found, lost=lost + tuple(f"{name}: {note}" for note in found.lost))
+    notes = _with_what_was_written(part, file, data, list(found.lost))
+    return replace(found, lost=tuple(f"{name}: {note}" for note in notes))
+
+
+def started_with(parts: Sequence[Part], index: int) -> dict[str, Any]:
+    """How a part began, or another one where it did not: what the event `start` says besides its step."""
+    for part in sorted(parts, key=lambda part: (part.index != index, part.index)):
+        for segment in part.segments:
+            if said := start_of(part.path / table_file("events", segment)):
+                return said
+    return {}
+
+
+def gaps_in(
+    part: Part,
+    steps: Mapping[int, Table],
+    starts: Mapping[int, Sequence[int]],
+    ends: Mapping[int, int],
+) -> list[str]:
+    """One line for each segment of a training that goes on later than the records of those before it reach.
+
+    Args:
+        part: the part.
+        steps: segment to its steps.
+        starts: segment to where it says that it begins.
+        ends: segment to the step from which later ones replace it.
+    """
+    notes: list[str] = []
+    last = -1
+    for segment, table in steps.items():
+        steps_N = table.columns["step"]
+        begins = min(starts[segment], default=0)
+        if len(steps_N) and segment and begins > last + 1:
+            notes.append(
+                f"{part.path.name}: the records of steps {last + 1} to {begins - 1} are gone; training went on after them, at "
+                f"step {begins}"
+            )
+        last = max(last, int(steps_N[steps_N < ends[segment]].max(initial=-1)))
+    return notes
+
+
+def without_steps(
+    part: Part, table: str, found: Mapping[int, Table], steps: Mapping[int, Table]
+) -> list[str]:
+    """One line for each segment in which another table goes further than the steps, which are written first."""
+    notes = []
+    for segment, each in found.items():
+        last, later = (int(x.columns["step"].max(initial=-1)) for x in (steps[segment], each))
+        file = table_file("steps", segment)
+        if later > last and file not in part.written:  # else it was said already
+            until = f"at {last}" if last >= 0 else "before the first"
+            notes.append(
+                f"{part.path.name}/{file}: {table} go on to step {later}, but steps end {until}"
+            )
+    return notes
 
 
 def _event_in(line: bytes) -> Event:
     value = json.loads(line.decode())
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or not is_as_sealed(line):
         raise ValueError
     kind, step, member, fields = (value.get(key) for key in ("kind", "step", "member", "fields"))
     if (
@@ -201,4 +335,4 @@ def _end_in(path: Path, *, name: str) -> dict[str, Any]:
     end = read_json(path, name=name, limit=MAX_JSON_BYTES)
     if end.get("status") not in END_STATUSES:
         raise RunError(f"{name}: its status is none of {', '.join(END_STATUSES)}")
-    return {key: with_special(value) for key, value in end.items()}
+    return {key: with_special(value) for key, value in end.items() if key != KEY}

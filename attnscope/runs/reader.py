@@ -21,6 +21,7 @@ from attnscope.config import Config, nearest, parse_table
 from attnscope.errors import ConfigError, RunError, RunWriteError
 from attnscope.runs.atomic import reason_of, remedy_of
 from attnscope.runs.foreign import is_folder, printable
+from attnscope.runs.holder import writer_of
 from attnscope.runs.layout import (
     REPORT_FOLDER,
     RUN_FILE,
@@ -28,17 +29,20 @@ from attnscope.runs.layout import (
     MemberEntry,
     table_file,
 )
-from attnscope.runs.manifest import read_manifest
+from attnscope.runs.manifest import change_of, is_whole, read_manifest
 from attnscope.runs.outcome import outcome
 from attnscope.runs.parts import (
     Event,
     Part,
     find_part,
-    is_recent,
+    gaps_in,
     read_events,
     read_table,
+    started_with,
     status_of,
     strangers,
+    without_steps,
+    written_elsewhere,
 )
 from attnscope.runs.streams import Table, decode_table
 
@@ -67,7 +71,10 @@ class MemberRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSummary:
-    """A line of `attnscope runs`. `problem` says why a run cannot be opened; the rest is then empty."""
+    """A line of `attnscope runs`.
+
+    `problem` says why a run cannot be opened; the rest is then empty. `writer` says who writes it on another machine.
+    """
 
     path: Path
     name: str
@@ -75,6 +82,7 @@ class RunSummary:
     created: str = ""
     members: tuple[str, ...] = ()
     last_step: int | None = None
+    writer: str = ""
     problem: str | None = None
 
 
@@ -91,7 +99,8 @@ class Run:
         environment: versions and device.
         data: fingerprint; `reference` has the losses to compare with; `parts`, by number, what is different in a part.
         entries: who was to be trained, in which part; `members` also says how it went.
-        status: finished, interrupted, failed, killed or running.
+        status: finished, interrupted, failed, killed or running: whoever writes it is alive, or on another machine.
+        writer: who writes it on another machine and how old its last record is; empty if nobody does.
         ends: part to what its end.json says; parts without one are missing.
     """
 
@@ -109,9 +118,12 @@ class Run:
         self.entries = manifest.members
         self._names = [entry.name for entry in manifest.members]
         self._parts = _parts_of(path, manifest)
-        self.status = status_of(self._parts)
+        self._is_held = (holder := writer_of(path)) is not None
+        self.status = status_of(self._parts, holder)
+        self.writer = written_elsewhere(self._parts, holder)
         self.ends = {part.index: part.end for part in self._parts if part.end}
         self._notes = [note for part in self._parts for note in part.lost]
+        self._notes += [note for note in [change_of(path)] if note]
         self._notes += strangers(path, [part.index for part in self._parts])
         self._steps_tables: dict[tuple[int, int], Table] = {}
         self._numbers: dict[int, dict[int, int]] = {}  # part, index -> place in run.json
@@ -259,6 +271,16 @@ class Run:
         """The name of the member at position `index` along the axis M of a part."""
         return self._names[self._numbers[part][index]]
 
+    def threads_of(self, part: int) -> int | None:
+        """Threads that a part was trained with, or one that did begin where it did not; None = nobody knows."""
+        said = started_with(self._parts, part).get("threads")
+        if is_whole(said, 1, 2**15):
+            return said
+        # Before parts said it, the process that made the run did, which trained all but sweeps.
+        made_with = self.environment.get("threads")
+        began = any(part.segments for part in self._parts) and "sweep" not in self._manifest.config
+        return made_with if began and is_whole(made_with, 1, 2**15) else None
+
     def unigram_of(self, part: int) -> float | None:
         """Unigram loss of what a part was trained on, nats per token; None = unknown."""
         others = self.data.get("parts")
@@ -275,6 +297,12 @@ class Run:
         for part in self._parts:
             found = {segment: self._table(part, segment, table) for segment in part.segments}
             ends = self._replaced_from(part, found)
+            steps = {segment: self._table(part, segment, "steps") for segment in found}
+            if table != "steps":
+                self._notes += without_steps(part, table, found, steps)
+            elif self.kind == "train":
+                starts = {segment: self._starts_in(part, segment) for segment in found}
+                self._notes += gaps_in(part, steps, starts, ends)
             for segment, each in found.items():
                 steps_N, members_N = each.columns["step"], each.columns["member"]
                 code_of = np.full(
@@ -345,11 +373,14 @@ class Run:
             ends[segment] = limit
             tables = [self._table(part, segment, "steps"), *filter(None, [found.get(segment)])]
             firsts = [int(x.columns["step"].min()) for x in tables if len(x.columns["step"])]
-            events = self._events_in[part.index, segment]
-            starts = [event.step for event in events if event.kind == "start"]
             if firsts:
-                limit = min(limit, *firsts, *starts)
+                limit = min(limit, *firsts, *self._starts_in(part, segment))
         return ends
+
+    def _starts_in(self, part: Part, segment: int) -> list[int]:
+        """Where a segment says that it begins."""
+        events = self._events_in[part.index, segment]
+        return [event.step for event in events if event.kind == "start"]
 
     @cached_property
     def _events_in(self) -> dict[tuple[int, int], list[Event]]:
@@ -364,9 +395,9 @@ class Run:
         """What ended a part, for its members: of one that never began, what ended the run."""
         if part.end:
             return str(part.end["status"])
-        if part.segments:
-            return "running" if is_recent(part) else None
-        return None if self.status == "killed" else self.status
+        if part.writer is not None or self._is_held:
+            return "running"
+        return None if part.segments or self.status in ("killed", "running") else self.status
 
     def _planned_steps(self, settings: Mapping[str, object]) -> int:
         train = self._manifest.config.get("train")
@@ -420,13 +451,14 @@ def list_runs(folder: str | Path) -> list[RunSummary]:
                 RunSummary(path=path, name=name, status="unreadable", problem=str(error))
             )
             continue
-        parts = _parts_of(path, manifest)
+        parts, holder = _parts_of(path, manifest), writer_of(path)
         last = [part.end.get("last_step") for part in parts if part.end]
         summaries.append(
             RunSummary(
                 path=path,
                 name=name,
-                status=status_of(parts),
+                status=status_of(parts, holder),
+                writer=written_elsewhere(parts, holder),
                 created=manifest.created,
                 members=tuple(entry.name for entry in manifest.members),
                 last_step=max((step for step in last if isinstance(step, int)), default=None),

@@ -3,6 +3,9 @@
 Reading trusts nothing. A file cut at any byte gives its complete batches; damaged ones are skipped; sizes that a batch
 claims are checked before it is unpacked, its content before it is used.
 
+A batch says in its metadata, under SEAL, which one of the file it is (from 0) and its CRC-32, eight hexadecimal digits
+each: of header and body, taken with zeros in the checksum's own place. Any reader of Arrow passes over that.
+
 Shape key: N rows.
 """
 
@@ -10,11 +13,13 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from attnscope.errors import RunError
+from attnscope.runs.checksums import hexadecimal
 from attnscope.runs.foreign import printable
 from attnscope.runs.layout import COLUMNS, KEYS, MAX_TABLE_BYTES, schema_of
 
@@ -22,6 +27,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
+SEAL = b"attnscope"
+PREFIX = 8  # bytes of a message before its header
+DIGITS = 8  # of the batch's number, then a blank, then those of the checksum
 
 Array = NDArray[Any]
 
@@ -46,8 +54,8 @@ def encode_schema(table: str) -> bytes:
     return bytes(schema_of(table).serialize())
 
 
-def encode_batch(table: str, columns: Mapping[str, ArrayLike]) -> bytes:
-    """The bytes of one batch, which follow the schema or another batch."""
+def encode_batch(table: str, columns: Mapping[str, ArrayLike], *, number: int = 0) -> bytes:
+    """The bytes of one batch, which follow the schema or another batch; `number` counts those before it."""
     import pyarrow as pa
 
     names = COLUMNS[table].keys()
@@ -59,9 +67,21 @@ def encode_batch(table: str, columns: Mapping[str, ArrayLike]) -> bytes:
     sink = pa.BufferOutputStream()
     options = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
     with pa.ipc.new_stream(sink, schema, options=options) as stream:
-        stream.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
-    whole = bytes(sink.getvalue())
-    return whole[len(encode_schema(table)) : -len(END_OF_STREAM)]
+        batch = pa.RecordBatch.from_arrays(arrays, schema=schema)
+        unsealed = f"{number:0{DIGITS}x} {hexadecimal(0)}"
+        stream.write_batch(batch, custom_metadata={SEAL: unsealed.encode()})
+    return sealed_message(sink.getvalue()[len(encode_schema(table)) : -len(END_OF_STREAM)])
+
+
+def sealed_message(message: "pa.Buffer | bytes") -> bytes:
+    """The bytes of a batch that has a seal, with the checksum that it should have."""
+    made = bytearray(message)
+    found = _seal_in(bytes(made[PREFIX:]))
+    assert found is not None
+    at = PREFIX + found + DIGITS + 1
+    made[at : at + DIGITS] = hexadecimal(0).encode()
+    made[at : at + DIGITS] = hexadecimal(crc32(made[PREFIX:])).encode()
+    return bytes(made)
 
 
 def _array(values: ArrayLike, kind: "pa.DataType") -> "pa.Array":
@@ -90,7 +110,8 @@ def decode_table(data: bytes, table: str) -> Table:
     messages = pa.ipc.MessageReader.open_stream(source)
     schema: pa.Schema | None = None
     usable: list[int] = []
-    batches: list[pa.RecordBatch] = []
+    batches: dict[int, pa.RecordBatch] = {}
+    unnumbered: list[pa.RecordBatch] = []
     lost: list[str] = []
     unpacked_bytes = damaged = end = 0
     try:
@@ -103,12 +124,19 @@ def decode_table(data: bytes, table: str) -> Table:
             try:
                 if message.type != "record batch" or message.metadata_version != current:
                     raise ValueError(message.type)
+                number = _checked_number(message)
+                if number in batches:
+                    raise ValueError("is there twice")
                 unpacked_bytes += _unpacked_bytes(message)
                 if unpacked_bytes > MAX_TABLE_BYTES:
                     raise RunError(
                         f"unpacks to more than the {MAX_TABLE_BYTES} bytes that are read"
                     )
-                batches.append(_batch_in(message, schema, usable))
+                batch = _batch_in(message, schema, usable)
+                if number is None:
+                    unnumbered.append(batch)
+                else:
+                    batches[number] = batch
             except unreadable:
                 damaged += 1
     except StopIteration:
@@ -118,11 +146,17 @@ def decode_table(data: bytes, table: str) -> Table:
         end = len(data)
     except unreadable:
         pass  # framing is gone: what follows `end` cannot be told apart
+    if batches:  # then all were numbered
+        damaged += len(unnumbered)
+    good = [batches[number] for number in sorted(batches)] or unnumbered
     if damaged:
-        lost.append(f"{damaged} of {damaged + len(batches)} batches are damaged")
+        lost.append(f"{damaged} of {damaged + len(good)} batches are damaged")
+    if (missing := max(batches, default=-1) + 1 - len(batches) - damaged) > 0:
+        lost.append(f"{missing} batches are missing between others")
     if end < len(data):
         lost.append(f"the last {len(data) - end} bytes are not a complete batch")
-    return _joined(batches, table, lost)
+    batches.clear()
+    return _joined(good, table, lost)
 
 
 def _schema_in(message: "pa.Message", table: str, lost: list[str]) -> tuple["pa.Schema", list[int]]:
@@ -164,6 +198,43 @@ def _batch_in(
     if any(column.null_count for column in batch.columns):
         raise ValueError("a value is missing")
     return batch
+
+
+def _checked_number(message: "pa.Message") -> int | None:
+    """Which batch of its file this is; None for one of an attnscope that did not say.
+
+    Raises:
+        ValueError: it is not as it was written.
+    """
+    header = bytes(message.metadata)
+    at = _seal_in(header)
+    if at is None:
+        return None
+    number, said = header[at : at + DIGITS], header[at + DIGITS + 1 : at + 2 * DIGITS + 1]
+    blank = header[: at + DIGITS + 1] + hexadecimal(0).encode() + header[at + 2 * DIGITS + 1 :]
+    if int(said, 16) != crc32(message.body or b"", crc32(blank)):
+        raise ValueError("the checksum is another")
+    return int(number, 16)
+
+
+def _seal_in(header: bytes) -> int | None:
+    """Where the text stands that a message's metadata has under SEAL."""
+    pairs_at = _field_at(header, _number("<I", header, 0), 4)
+    if not pairs_at:
+        return None
+    pairs = pairs_at + _number("<I", header, pairs_at)
+    for index in range(_number("<I", header, pairs)):
+        slot = pairs + 4 + 4 * index
+        pair = slot + _number("<I", header, slot)
+        key, value = (
+            at + _number("<I", header, at)
+            for at in (_field_at(header, pair, field) for field in (0, 1))
+        )
+        if header[key + 4 : key + 4 + _number("<I", header, key)] == SEAL:
+            if _number("<I", header, value) != 2 * DIGITS + 1:
+                raise ValueError("no number and checksum")
+            return value + 4
+    return None
 
 
 def _unpacked_bytes(message: "pa.Message") -> int:

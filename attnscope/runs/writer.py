@@ -1,4 +1,4 @@
-"""Fills a run directory: one `RunWriter` per run, one `PartWriter` per part, which no other process writes to.
+"""Fills a run directory: one `RunWriter` per run, one `PartWriter` per part, which no other process writes to meanwhile.
 
 What `append` and `event` were given is with the operating system when they return: `kill -9` loses nothing of it.
 """
@@ -15,7 +15,8 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from io import FileIO
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
+from zlib import crc32
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -23,12 +24,13 @@ from numpy.typing import ArrayLike
 from attnscope.config import Config, Member, to_table, to_toml
 from attnscope.errors import RunError, RunWriteError
 from attnscope.runs.atomic import reason_of, remedy_of, replace_file, sync_folder
+from attnscope.runs.checksums import hexadecimal, sealed
 from attnscope.runs.foreign import is_folder
+from attnscope.runs.holder import hold, release
 from attnscope.runs.layout import (
     CONFIG_FILE,
     END_FILE,
     END_STATUSES,
-    EVENTS_FILE,
     MAX_PART,
     RUN_FILE,
     SCHEMA_VERSION,
@@ -36,10 +38,12 @@ from attnscope.runs.layout import (
     Manifest,
     MemberEntry,
     part_folder,
+    segment_of,
     table_file,
     to_json,
 )
 from attnscope.runs.manifest import encode_manifest, read_manifest
+from attnscope.runs.parts import Written, files_as_found, files_as_json, find_part
 from attnscope.runs.streams import END_OF_STREAM, encode_batch, encode_schema
 
 
@@ -128,9 +132,9 @@ class RunWriter:
         """Open a run directory to go on with it.
 
         Raises:
-            RunError: it is no run directory, or its format is not the one written here.
+            RunError: it is no run directory, its run.json was changed, or its format is not the one written here.
         """
-        version = read_manifest(path).schema_version
+        version = read_manifest(path, as_written=True).schema_version
         if version != SCHEMA_VERSION:
             raise RunError(
                 f"{path} has format {version}, but format {SCHEMA_VERSION} would be added to it. "
@@ -180,31 +184,47 @@ class RunWriter:
         shutil.rmtree(self.path / part_folder(index), ignore_errors=True)
         return new, new + 1
 
-    def part(self, index: int, *, first_step: int = 0) -> "PartWriter":
+    def part(self, index: int, *, first_step: int = 0, threads: int | None = None) -> "PartWriter":
         """Start a new segment of a part; from `first_step` on it replaces what earlier segments recorded.
 
+        Args:
+            index: of the part.
+            first_step: where it begins.
+            threads: that it is trained with, on which the last digits of sums depend; None = unknown.
+
         Raises:
+            RunError: another process writes it.
             RunWriteError: the folder cannot be written.
         """
-        return PartWriter(self.path / part_folder(index), first_step=first_step)
+        return PartWriter(self.path, index, first_step=first_step, threads=threads)
+
+
+class _Done(NamedTuple):
+    """What is whole in a file: bytes, their checksum, and how many writes it took."""
+
+    bytes: int = 0
+    crc32: int = 0
+    writes: int = 0
 
 
 class PartWriter:
     """Appends to the tables and events of one part.
 
-    Invariants: a file holds whole batches or lines up to its `_ends` entry, whatever interrupted the last write. After
-    a failed write nothing is written any more and the same error is raised again.
+    Invariants: a file holds whole batches or lines as far as `_done` says, whatever interrupted the last write. After a
+    failed write nothing is written any more and the same error is raised again.
     """
 
     path: Path
     segment: int
 
-    def __init__(self, path: Path, *, first_step: int) -> None:
+    def __init__(self, run: Path, index: int, *, first_step: int, threads: int | None) -> None:
         """Use `RunWriter.part`."""
-        self.path = path
+        self.path = path = run / part_folder(index)
         self.segment = 0
         self._files: dict[str, FileIO] = {}
-        self._ends: dict[str, int] = {}
+        self._held: int | None = None
+        self._done: dict[str, _Done] = {}
+        self._before: dict[str, Written] = {}
         self._closed = False
         self._failure: RunWriteError | None = None
         self._last_step: int | None = None
@@ -212,10 +232,17 @@ class PartWriter:
         try:
             if not is_folder(path):
                 path.mkdir()
-            self.segment = 1 + max(
-                (_segment_of(entry.name) for entry in path.iterdir()), default=-1
+            self._held = hold(path, run=run)
+            self.segment = 1 + max((segment_of(entry.name) for entry in path.iterdir()), default=-1)
+            # Where end.json goes, nobody else knows it any more.
+            self._before = files_as_found(find_part(run, index))
+            self.event(
+                "start",
+                step=first_step,
+                segment=self.segment,
+                threads=threads,
+                files=files_as_json(self._before),
             )
-            self.event("start", step=first_step, segment=self.segment)
             (path / END_FILE).unlink(missing_ok=True)
         except OSError as error:
             self._fail(path, error)
@@ -230,12 +257,13 @@ class PartWriter:
         Raises:
             RunWriteError: the disk did not take them.
         """
-        batch = encode_batch(table, columns)
+        name = table_file(table, self.segment)
+        number = self._done.get(name, _Done()).writes
+        batch = encode_batch(table, columns, number=number)
         steps = np.asarray(columns["step"])
         if not len(steps):
             return
-        name = table_file(table, self.segment)
-        self._write(name, batch if self._ends.get(name) else encode_schema(table) + batch)
+        self._write(name, batch if number else encode_schema(table) + batch)
         if table == "steps":
             self._last_step = int(steps.max())
 
@@ -252,7 +280,7 @@ class PartWriter:
             RunWriteError: the disk did not take it.
         """
         line = to_json({"kind": kind, "step": step, "member": member, "fields": fields})
-        self._write(table_file("events", self.segment), line.encode() + b"\n")
+        self._write(table_file("events", self.segment), sealed(line).encode() + b"\n")
 
     def finish(self, status: str, **fields: object) -> None:
         """Close the files and say in end.json how the part ended; after a failed write that is always "failed".
@@ -279,26 +307,37 @@ class PartWriter:
         if self._failure:
             said |= {"status": "failed", "error": str(self._failure)}
             with contextlib.suppress(OSError):
-                replace_file(path, to_json(said).encode())
+                replace_file(path, self._end(said))
             return
         try:
             for name, file in self._files.items():
                 if TABLE_FILE.fullmatch(name):
                     self._write(name, END_OF_STREAM)
                 os.fsync(file.fileno())
-            replace_file(path, to_json(said).encode())
+            replace_file(path, self._end(said))
         except OSError as error:
             self._fail(path, error)
         finally:
             self.close()
 
+    def _end(self, said: Mapping[str, object]) -> bytes:
+        """The bytes of end.json: what is said, and which files there must be."""
+        own = {
+            name: Written(bytes=done.bytes, crc32=hexadecimal(done.crc32))
+            for name, done in self._done.items()
+        }
+        return sealed(to_json({**said, "files": files_as_json({**self._before, **own})})).encode()
+
     def close(self) -> None:
         """Close the files and say nothing; a reader takes the part for killed."""
         self._closed = True
+        held, self._held = self._held, None
         for file in self._files.values():
             with contextlib.suppress(OSError):
                 file.close()
         self._files.clear()
+        if held is not None:
+            release(self.path, held)
 
     def _write(self, name: str, data: bytes) -> None:
         if self._failure:
@@ -308,18 +347,22 @@ class PartWriter:
         try:
             if name not in self._files:
                 self._files[name] = FileIO(path, "ab")
-                self._ends[name] = 0
-            file = self._files[name]
+            file, done = self._files[name], self._done.get(name, _Done())
             if not os.fstat(file.fileno()).st_nlink:
                 raise FileNotFoundError(errno.ENOENT, "The file was deleted while it was written")
-            if file.tell() != self._ends[name]:  # the last write was interrupted, by Ctrl-C perhaps
-                file.truncate(self._ends[name])
-                file.seek(self._ends[name])
+            if file.tell() != done.bytes:  # the last write was interrupted, by Ctrl-C perhaps
+                file.truncate(done.bytes)
+                file.seek(done.bytes)
             rest = memoryview(data)
             while rest:
                 rest = rest[file.write(rest) :]
-            self._ends[name] += len(data)
+            # One assignment: an interrupt must not find half of it.
+            self._done[name] = _Done(
+                done.bytes + len(data), crc32(data, done.crc32), done.writes + 1
+            )
         except OSError as error:
+            with contextlib.suppress(OSError, KeyError):  # half a batch helps nobody
+                self._files[name].truncate(self._done.get(name, _Done()).bytes)
             self._fail(path, error)
 
     def _fail(self, path: Path, error: OSError) -> NoReturn:
@@ -344,11 +387,6 @@ def next_run_path(folder: Path, stem: str) -> Path:
     while os.path.lexists(path := folder / f"{stem}-{number:03d}"):
         number += 1
     return path
-
-
-def _segment_of(name: str) -> int:
-    found = TABLE_FILE.fullmatch(name) or EVENTS_FILE.fullmatch(name)
-    return int(found["segment"]) if found else -1
 
 
 def _refuse(path: Path, *, resumable: bool) -> NoReturn:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from attnscope.config import Config, Member, members_of
 from attnscope.errors import AttnscopeError, ConfigError
 from attnscope.runs.writer import RunWriter
+from attnscope.sweep.orphans import end_with_parent
 
 if TYPE_CHECKING:
     import torch
@@ -182,7 +183,9 @@ def measure(configs: Sequence[Config], *, threads: int) -> list[Trial]:
     """
     found: list[Trial] = []
     sizes = [size for size in SIZES if size < len(configs)] + [min(len(configs), SIZES[-1])]
-    with ProcessPoolExecutor(max_workers=1, mp_context=fresh_processes()) as pool:
+    with ProcessPoolExecutor(
+        max_workers=1, mp_context=fresh_processes(), initializer=end_with_parent
+    ) as pool:
         for size in sizes:
             if found and found[-1].step_s * size / found[-1].n_members > LONGEST_STEP_S:
                 break

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from attnscope.config import Config
 from attnscope.errors import AttnscopeError, RunError, RunWriteError
+from attnscope.runs.holder import declare_dead, holding
+from attnscope.runs.layout import part_folder
 from attnscope.runs.reader import open_run
 from attnscope.runs.writer import RunWriter
 from attnscope.sweep.plan import Plan
@@ -86,7 +88,8 @@ def run_sweep(
         AttnscopeError: the data or the directory cannot be used, or the disk is full.
     """
     create_run(config, plan.members, path, command=command)
-    return _Supervisor(path, workers, on_look, should_stop).carry_out()
+    with holding(path):
+        return _Supervisor(path, workers, on_look, should_stop).carry_out()
 
 
 def resume_sweep(
@@ -99,13 +102,14 @@ def resume_sweep(
     """Train the parts of a run that are not finished; arguments as in `run_sweep`.
 
     Raises:
-        RunError: there is nothing left to do.
+        RunError: another process still writes it, or there is nothing left to do.
     """
     if not parts_left(open_run(path)):
         raise RunError(
             f"{path} is finished: there is nothing to resume. Read it: attnscope report {path}"
         )
-    return _Supervisor(path, workers, on_look, should_stop).carry_out()
+    with holding(path):
+        return _Supervisor(path, workers, on_look, should_stop).carry_out()
 
 
 class _Supervisor:
@@ -161,6 +165,8 @@ class _Supervisor:
     def _take(self, part: int, future: Future[str]) -> None:
         """What became of a part."""
         error = future.exception()
+        if error is not None and _is_death(error):
+            declare_dead(self._path / part_folder(part))  # on whatever machine it was
         if error is None:
             self._interrupted |= future.result() == "interrupted"
         elif isinstance(error, RunWriteError):

@@ -4,15 +4,13 @@ A worker is anything that takes the path of a run and the number of a part and g
 the other kind. What a worker does is the same everywhere: `train_here`.
 """
 
-import multiprocessing
-import os
 import signal
-import threading
 from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Protocol
 
+from attnscope.sweep.orphans import end_with_parent
 from attnscope.sweep.plan import fresh_processes, threads_for
 
 _stop: Event | None = None  # of this process, if it is a worker
@@ -94,7 +92,10 @@ class LocalWorkers:
 
 
 def train_here(path: Path, part: int, *, threads: int | None = None) -> str:
-    """Train one part of a run in this process: "finished" or "interrupted".
+    """Train one part of a run in this process, with so many threads unless the run began with another number.
+
+    Returns:
+        "finished" or "interrupted".
 
     Raises:
         AttnscopeError: it cannot be trained, or the disk is full.
@@ -117,15 +118,8 @@ def train_here(path: Path, part: int, *, threads: int | None = None) -> str:
 
 
 def _begin(asked_to_stop: Event) -> None:
-    """In a new worker: Ctrl-C is the parent's business, and without a parent there is no business."""
+    """In a new worker."""
     global _stop
     _stop = asked_to_stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    end_with_parent()

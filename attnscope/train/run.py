@@ -14,9 +14,11 @@ import torch
 from attnscope.config import Config, DataConfig, Member, members_of
 from attnscope.data import Corpus, open_data
 from attnscope.errors import RunError
-from attnscope.runs.checkpoint import load_checkpoint
+from attnscope.runs.checkpoint import Checkpoint, load_checkpoint
 from attnscope.runs.foreign import printable
+from attnscope.runs.holder import holding
 from attnscope.runs.layout import part_folder
+from attnscope.runs.manifest import is_whole
 from attnscope.runs.reader import Run, open_run
 from attnscope.runs.writer import PartWriter, RunWriter
 from attnscope.train.alarms import Alarms
@@ -49,7 +51,8 @@ def train_run(
         AttnscopeError: the config, the data or the directory cannot be used, or the disk is full.
     """
     create_run(config, members_of(config), path, command=command)
-    return _train_parts(path, on_progress, should_stop)
+    with holding(path):
+        return _train_parts(path, on_progress, should_stop)
 
 
 def resume_run(
@@ -69,13 +72,14 @@ def resume_run(
         "finished" or "interrupted".
 
     Raises:
-        RunError: there is nothing left to do, or the data is not what the run began with.
+        RunError: another process still writes it, there is nothing left to do, or the data is not what the run began with.
     """
     if not parts_left(open_run(path)):
         raise RunError(
             f"{path} is finished: there is nothing to resume. Read it: attnscope report {path}"
         )
-    return _train_parts(path, on_progress, should_stop)
+    with holding(path):
+        return _train_parts(path, on_progress, should_stop)
 
 
 def create_run(
@@ -134,7 +138,7 @@ def train_part_of(
     report: Callable[[Progress], None] = lambda _progress: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> str:
-    """Train one part of a run, from its last checkpoint if there is one.
+    """Train one part of a run, from its last checkpoint if there is one, with as many threads as the run began with.
 
     Args:
         run: opened before this part was last written to, or never since.
@@ -149,10 +153,34 @@ def train_part_of(
     Raises:
         AttnscopeError: the data is not what the run began with, or the disk is full.
     """
-    configs = [member.config for member in members]
     data = _open(members)
     _same_data(run, index, data)
+    with _threads(run.threads_of(index)) as threads:
+        part, alarms, notes = _begun(run, index, members, data)
+        writer = RunWriter.resume(run.path).part(index, first_step=part.step, threads=threads)
+        with _said_how_it_ended(writer):
+            for note in notes:
+                writer.event("checkpoint_left_out", step=part.step, why=note)
+            status = train_part(
+                part,
+                data,
+                writer=writer,
+                alarms=alarms,
+                on_progress=report,
+                should_stop=should_stop,
+            )
+            writer.finish(status)
+            return status
+
+
+def _begun(
+    run: Run, index: int, members: Sequence[Member], data: Corpus
+) -> tuple[Part, Alarms, tuple[str, ...]]:
+    """A part at its first step or last checkpoint, alarms that have heard all before, and why newer checkpoints will not do."""
+    configs = [member.config for member in members]
     checkpoint = load_checkpoint(run.path / part_folder(index))
+    if checkpoint is not None:
+        _check_fits(run, checkpoint, len(configs))
     part = Part(configs, vocab_size=data.vocab_size, resume_from=checkpoint)
     alarms = Alarms(len(configs))
     if part.step:
@@ -160,13 +188,7 @@ def train_part_of(
             name = run.name_of(index, member.index)
             before = run.steps[(run.steps["member"] == name) & (run.steps["step"] < part.step)]
             alarms.feed(member.index, before["step"].to_numpy(), before["loss"].to_numpy())
-    writer = RunWriter.resume(run.path).part(index, first_step=part.step)
-    with _said_how_it_ended(writer):
-        status = train_part(
-            part, data, writer=writer, alarms=alarms, on_progress=report, should_stop=should_stop
-        )
-        writer.finish(status)
-        return status
+    return part, alarms, checkpoint.notes if checkpoint is not None else ()
 
 
 def _train_parts(path: Path, on_progress: OnProgress, should_stop: Callable[[], bool]) -> str:
@@ -207,6 +229,19 @@ def environment(device: torch.device) -> dict[str, object]:
 
 
 @contextlib.contextmanager
+def _threads(wanted: int | None) -> Iterator[int]:
+    """So many threads, for a while: another number would change the last digits of sums. None = as many as there are."""
+    before = torch.get_num_threads()
+    if wanted is not None and wanted != before:
+        torch.set_num_threads(wanted)
+    try:
+        yield torch.get_num_threads()
+    finally:
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
 def _said_how_it_ended(writer: PartWriter) -> Iterator[None]:
     """Whatever goes wrong, end.json says so, and the error goes up."""
     try:
@@ -234,6 +269,23 @@ def _describe(corpora: Mapping[int, Corpus]) -> dict[str, object]:
     first = described[min(described)]
     others = {str(index): each for index, each in described.items() if each != first}
     return {**first, "parts": others}
+
+
+def _check_fits(run: Run, checkpoint: Checkpoint, n_members: int) -> None:
+    alive, names = checkpoint.state.get("alive"), checkpoint.state.get("parameters")
+    good = (
+        isinstance(alive, list)
+        and all(is_whole(index, 0, n_members - 1) for index in alive)
+        and len({*alive}) == len(alive)
+        and isinstance(names, list)
+        and all(f"parameters/{name}" in checkpoint.tensors for name in names)
+        and all(x.shape[:1] == (len(alive),) for x in checkpoint.tensors.values())
+    )
+    if not good:
+        raise RunError(
+            f"{run.path}: its checkpoint at step {checkpoint.step} does not fit the members of this run. Restore it, or "
+            "delete it: the part is then trained again from its first step."
+        )
 
 
 def _same_data(run: Run, index: int, data: Corpus) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -126,6 +127,33 @@ def test_ctrl_c_stops_with_a_checkpoint_and_resume_finishes(tmp_path):
     steps = open_run(run).steps["step"]
     assert steps.is_monotonic_increasing and steps.max() > reached
     assert steps.tolist() == list(range(steps.max() + 1))
+
+
+def test_resuming_a_run_that_still_trains_is_refused_in_one_line_and_does_it_no_harm(tmp_path):
+    every = ["--set", "train.checkpoint_every=50"]
+    process = start("train", *FAST, *every, "--steps", "600", "--name", "r", cwd=tmp_path)
+    run = tmp_path / "runs" / "r"
+    wait_for_records_from(run, process, "checkpoint-00000050.json")
+    process.send_signal(signal.SIGSTOP)  # a step that takes long
+    for command in ("train", "sweep"):
+        second = attnscope(command, "--resume", "runs/r", cwd=tmp_path)
+        assert (second.returncode, second.stdout) == (1, "")
+        (line,) = second.stderr.splitlines()
+        assert re.fullmatch(
+            rf"error: runs/r: process {process.pid} of this machine is still writing it, since \S+\. Wait until it ends, "
+            rf"or stop it \(kill {process.pid}\), and try again\.",
+            line,
+        )
+    assert open_run(run).status == "running"
+    listed = attnscope("runs", "--json", cwd=tmp_path)
+    assert [each["status"] for each in json.loads(listed.stdout)] == ["running"]
+    process.send_signal(signal.SIGCONT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    ended = open_run(run)
+    assert (ended.status, ended.lost) == ("finished", ())
+    assert ended.steps["step"].tolist() == list(range(600))
+    assert not list(run.rglob("writer-*")) and not list(run.rglob("*-0001.*"))
 
 
 def wait_for_records_from(run, process, name):

@@ -1,5 +1,6 @@
 """Small run directories with numbers that tell where they come from."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,13 @@ from attnscope.runs.layout import COLUMNS
 from attnscope.runs.writer import PartWriter, RunWriter
 
 GROUPS = ("embedding", "q", "k")
+
+
+def unsealed(path: Path) -> dict:
+    """What a JSON file of a run holds, to be changed and written back: without its checksum."""
+    raw = json.loads(path.read_text())
+    raw.pop("crc32", None)
+    return raw
 
 
 def new_run(

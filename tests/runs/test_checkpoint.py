@@ -9,8 +9,9 @@ import re
 import pytest
 import torch
 
-from attnscope.errors import RunWriteError
+from attnscope.errors import RunError, RunWriteError
 from attnscope.runs.checkpoint import load_checkpoint, save_checkpoint
+from tests.runs import made_up
 
 
 def tensors(value=0.0):
@@ -129,9 +130,33 @@ def test_tensors_that_are_none_are_refused_even_with_the_right_hash(tmp_path, pa
     path = tmp_path / "checkpoint-00000100.json"
     (tmp_path / "checkpoint-00000100.safetensors").write_bytes(payload)
     digest = hashlib.sha256(payload).hexdigest()
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"sha256": digest}))
-    found = load_checkpoint(tmp_path)
-    assert found is None or found.tensors == {}
+    path.write_text(json.dumps(made_up.unsealed(path) | {"sha256": digest}))
+    try:
+        assert load_checkpoint(tmp_path).tensors == {}
+    except RunError as error:
+        assert re.search(r"safetensors: is damaged: .*\. Restore the file, or delete", str(error))
+
+
+@pytest.mark.parametrize("kind", ["json", "safetensors"])
+def test_a_checkpoint_that_was_damaged_is_an_error_in_one_line(tmp_path, kind):
+    save_checkpoint(tmp_path, step=100, tensors=tensors(), state={"alive": [0, 1], "x": 0.5})
+    path = tmp_path / f"checkpoint-00000100.{kind}"
+    whole = path.read_bytes()
+    for at in range(0, len(whole), 1 if kind == "json" else 7):
+        for change in (1, 16):
+            damaged = bytearray(whole)
+            damaged[at] ^= change
+            path.write_bytes(damaged)
+            try:
+                found = load_checkpoint(tmp_path)
+            except RunError as error:
+                message = str(error)
+                assert message.startswith(f"{tmp_path.parent}: {tmp_path.name}/checkpoint-00000100")
+                assert message.endswith("the part is then trained again from its first step.")
+                assert message.isprintable()
+            else:  # of the seal itself, only its end may go unseen
+                assert kind == "json" and found.state == {"alive": [0, 1], "x": 0.5}
+                assert found.tensors.keys() == tensors().keys()
 
 
 def test_on_a_full_disk_the_older_checkpoint_stays(tiny_disk):

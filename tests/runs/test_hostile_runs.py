@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import attnscope
 from attnscope.errors import RunError
+from attnscope.runs.checksums import sealed
 from attnscope.runs.foreign import printable
 from attnscope.runs.layout import MAX_JSON_BYTES
 from attnscope.runs.reader import list_runs, open_run, report_dir
@@ -43,7 +44,7 @@ def run_path(tmp_path):
 
 
 def edit(run_path, change):
-    raw = json.loads((run_path / "run.json").read_text())
+    raw = made_up.unsealed(run_path / "run.json")
     change(raw)
     (run_path / "run.json").write_text(json.dumps(raw))
 
@@ -108,7 +109,8 @@ def test_names_are_fit_to_show_and_differ(run_path):
 def test_commands_and_kinds_are_fit_to_show(run_path):
     edit(run_path, lambda raw: raw.update(command=["attnscope", "\x1b[2J"], created="\x1b[2J"))
     with (run_path / "part-0000" / "events-0000.jsonl").open("a") as file:
-        file.write('{"kind": "\\u001b[2J", "step": 0, "member": null, "fields": {}}\n')
+        line = '{"kind": "\\u001b[2J", "step": 0, "member": null, "fields": {}}'
+        file.write(sealed(line) + "\n")
     run = open_run(run_path)
     assert run.command == ("attnscope", "�[2J") and run.created == "�[2J"
     assert list(run.events["kind"])[-1] == "�[2J"

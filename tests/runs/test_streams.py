@@ -1,6 +1,7 @@
 """One Arrow file: what goes in comes out, cut or damaged or hostile as it may be."""
 
 import io
+import itertools
 import struct
 
 import numpy as np
@@ -13,9 +14,11 @@ from attnscope.runs import streams
 from attnscope.runs.layout import COLUMNS, schema_of
 from attnscope.runs.streams import (
     END_OF_STREAM,
+    SEAL,
     decode_table,
     encode_batch,
     encode_schema,
+    sealed_message,
 )
 from tests.runs import made_up
 
@@ -28,7 +31,9 @@ def stream_of(table, n_batches, *, steps_each=2, members=(0, 1)):
     ends = [len(data)]
     for i in range(n_batches):
         steps = np.arange(steps_each) + i * steps_each
-        data += encode_batch(table, made_up.columns(table, steps, members=members, seed=i))
+        data += encode_batch(
+            table, made_up.columns(table, steps, members=members, seed=i), number=i
+        )
         ends.append(len(data))
     return data, ends
 
@@ -144,6 +149,43 @@ def test_a_damaged_batch_is_skipped_and_the_others_are_kept():
     assert sorted(set(read.columns["step"])) == [0, 1, 4, 5]
 
 
+@pytest.mark.parametrize("table", TABLES)
+def test_no_flipped_bit_is_read_as_truth(table):
+    stream, _ = stream_of(table, 3)
+    whole = decode_table(stream, table)
+    rng = np.random.default_rng(0)
+    for at in rng.permutation(8 * len(stream))[:1500]:
+        damaged = bytearray(stream)
+        damaged[at // 8] ^= 1 << at % 8
+        read = decode_table(bytes(damaged), table)
+        same = all(np.array_equal(read.columns[name], x) for name, x in whole.columns.items())
+        assert read.lost or (same and read.words == whole.words), f"bit {at}"
+
+
+@pytest.mark.parametrize(
+    ("order", "steps", "lost"),
+    [
+        ([0, 2, 3], [0, 2, 3], ("1 batches are missing between others",)),
+        ([1, 2], [1, 2], ("1 batches are missing between others",)),
+        ([0, 1, 1, 2], [0, 1, 2], ("1 of 4 batches are damaged",)),
+        ([0, 2, 1, 3], [0, 1, 2, 3], ()),
+    ],
+)
+def test_batches_that_were_taken_out_repeated_or_swapped(order, steps, lost):
+    stream, ends = stream_of("steps", 4, steps_each=1, members=(0,))
+    batches = [stream[low:high] for low, high in itertools.pairwise(ends)]
+    read = decode_table(encode_schema("steps") + b"".join(batches[at] for at in order), "steps")
+    assert list(read.columns["step"]) == steps and read.lost == lost
+
+
+def test_a_batch_whose_seal_was_cut_off_is_damaged_where_others_have_one():
+    stream, ends = stream_of("steps", 3)
+    broken = stream[ends[1] : ends[2]].replace(SEAL, b"attn-cope")
+    read = decode_table(stream[: ends[1]] + broken + stream[ends[2] :], "steps")
+    assert sorted(set(read.columns["step"])) == [0, 1, 4, 5]
+    assert read.lost == ("1 of 3 batches are damaged",)
+
+
 def test_a_batch_that_unpacks_to_gigabytes_is_refused_before_it_is_unpacked(monkeypatch):
     monkeypatch.setattr(streams, "MAX_TABLE_BYTES", 1_000_000)
     columns = {name: np.zeros(200_000) for name in COLUMNS["heads"]}
@@ -157,8 +199,9 @@ def test_a_batch_that_unpacks_to_gigabytes_is_refused_before_it_is_unpacked(monk
 
 def test_many_batches_that_are_large_together_are_read_up_to_the_limit(monkeypatch):
     monkeypatch.setattr(streams, "MAX_TABLE_BYTES", 20_000)
-    batch = encode_batch("steps", {name: np.zeros(100) for name in COLUMNS["steps"]})
-    read = decode_table(encode_schema("steps") + 10 * batch, "steps")
+    columns = {name: np.zeros(100) for name in COLUMNS["steps"]}
+    batches = [encode_batch("steps", columns, number=number) for number in range(10)]
+    read = decode_table(encode_schema("steps") + b"".join(batches), "steps")
     assert 100 <= len(read.columns["step"]) < 1000
     assert read.lost == ("unpacks to more than the 20000 bytes that are read",)
 
@@ -170,13 +213,14 @@ def test_a_batch_claiming_an_absurd_unpacked_length_is_refused():
     )
     body_at = len(batch) - len(pa.ipc.read_message(bytes(batch)).body)
     batch[body_at : body_at + 8] = struct.pack("<q", 2**61)
-    read = decode_table(schema + bytes(batch), "steps")
+    read = decode_table(schema + sealed_message(batch), "steps")
     assert read.lost == ("unpacks to more than the 4294967296 bytes that are read",)
 
 
 def test_a_batch_that_claims_less_than_nothing_does_not_make_room_for_others(monkeypatch):
     monkeypatch.setattr(streams, "MAX_TABLE_BYTES", 20_000)
-    good = encode_batch("steps", {name: np.zeros(100) for name in COLUMNS["steps"]})
+    columns = {name: np.zeros(100) for name in COLUMNS["steps"]}
+    good = encode_batch("steps", columns)
     bad = bytearray(good)
     body_at = len(good) - len(pa.ipc.read_message(good).body)
     for at in range(8, body_at - 15, 8):  # the header's pairs of offset and length
@@ -186,7 +230,9 @@ def test_a_batch_that_claims_less_than_nothing_does_not_make_room_for_others(mon
             bad[at + 8 : at + 16] = struct.pack("<q", -(2**40))
             bad[body_at + offset : body_at + offset + 8] = struct.pack("<q", -(2**40))
     assert bad != good
-    read = decode_table(encode_schema("steps") + bytes(bad) + 10 * good, "steps")
+    batches = [encode_batch("steps", columns, number=number) for number in range(1, 11)]
+    stream = encode_schema("steps") + sealed_message(bad) + b"".join(batches)
+    read = decode_table(stream, "steps")
     assert len(read.columns["step"]) < 1000
     assert "unpacks to more than the 20000 bytes that are read" in read.lost
 

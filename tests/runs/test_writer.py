@@ -24,7 +24,7 @@ def test_a_new_run_has_its_config_in_both_files_and_nothing_else(tmp_path):
     assert everything_below(writer.path) == ["config.toml", "run.json"]
     config = with_control(Config())
     assert parse_toml((writer.path / "config.toml").read_text()) == config
-    raw = json.loads((writer.path / "run.json").read_text())
+    raw = made_up.unsealed(writer.path / "run.json")
     assert parse_table(raw["config"]) == config
     assert raw["schema_version"] == 1
     assert raw["members"][0] == {
@@ -109,9 +109,9 @@ def test_the_loser_of_a_race_for_a_name_is_told_so(tmp_path, monkeypatch):
 
 def test_files_of_a_part_are_made_when_they_are_needed(tmp_path):
     part = made_up.new_run(tmp_path / "a").part(0)
-    assert everything_below(part.path) == ["events-0000.jsonl"]
+    assert everything_below(part.path) == ["events-0000.jsonl", "writer-0000.json"]
     part.append("heads", made_up.columns("heads", []))
-    assert everything_below(part.path) == ["events-0000.jsonl"]
+    assert everything_below(part.path) == ["events-0000.jsonl", "writer-0000.json"]
     part.append("heads", made_up.columns("heads", [0]))
     part.close()
     assert everything_below(part.path) == ["events-0000.jsonl", "heads-0000.arrow"]
@@ -130,7 +130,7 @@ def test_finish_says_how_it_ended(tmp_path):
     part = made_up.new_run(tmp_path / "a").part(0)
     made_up.fill(part, range(5))
     part.finish("finished", peak_bytes=7, best=np.float32("nan"))
-    end = json.loads((part.path / "end.json").read_text())
+    end = made_up.unsealed(part.path / "end.json")
     assert end["status"] == "finished" and end["last_step"] == 4 and end["segment"] == 0
     assert end["peak_bytes"] == 7 and end["best"] == "NaN" and end["wall_s"] >= 0
     run = open_run(tmp_path / "a")
@@ -168,7 +168,7 @@ def test_a_resumed_part_opens_new_files_and_is_no_longer_ended(tmp_path):
 
 def test_a_run_of_a_newer_format_is_not_resumed(tmp_path):
     run = made_up.new_run(tmp_path / "a").path
-    raw = json.loads((run / "run.json").read_text())
+    raw = made_up.unsealed(run / "run.json")
     (run / "run.json").write_text(json.dumps(raw | {"schema_version": 2}))
     with pytest.raises(RunError) as error:
         RunWriter.resume(run)

@@ -7,16 +7,17 @@ import subprocess
 import sys
 import time
 from concurrent.futures import Future
+from pathlib import Path
 
 import pytest
 
 import attnscope
 from attnscope.errors import AttnscopeError, RunError
 from attnscope.runs.reader import open_run
-from attnscope.sweep.plan import plan_sweep
+from attnscope.sweep.plan import PartPlan, Plan
 from attnscope.sweep.run import resume_sweep, run_sweep
 from attnscope.sweep.workers import LocalWorkers, train_here
-from attnscope.train.run import train_run
+from attnscope.train.run import by_part, train_run
 from tests.sweep.small import members, table_of, tiny
 
 
@@ -50,7 +51,13 @@ class Here:
 
 @pytest.fixture(scope="module")
 def plan():
-    return plan_sweep(members(), jobs=1)
+    """Two parts, however fast this machine is just now."""
+    found = members()
+    parts = tuple(
+        PartPlan(part=part, n_members=len(group), seconds=1.0, peak_bytes=1)
+        for part, group in by_part(found).items()
+    )
+    return Plan(members=found, parts=parts, memory_bytes=2**30, jobs=1)
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +193,25 @@ def test_standings_tell_waiting_from_training_from_done(plan, tmp_path):
     assert seen[0] == ["training", "waiting"] and seen[-1] == ["finished", "finished"]
 
 
+def test_a_sweep_that_just_began_has_no_killed_members(plan, tmp_path):
+    seen = []
+    workers = LocalWorkers(1)
+
+    def look(standings):
+        seen.append(open_run(tmp_path / "r").status)
+        for standing in standings.values():
+            seen.extend(standing.outcomes)
+
+    try:
+        run_sweep(tiny(), plan, tmp_path / "r", workers=workers, on_look=look)
+    finally:
+        workers.close()
+    assert seen[:3] == ["running"] * 3, "two parts that wait"
+    assert "killed" not in seen
+    assert open_run(tmp_path / "r").status == "finished"
+    assert not list((tmp_path / "r").rglob("writer-*"))
+
+
 def test_a_run_that_exists_is_left_alone(uninterrupted, plan):
     with pytest.raises(AttnscopeError, match="already exists"):
         run_sweep(tiny(), plan, uninterrupted, workers=Here())
@@ -244,3 +270,70 @@ def test_killed_three_times_and_resumed_gives_the_table_of_one_uninterrupted(tmp
     last = begin("killed")
     assert last.communicate()[0].strip() == "finished"
     assert table_of(tmp_path / "killed") == table_of(tmp_path / "whole")
+
+
+def living(session):
+    """Processes of a session that are not only waiting to be buried, and their parents."""
+    found = {}
+    for path in Path("/proc").iterdir():
+        if path.name.isdigit():
+            try:
+                state, parent, _, its_session, *_ = (
+                    (path / "stat").read_text().rpartition(")")[2].split()
+                )
+            except OSError:
+                continue
+            if int(its_session) == session and state not in "ZX":
+                found[int(path.name)] = int(parent)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
+@pytest.mark.parametrize("when", ["while it measures", "while it trains"])
+def test_no_process_outlives_a_sweep_that_is_killed(tmp_path, when):
+    sizes = [
+        "--set",
+        "model.d_model=32",
+        "--set",
+        "train.steps=100000",
+        "--set",
+        "data.source=markov",
+    ]
+    victim = subprocess.Popen(
+        [sys.executable, "-m", "attnscope", "sweep", "--vary", "model.norm=none,pre", *sizes, "--jobs", "2", "--name", "r"],
+        cwd=tmp_path,
+        start_new_session=True,
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    parts = [tmp_path / "runs" / "r" / f"part-000{k}" for k in (0, 1)]
+
+    def is_time():
+        if when == "while it trains":
+            return all(list(part.glob("steps-*")) for part in parts)
+        return len(living(victim.pid)) > 3  # its tracker, its fork server, and a worker
+
+    try:
+        deadline = time.monotonic() + 90
+        while not is_time():
+            assert time.monotonic() < deadline and victim.poll() is None
+            time.sleep(0.02)
+        workers = {pid for pid, parent in living(victim.pid).items() if parent != victim.pid}
+        workers -= {victim.pid}
+        assert workers
+        victim.kill()
+        victim.wait()
+        killed_at = time.monotonic()
+        while workers & living(victim.pid).keys() and time.monotonic() < killed_at + 10:
+            time.sleep(0.02)
+        assert time.monotonic() < killed_at + 2, "a worker went on"
+        while living(victim.pid) and time.monotonic() < killed_at + 20:
+            time.sleep(0.05)
+        assert not living(victim.pid), "its fork server or its tracker went on"
+    finally:
+        for pid in living(victim.pid):
+            os.kill(pid, signal.SIGKILL)
+    if when == "while it trains":
+        run = open_run(tmp_path / "runs" / "r")
+        assert run.status == "killed" and {m.status for m in run.members} == {"killed"}

@@ -5,6 +5,7 @@ colour and a mark. A line has gaps where its values are not finite; a cross stan
 """
 
 import io
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,12 @@ MOST_LINES = 300  # members that are drawn at all
 WIDTH = 7.6  # inches, of every figure
 DPI = 130
 
+MATH_LABEL = re.compile(r"\$\\mathdefault\{(?P<inner>.*)\}\$")
+POWER = re.compile(r"10\^\{(?P<power>[^}]*)\}")
+RAISED = str.maketrans("0123456789-−", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁻")
+
 STYLE: Any = {
+    "text.parse_math": False,  # every text is data: names may have $, \\, _ and ^ in them
     "font.size": 9,
     "axes.titlesize": 9,
     "axes.spines.top": False,
@@ -75,6 +81,7 @@ def over_steps(axes: "Axes", *, label: bool = True) -> None:
 
 def save(canvas: "Canvas", *, name: str, title: str, alt: str, caption: str) -> Figure:
     """The finished figure; without date and version, so that the same run gives the same bytes."""
+    _plain_decades(canvas)
     png, svg = io.BytesIO(), io.BytesIO()
     canvas.savefig(png, format="png", metadata={"Software": None})
     canvas.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
@@ -86,6 +93,31 @@ def save(canvas: "Canvas", *, name: str, title: str, alt: str, caption: str) -> 
         png=png.getvalue(),
         svg=svg.getvalue(),
     )
+
+
+def _plain_decades(canvas: "Canvas") -> None:
+    """Powers of ten along logarithmic axes as text: the formulas that matplotlib writes there are not read as such."""
+    from matplotlib.ticker import LogFormatter, LogFormatterSciNotation
+
+    class Plain(LogFormatterSciNotation):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return without_math(super().__call__(x, pos))
+
+    for axes in canvas.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            if isinstance(axis.get_major_formatter(), LogFormatter):
+                axis.set_major_formatter(Plain())
+            if isinstance(axis.get_minor_formatter(), LogFormatter):
+                axis.set_minor_formatter(Plain())
+
+
+def without_math(label: str) -> str:
+    r"""A label of matplotlib's logarithmic axes, such as $\mathdefault{2\times10^{-3}}$, as plain text."""
+    found = MATH_LABEL.fullmatch(label)
+    if found is None:
+        return label
+    inner = found["inner"].replace(r"\times", "×")
+    return POWER.sub(lambda power: f"10{power['power'].translate(RAISED)}", inner)
 
 
 def draw_members(
@@ -180,9 +212,14 @@ def outcome_style(status: str) -> tuple[str, str]:
 
 
 def shown_text(name: str, most: int = 40) -> str:
-    """A name as matplotlib shows it: no formula, and not hidden by a leading underscore."""
-    shown = name if len(name) <= most else f"{name[: most - 1]}…"
-    return (f" {shown}" if shown.startswith("_") else shown).replace("$", r"\$")
+    """A name as it fits, not hidden from legends by a leading underscore."""
+    shown = shortened(name, most)
+    return f" {shown}" if shown.startswith("_") else shown
+
+
+def shortened(name: str, most: int) -> str:
+    """At most so many letters of a name."""
+    return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 def _draw_outcomes(

@@ -16,6 +16,7 @@ from attnscope.report.figures.canvas import (
     over_steps,
     plain_ticks,
     save,
+    shortened,
     shown_text,
 )
 from attnscope.report.series import Array, Tables, curve_of, heat_of, rows_of_member, thinned
@@ -166,12 +167,10 @@ def _heat_of_groups(
         return level, rank
 
     order = sorted(range(len(keys)), key=lambda g: place(keys[g]))
-    labels = [
-        f"{keys[g] // len(names) - 1}.{names[keys[g] % len(names)]}"
-        if keys[g] >= len(names)
-        else names[keys[g]]
-        for g in order
-    ]
+    labels = []
+    for g in order:
+        layer, group = keys[g] // len(names) - 1, shortened(names[keys[g] % len(names)], 30)
+        labels.append(f"{layer}.{group}" if layer >= 0 else group)
     with np.errstate(all="ignore"):
         logs = np.log10(values[order])
     return labels, edges, np.where(np.isfinite(logs), logs, np.nan)

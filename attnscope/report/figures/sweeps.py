@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from attnscope.report.blocks import Figure
-from attnscope.report.compare import ENDED, LR, Cell, Comparison
+from attnscope.report.compare import ENDED, LR, Cell, Comparison, Subject
 from attnscope.report.contents import Contents
 from attnscope.report.figures.canvas import (
     COLOURS,
@@ -30,9 +30,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MOST_PANELS = 6
+MOST_IN_LABEL = 3  # settings along one side
 MOST_TICKS = 24  # values of a setting along one side
 TICK_ROOM = 90  # characters below a panel as wide as the figure
 MOST_ARMS = len(COLOURS) * len(DASHES)
+MOST_TITLE_LINES = 3  # of a panel, each a setting
 ROOM_FOR_LOSS = 60  # cells of a panel, up to which each also has its loss in figures
 
 Keys = tuple[str, ...]  # settings that share a side of a grid
@@ -92,19 +94,21 @@ def draw_loss_by_lr(found: Contents) -> Figure | None:
     comparison = found.comparison
     if comparison is None or not any(len(arm.cells) > 1 for arm in comparison.lr_arms):
         return None
-    arms = comparison.lr_arms[:MOST_ARMS]
+    arms = [arm for arm in comparison.lr_arms if any(_drawable(cell) for _, cell in arm.cells)]
+    if not arms:
+        return None
+    left_out = len(comparison.lr_arms) - len(arms[:MOST_ARMS])
+    arms = arms[:MOST_ARMS]
     canvas, ((axes,),) = canvas_with(3.6)
     for place, arm in enumerate(arms):
         colour = colour_of(place)
         x, y = [], []
         for lr, cell in arm.cells:
-            losses = [s.loss for s in cell.subjects if s.loss is not None and math.isfinite(s.loss)]
-            for subject in cell.subjects:
-                if subject.loss is None or not math.isfinite(subject.loss):
-                    continue
+            losses = _drawable(cell)
+            for subject, loss in losses:
                 axes.plot(
                     lr,
-                    subject.loss,
+                    loss,
                     color=colour,
                     marker=outcome_style(subject.row.status)[1],
                     markersize=5,
@@ -114,7 +118,7 @@ def draw_loss_by_lr(found: Contents) -> Figure | None:
                 )
             if losses:
                 x.append(lr)
-                y.append(sum(losses) / len(losses))
+                y.append(sum(loss for _, loss in losses) / len(losses))
         said = "" if arm.sensitivity is None else f": sensitivity {number(arm.sensitivity)}"
         axes.plot(
             x,
@@ -136,7 +140,6 @@ def draw_loss_by_lr(found: Contents) -> Figure | None:
     axes.set(xscale="log", yscale="log", xlabel="optimizer.lr", ylabel="loss (nats per token)")
     plain_ticks(axes)
     legend(axes)
-    more = len(comparison.lr_arms) - len(arms)
     return save(
         canvas,
         name="loss_by_lr",
@@ -144,8 +147,17 @@ def draw_loss_by_lr(found: Contents) -> Figure | None:
         alt=f"Final loss of {len(arms)} arms against the learning rate, both logarithmic",
         caption="min(final loss, first loss) of each member, with the mark of its outcome; lines are means over seeds. "
         "Sensitivity: their mean over learning rates minus the best, nats per token (Wortsman et al. 2023)."
-        + (f" The first {len(arms)} of {len(comparison.lr_arms)} arms are shown." if more else ""),
+        + (f" {len(arms)} of {len(comparison.lr_arms)} arms are shown." if left_out else ""),
     )
+
+
+def _drawable(cell: Cell) -> list[tuple[Subject, float]]:
+    """The members of a cell with a loss that has a place on a logarithmic axis."""
+    return [
+        (subject, subject.loss)
+        for subject in cell.subjects
+        if subject.loss is not None and 0 < subject.loss < math.inf
+    ]
 
 
 def _is_numeric(comparison: Comparison, key: str) -> bool:
@@ -226,6 +238,8 @@ def _draw_grid(comparison: Comparison, layout: _Layout, *, name: str, title: str
         if panel:
             words = zip(layout.panels, panel, strict=True)
             said = [shown_text(f"{key} = {value}", 44) for key, value in words]
+            if len(said) > MOST_TITLE_LINES:
+                said[MOST_TITLE_LINES - 1 :] = [f"and {len(said) - MOST_TITLE_LINES + 1} more"]
             axes.set_title("\n".join(said) if len(", ".join(said)) > 40 else ", ".join(said))
         if place % columns == 0 and layout.down:
             axes.set_ylabel(_label(layout.down))
@@ -328,4 +342,5 @@ def _tick(values: Values) -> str:
 
 
 def _label(keys: Sequence[str]) -> str:
-    return ", ".join(keys)
+    more = f" and {len(keys) - MOST_IN_LABEL} more" if len(keys) > MOST_IN_LABEL else ""
+    return shown_text(", ".join(keys[:MOST_IN_LABEL]), 60) + more
