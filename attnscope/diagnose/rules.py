@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Sequence
 
+from attnscope.diagnose.broken import nonfinite, nonfinite_loss_passed
 from attnscope.diagnose.causes import applied_scale, clipping_always_on, saturated_at_start
 from attnscope.diagnose.finding import Finding, to_table
-from attnscope.diagnose.symptoms import loss_explosion, loss_spike, nonfinite, stalled
+from attnscope.diagnose.symptoms import failed, loss_explosion, loss_spike, stalled
 from attnscope.runs.layout import to_json
 from attnscope.runs.reader import Run
 
@@ -15,9 +16,11 @@ RULES: tuple[Rule, ...] = (
     saturated_at_start,
     clipping_always_on,
     nonfinite,
+    nonfinite_loss_passed,
     loss_explosion,
     loss_spike,
     stalled,
+    failed,
 )
 
 
@@ -31,6 +34,9 @@ def findings_json(run: Run, findings: Sequence[Finding]) -> str:
     said = {
         "run": run.name,
         "status": run.status,
+        "members": [
+            {"name": each.name, "status": each.status, "error": each.error} for each in run.members
+        ],
         "rules": [rule.__name__ for rule in RULES],
         "findings": [to_table(finding) for finding in findings],
         "lost": run.lost,

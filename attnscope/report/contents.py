@@ -205,6 +205,7 @@ def _members(
             MemberRow(
                 name=member.name,
                 status=member.status,
+                error=member.error,
                 step=member.last_step if member.diverged_at is None else member.diverged_at,
                 nonfinite_at=member.nonfinite_at,
                 first_loss=member.first_loss,

@@ -44,6 +44,7 @@ from attnscope.runs.streams import Table, decode_table
 if TYPE_CHECKING:
     import pandas as pd
 
+MOST_ERROR = 300  # characters
 _NEVER = 2**62  # a step that no later segment replaces
 
 
@@ -56,7 +57,9 @@ class MemberRecord:
     index: int
     settings: dict[str, object]
     status: str
+    error: str | None
     diverged_at: int | None
+    limit: float | None
     nonfinite_at: int | None
     first_loss: float | None
     best_loss: float | None
@@ -66,7 +69,7 @@ class MemberRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSummary:
-    """A line of `attnscope runs`. `problem` says why a run cannot be opened; the rest is then empty."""
+    """A line of `attnscope runs`. `problem` says why a run cannot be opened; the rest is then empty. `error`: why it failed."""
 
     path: Path
     name: str
@@ -75,6 +78,7 @@ class RunSummary:
     members: tuple[str, ...] = ()
     last_step: int | None = None
     problem: str | None = None
+    error: str | None = None
 
 
 class Run:
@@ -209,14 +213,18 @@ class Run:
         bounds = np.searchsorted(codes_N[order_N], np.arange(len(self._names) + 1))
         steps_N = self.steps["step"].to_numpy()[order_N]
         losses_N = self.steps["loss"].to_numpy()[order_N]
+        grad_norms_N = self.steps["grad_norm"].to_numpy()[order_N]
         ends = {part.index: self._end_status(part) for part in self._parts}
+        errors = {part.index: _error_of(part) for part in self._parts}
         records = []
         for number, entry in enumerate(self._manifest.members):
             mine = slice(bounds[number], bounds[number + 1])
             end = outcome(
                 steps_N[mine],
                 losses_N[mine],
+                grad_norms=grad_norms_N[mine],
                 end_status=ends[entry.part],
+                error=errors[entry.part],
                 planned_steps=self._planned_steps(entry.settings),
                 unigram=self.unigram_of(entry.part),
             )
@@ -349,7 +357,7 @@ class Run:
             return str(part.end["status"])
         if part.segments:
             return "running" if is_recent(part) else None
-        return None if self.status == "killed" else self.status
+        return {"killed": None, "failed": "interrupted"}.get(self.status, self.status)
 
     def _planned_steps(self, settings: Mapping[str, object]) -> int:
         train = self._manifest.config.get("train")
@@ -413,6 +421,7 @@ def list_runs(folder: str | Path) -> list[RunSummary]:
                 created=manifest.created,
                 members=tuple(entry.name for entry in manifest.members),
                 last_step=max((step for step in last if isinstance(step, int)), default=None),
+                error=next(filter(None, map(_error_of, parts)), None),
             )
         )
     return summaries
@@ -449,6 +458,13 @@ def report_dir(run: Run) -> Path:
 
 def _parts_of(path: Path, manifest: Manifest) -> tuple[Part, ...]:
     return tuple(find_part(path, index) for index in sorted({m.part for m in manifest.members}))
+
+
+def _error_of(part: Part) -> str | None:
+    """What a part that failed died of, fit to show."""
+    if not part.end or part.end["status"] != "failed":
+        return None
+    return printable(part.end.get("error") or "an error that it did not name", MOST_ERROR)
 
 
 def _runs_in(folder: Path) -> list[Path]:

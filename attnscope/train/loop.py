@@ -1,7 +1,7 @@
 """THE loop: one part of an ensemble, from its first step or a checkpoint to the end.
 
 Steps run without waiting for the device. The host looks in between: it takes the records every FLUSH_SECONDS, and every
-CHECK_EVERY steps it asks which members are still finite and goes on without the others.
+CHECK_EVERY steps it asks whose weights are still finite and goes on without the others.
 
 Shape key: M member.
 """
@@ -19,12 +19,12 @@ from attnscope.errors import AttnscopeError, ConfigError
 from attnscope.model import QKV, forward, initial_parameters
 from attnscope.runs.checkpoint import Checkpoint, save_checkpoint
 from attnscope.runs.writer import PartWriter
+from attnscope.signals.alarms import Alarms, Event
 from attnscope.train import evaluation
-from attnscope.train.alarms import Alarms, Event
 from attnscope.train.clipping import clip_state
 from attnscope.train.optimizer import optimizer_state
 from attnscope.train.recording import Block, Recorder
-from attnscope.train.step import Setup, loss_scaling_state, run_step, set_up
+from attnscope.train.step import Setup, all_finite, loss_scaling_state, run_step, set_up
 
 FLUSH_SECONDS = 0.75  # a killed process loses at most this and the step it was in
 CHECK_EVERY = 10  # steps; fixed, so that a resumed run drops members at the same step
@@ -69,7 +69,6 @@ class Part:
         state |= clip_state(config.clip.mode, n_members, self.device)
         if config.precision.loss_scaling:
             state |= loss_scaling_state(n_members, self.device)
-        state["finite"] = torch.ones(n_members, dtype=torch.bool, device=self.device)
         return state
 
     def _prepare(self) -> None:
@@ -85,8 +84,12 @@ class Part:
             )
 
     def lost(self) -> list[int]:
-        """Positions along M of members whose loss has not been finite; waits for the device."""
-        finite_M = self.state["finite"].tolist()
+        """Positions along M of members whose weights are not finite; waits for the device.
+
+        A loss that is not finite is no reason: loss scaling skips such a step, and weights that are finite go on.
+        """
+        with torch.no_grad():
+            finite_M = all_finite(self.parameters).tolist()
         return [position for position, finite in enumerate(finite_M) if not finite]
 
     def drop(self, positions: Sequence[int]) -> None:
@@ -131,7 +134,7 @@ class Part:
         self.state = {
             name.removeprefix("state/"): value
             for name, value in found.items()
-            if name.startswith("state/")
+            if name.startswith("state/") and name != "state/finite"  # of versions before
         }
 
 
@@ -164,8 +167,8 @@ def train_part(
     recorder = Recorder(writer, config) if writer else None
 
     def hand_over(*extra: Event) -> None:
-        block = recorder.flush(part.alive) if recorder else None
-        events = [*(alarms.look(block) if block else []), *extra]
+        block, tables = recorder.flush(part.alive) if recorder else (None, {})
+        events = [*alarms.look(tables), *extra]
         for event in events:
             if writer:
                 writer.event(event.kind, step=event.step, member=event.member, **event.fields)
@@ -184,7 +187,8 @@ def train_part(
                 dropped = [part.alive[position] for position in lost]
                 part.drop(lost)
                 # Dated to the last step they took, so that a run resumed from here keeps the event.
-                hand_over(*(Event(kind="dropped", step=part.step - 1, member=m) for m in dropped))
+                gone = [Event(kind="dropped", step=part.step - 1, member=m) for m in dropped]
+                hand_over(*alarms.end(dropped), *gone)
             if recorder and recorder.due(FLUSH_SECONDS):
                 hand_over()
             every = config.train.checkpoint_every
@@ -192,6 +196,7 @@ def train_part(
                 hand_over()
                 part.save(writer)
         hand_over()
+        hand_over(*alarms.end(part.alive))
     except AttnscopeError:
         raise
     except BaseException:
@@ -214,8 +219,7 @@ def train_step(part: Part, setup: Setup, data: Corpus, recorder: Recorder | None
             seq_len = setup.config.model.seq_len
             val_loss_M = evaluation.held_out_loss(setup, part.parameters, data, seq_len=seq_len)
             recorder.evaluated(val_loss_M)
-    loss_M = run_step(setup, part.parameters, part.state, batch, step=step, observer=recorder)
-    part.state["finite"] &= loss_M.isfinite()
+    run_step(setup, part.parameters, part.state, batch, step=step, observer=recorder)
     if recorder:
         recorder.end()
     part.step = step + 1

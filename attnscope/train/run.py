@@ -19,7 +19,7 @@ from attnscope.runs.foreign import printable
 from attnscope.runs.layout import part_folder
 from attnscope.runs.reader import Run, open_run
 from attnscope.runs.writer import PartWriter, RunWriter
-from attnscope.train.alarms import Alarms
+from attnscope.signals.alarms import Alarms
 from attnscope.train.loop import Part, Progress, device_of, train_part
 
 OnProgress = Callable[[int, Progress], None]
@@ -154,12 +154,13 @@ def train_part_of(
     _same_data(run, index, data)
     checkpoint = load_checkpoint(run.path / part_folder(index))
     part = Part(configs, vocab_size=data.vocab_size, resume_from=checkpoint)
-    alarms = Alarms(len(configs))
+    alarms = Alarms()
     if part.step:
         for member in members:
             name = run.name_of(index, member.index)
             before = run.steps[(run.steps["member"] == name) & (run.steps["step"] < part.step)]
-            alarms.feed(member.index, before["step"].to_numpy(), before["loss"].to_numpy())
+            columns = (before[name].to_numpy() for name in ("step", "loss", "grad_norm"))
+            alarms.feed(member.index, *columns)
     writer = RunWriter.resume(run.path).part(index, first_step=part.step)
     with _said_how_it_ended(writer):
         status = train_part(

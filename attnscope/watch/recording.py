@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from attnscope.runs.divergence import LossWatch
 from attnscope.runs.layout import COLUMNS as TABLES
-from attnscope.runs.outcome import LossWatch
 from attnscope.runs.writer import PartWriter
 from attnscope.watch.attention import COLUMNS as HEAD_COLUMNS
 from attnscope.watch.attention import scale_of
@@ -210,6 +210,9 @@ class Recorder:
     def finish(self, status: str, **fields: object) -> None:
         """Write what is left and say how it ended."""
         self.flush()
+        self._watch.end()
+        for step, kind, said in self._divergence():
+            self.event(kind, step=step, **said)
         self._writer.finish(status, **fields)
 
     def _alarm(
@@ -230,17 +233,21 @@ class Recorder:
             bad = ~np.isfinite(steps["loss"])
             if bad.any():
                 found += self._once(int(steps["step"][bad][0]), "loss", [])
-            self._watch.feed(steps["step"], steps["loss"])
+            self._watch.feed(steps["step"], steps["loss"], steps["grad_norm"])
         if "gradient" not in self._reported:
             found += self._first_of(block, "gradient", broken_gradients)
-        if self._watch.diverged_at is not None and "diverged" not in self._reported:
-            self._reported.add("diverged")
-            found.append((self._watch.diverged_at, "diverged", {"why": self._watch.why}))
+        found += self._divergence()
         for step, kind, fields in sorted(found, key=lambda each: each[0]):
             self.event(kind, step=step, **fields)
             if self.broken is None:
                 said = "loss diverged" if kind == "diverged" else f"{fields['tensor']} not finite"
                 self.broken = f"{said} at step {step}"
+
+    def _divergence(self) -> list[tuple[int, str, dict[str, object]]]:
+        if self._watch.diverged_at is None or "diverged" in self._reported:
+            return []
+        self._reported.add("diverged")
+        return [(self._watch.diverged_at, "diverged", {"why": self._watch.why})]
 
     def _first_of(
         self, block: Sequence[Step], tensor: str, broken: Callable[[Step], list[str]]

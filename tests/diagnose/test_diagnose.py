@@ -68,7 +68,9 @@ def test_five_hundred_members_are_diagnosed_quickly_and_in_few_words(tmp_path):
     draw = np.random.default_rng(0)
     losses = 6.0 + 0.1 * draw.normal(size=(n, steps))
     losses[:250, 100:] = 50.0
+    losses[:250, 150:] = np.nan
     losses[250:300, 60] = 15.0
+    losses[300:, 30] = np.nan
     arms = [
         {"name": f"member {i}", "train": {"seed": i}} | ({"attention": {"scale": "none"}} if i < 250 else {})
         for i in range(n)
@@ -79,6 +81,8 @@ def test_five_hundred_members_are_diagnosed_quickly_and_in_few_words(tmp_path):
         steps=steps_table(losses, clip_factor=np.full((steps, n), 0.01)),
         heads=heads_table(n, range(0, steps, 10), n_layers=2, n_heads=2, entropy_ratio=0.05),
         events=[("nonfinite", 150, i, {"tensor": "loss"}) for i in range(250)],
+        end="failed",
+        planned=1000,
     )
     assert len(run.members) == n and len(run.heads) == n * 20 * 4  # read before the clock starts
     began = time.process_time()

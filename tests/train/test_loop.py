@@ -16,8 +16,8 @@ from attnscope.data import open_data
 from attnscope.model import apart
 from attnscope.runs.checkpoint import load_checkpoint, save_checkpoint
 from attnscope.runs.reader import open_run
+from attnscope.signals.alarms import Alarms
 from attnscope.train import evaluation, loop
-from attnscope.train.alarms import Alarms
 from attnscope.train.recording import Recorder
 from attnscope.train.run import resume_run, train_run
 from tests import reference
@@ -431,11 +431,11 @@ def test_a_run_on_disk_is_small():
 
 
 def test_alarms_do_not_depend_on_how_steps_are_cut_into_blocks():
-    alarms = Alarms(1)
-    losses = [5.0, 4.0, 11.0, 12.0, 13.0, math.nan]
+    alarms = Alarms()
+    losses = [5.0, 4.0, 110.0, 1200.0, 13e3, math.nan]
     events = []
     for step, loss in enumerate(losses):
-        events += alarms.feed(0, np.array([step]), np.array([loss]))
+        events += alarms.feed(0, np.array([step]), np.array([loss]), np.array([1.0]))
     assert [(event.step, event.kind) for event in events] == [(2, "diverged")]
 
 
