@@ -10,7 +10,8 @@ A loss diverges in one of two ways:
   this count x losses before must be EVIDENCE. A loss that was NEARLY_ZERO all along has no range yet: one that starts at zero
   (on-policy RL, distillation from a copy) may go anywhere.
 - It stops being finite for good: NOT_FINITE_IN_A_ROW losses in a row, or up to the end of the record. One that is not finite
-  and is followed by finite ones is an event and no divergence: a batch without a label, or a step that loss scaling skipped.
+  and is followed by finite ones is an event and no divergence: a batch without a label, or a step that loss scaling skipped. Nor is
+  one of these at the very end.
 
 It is dated to where it left its best level, the lowest of the range, for the last time: the first loss from which on all are
 twice that (or LEAST_RISE above it).
@@ -75,7 +76,11 @@ class LossWatch:
         self._did_harm = False  # to their gradients
 
     def feed(
-        self, steps: ArrayLike, losses: ArrayLike, grad_norms: ArrayLike | None = None
+        self,
+        steps: ArrayLike,
+        losses: ArrayLike,
+        grad_norms: ArrayLike | None = None,
+        loss_scales: ArrayLike | None = None,
     ) -> None:
         """Go on with the next losses, (S,) each; after divergence nothing changes any more.
 
@@ -83,12 +88,15 @@ class LossWatch:
             steps: ascending.
             losses: of these steps.
             grad_norms: of these steps: a loss that is not finite does no harm where its gradient is. None = unknown.
+            loss_scales: of these steps: nor does it where there is one, which skips the step. None = there is none.
         """
         steps_S = np.asarray(steps, dtype=np.int64)
         losses_S = np.asarray(losses, dtype=np.float64)
         harm_S = np.ones(len(steps_S), dtype=bool)
         if grad_norms is not None:
-            harm_S = ~np.isfinite(np.asarray(grad_norms, dtype=np.float64))
+            harm_S &= ~np.isfinite(np.asarray(grad_norms, dtype=np.float64))
+        if loss_scales is not None:
+            harm_S &= np.asarray(loss_scales, dtype=np.float64) == 1
         finite_S = np.isfinite(losses_S)
         # Cut where losses become finite, or not finite.
         cuts = [0, *(1 + np.flatnonzero(finite_S[1:] != finite_S[:-1])).tolist(), len(steps_S)]
@@ -101,9 +109,10 @@ class LossWatch:
                 self._break(steps_S[start:end].tolist(), did_harm=bool(harm_S[start:end].any()))
 
     def end(self) -> None:
-        """Nothing will follow: what is not finite up to here is so for good, unless it did no harm."""
+        """Nothing will follow: what is not finite up to here is so for good, unless it is little and did no harm."""
         none_was_finite = not self._n_before and not len(self._losses)
-        if self.diverged_at is None and self._broken and (self._did_harm or none_was_finite):
+        is_for_good = self._did_harm or len(self._broken) >= IN_A_ROW or none_was_finite
+        if self.diverged_at is None and self._broken and is_for_good:
             self._date(len(self._losses), broken_at=self._broken[0])
 
     def _break(self, steps: Sequence[int], *, did_harm: bool) -> None:

@@ -51,6 +51,7 @@ def outcome(
     losses: ArrayLike,
     *,
     grad_norms: ArrayLike | None = None,
+    loss_scales: ArrayLike | None = None,
     end_status: str | None,
     error: str | None = None,
     planned_steps: int,
@@ -62,6 +63,7 @@ def outcome(
         steps: of its records, ascending, (S,).
         losses: (S,).
         grad_norms: (S,); None = unknown.
+        loss_scales: (S,); None = there is none.
         end_status: what its part ended with: finished, interrupted or failed; running while it still writes; None if
             nothing was said.
         error: what its part ended with, where it failed.
@@ -85,7 +87,7 @@ def outcome(
             last_step=None,
         )
     watch = LossWatch()
-    watch.feed(steps_S, losses_S, grad_norms)
+    watch.feed(steps_S, losses_S, grad_norms, loss_scales)
     if end_status != "running":
         watch.end()
     last_step = int(steps_S[-1])

@@ -214,6 +214,7 @@ class Run:
         steps_N = self.steps["step"].to_numpy()[order_N]
         losses_N = self.steps["loss"].to_numpy()[order_N]
         grad_norms_N = self.steps["grad_norm"].to_numpy()[order_N]
+        loss_scales_N = self.steps["loss_scale"].to_numpy()[order_N]
         ends = {part.index: self._end_status(part) for part in self._parts}
         errors = {part.index: _error_of(part) for part in self._parts}
         records = []
@@ -223,6 +224,7 @@ class Run:
                 steps_N[mine],
                 losses_N[mine],
                 grad_norms=grad_norms_N[mine],
+                loss_scales=loss_scales_N[mine],
                 end_status=ends[entry.part],
                 error=errors[entry.part],
                 planned_steps=self._planned_steps(entry.settings),

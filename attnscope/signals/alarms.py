@@ -11,6 +11,7 @@ import numpy as np
 from attnscope.runs.divergence import LossWatch
 from attnscope.signals.nonfinite import TENSORS, Array, Looked, Tables, looked_at
 
+FED = ("step", "loss", "grad_norm", "loss_scale")  # columns of steps that decide on divergence
 MOST_TIMES = 20  # that a tensor of a member is told to break
 MOST_PLACES = 20  # that an event names
 
@@ -54,15 +55,15 @@ class Alarms:
         if steps:
             for member in np.unique(steps["member"]).tolist():
                 mine = steps["member"] == member
-                found += self.feed(
-                    member, steps["step"][mine], steps["loss"][mine], steps["grad_norm"][mine]
-                )
+                found += self.feed(member, *(steps[name][mine] for name in FED))
         return sorted(found, key=lambda event: event.step)
 
-    def feed(self, member: int, steps: Array, losses: Array, grad_norms: Array) -> list[Event]:
-        """Watch a member's loss alone; a resumed run feeds what was recorded before it went on."""
+    def feed(
+        self, member: int, steps: Array, losses: Array, grad_norms: Array, loss_scales: Array
+    ) -> list[Event]:
+        """Watch a member's loss alone: columns FED. A resumed run feeds what was recorded before it went on."""
         watch = self._watches.setdefault(member, LossWatch())
-        watch.feed(steps, losses, grad_norms)
+        watch.feed(steps, losses, grad_norms, loss_scales)
         return self._new_verdict(member, watch)
 
     def end(self, members: Sequence[int]) -> list[Event]:

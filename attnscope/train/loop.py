@@ -1,7 +1,7 @@
 """THE loop: one part of an ensemble, from its first step or a checkpoint to the end.
 
 Steps run without waiting for the device. The host looks in between: it takes the records every FLUSH_SECONDS, and every
-CHECK_EVERY steps it asks whose weights are still finite and goes on without the others.
+CHECK_EVERY steps it asks who is lost, and goes on without them.
 
 Shape key: M member.
 """
@@ -18,6 +18,7 @@ from attnscope.data import Corpus
 from attnscope.errors import AttnscopeError, ConfigError
 from attnscope.model import QKV, forward, initial_parameters
 from attnscope.runs.checkpoint import Checkpoint, save_checkpoint
+from attnscope.runs.divergence import NOT_FINITE_IN_A_ROW
 from attnscope.runs.writer import PartWriter
 from attnscope.signals.alarms import Alarms, Event
 from attnscope.train import evaluation
@@ -69,7 +70,11 @@ class Part:
         state |= clip_state(config.clip.mode, n_members, self.device)
         if config.precision.loss_scaling:
             state |= loss_scaling_state(n_members, self.device)
-        return state
+        return state | self._all_well()
+
+    def _all_well(self) -> dict[str, Tensor]:
+        """How many of the last steps, in a row, had a loss that is not finite, (M,)."""
+        return {"broken_steps": torch.zeros(len(self.alive), dtype=torch.int64, device=self.device)}
 
     def _prepare(self) -> None:
         for value in self.parameters.values():
@@ -84,13 +89,14 @@ class Part:
             )
 
     def lost(self) -> list[int]:
-        """Positions along M of members whose weights are not finite; waits for the device.
+        """Positions along M of members whose weights are not finite, or whose losses are not for good; waits for the device.
 
-        A loss that is not finite is no reason: loss scaling skips such a step, and weights that are finite go on.
+        A few losses that are not finite are no reason: loss scaling skips such a step, and weights that are finite go on.
         """
         with torch.no_grad():
-            finite_M = all_finite(self.parameters).tolist()
-        return [position for position, finite in enumerate(finite_M) if not finite]
+            lost_M = self.state["broken_steps"] >= NOT_FINITE_IN_A_ROW
+            lost_M |= ~all_finite(self.parameters)
+        return [position for position, lost in enumerate(lost_M.tolist()) if lost]
 
     def drop(self, positions: Sequence[int]) -> None:
         """Go on without these members."""
@@ -131,7 +137,7 @@ class Part:
                 three = [found.pop(first[:-1] + name) for name in QKV]
                 found[first[:-1] + "qkv"] = torch.stack(three, dim=-2)
         self.parameters = {name: found[f"parameters/{name}"] for name in names}
-        self.state = {
+        self.state = self._all_well() | {
             name.removeprefix("state/"): value
             for name, value in found.items()
             if name.startswith("state/") and name != "state/finite"  # of versions before
@@ -219,7 +225,9 @@ def train_step(part: Part, setup: Setup, data: Corpus, recorder: Recorder | None
             seq_len = setup.config.model.seq_len
             val_loss_M = evaluation.held_out_loss(setup, part.parameters, data, seq_len=seq_len)
             recorder.evaluated(val_loss_M)
-    run_step(setup, part.parameters, part.state, batch, step=step, observer=recorder)
+    loss_M = run_step(setup, part.parameters, part.state, batch, step=step, observer=recorder)
+    broken_M = part.state["broken_steps"]
+    broken_M.add_(1).masked_fill_(loss_M.isfinite(), 0)
     if recorder:
         recorder.end()
     part.step = step + 1

@@ -19,7 +19,7 @@ from attnscope.runs.foreign import printable
 from attnscope.runs.layout import part_folder
 from attnscope.runs.reader import Run, open_run
 from attnscope.runs.writer import PartWriter, RunWriter
-from attnscope.signals.alarms import Alarms
+from attnscope.signals.alarms import FED, Alarms
 from attnscope.train.loop import Part, Progress, device_of, train_part
 
 OnProgress = Callable[[int, Progress], None]
@@ -159,8 +159,7 @@ def train_part_of(
         for member in members:
             name = run.name_of(index, member.index)
             before = run.steps[(run.steps["member"] == name) & (run.steps["step"] < part.step)]
-            columns = (before[name].to_numpy() for name in ("step", "loss", "grad_norm"))
-            alarms.feed(member.index, *columns)
+            alarms.feed(member.index, *(before[name].to_numpy() for name in FED))
     writer = RunWriter.resume(run.path).part(index, first_step=part.step)
     with _said_how_it_ended(writer):
         status = train_part(

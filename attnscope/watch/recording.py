@@ -18,6 +18,7 @@ from torch import Tensor
 from attnscope.runs.divergence import LossWatch
 from attnscope.runs.layout import COLUMNS as TABLES
 from attnscope.runs.writer import PartWriter
+from attnscope.signals.alarms import FED
 from attnscope.watch.attention import COLUMNS as HEAD_COLUMNS
 from attnscope.watch.attention import scale_of
 from attnscope.watch.finite import Outputs
@@ -233,7 +234,7 @@ class Recorder:
             bad = ~np.isfinite(steps["loss"])
             if bad.any():
                 found += self._once(int(steps["step"][bad][0]), "loss", [])
-            self._watch.feed(steps["step"], steps["loss"], steps["grad_norm"])
+            self._watch.feed(*(steps[name] for name in FED))
         if "gradient" not in self._reported:
             found += self._first_of(block, "gradient", broken_gradients)
         found += self._divergence()

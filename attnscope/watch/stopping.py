@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from attnscope.errors import ConfigError
 from attnscope.runs.divergence import LossWatch
 from attnscope.runs.layout import COLUMNS, KEYS
+from attnscope.signals.alarms import FED
 
 NAMED = ("nonfinite", "explosion")
 STOPPED = 3  # exit code
@@ -90,7 +91,7 @@ class Stopper:
         """The first condition that the newest records meet, and what met it; None if none does."""
         steps = tables.get("steps") or {}
         if steps:
-            self._watch.feed(steps["step"], steps["loss"], steps["grad_norm"])
+            self._watch.feed(*(steps[name] for name in FED))
         for condition in self._conditions:
             found = self._one(condition, tables)
             if found is not None:

@@ -82,7 +82,7 @@ def test_five_hundred_members_are_diagnosed_quickly_and_in_few_words(tmp_path):
         heads=heads_table(n, range(0, steps, 10), n_layers=2, n_heads=2, entropy_ratio=0.05),
         events=[("nonfinite", 150, i, {"tensor": "loss"}) for i in range(250)],
         end="failed",
-        planned=1000,
+        planned=steps,
     )
     assert len(run.members) == n and len(run.heads) == n * 20 * 4  # read before the clock starts
     began = time.process_time()
