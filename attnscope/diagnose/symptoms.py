@@ -11,15 +11,11 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from attnscope.diagnose.by_member import NEVER, diverged_at, members_of_rows, sorted_by_member
-from attnscope.diagnose.causes import SATURATED_RATIO
+from attnscope.diagnose.by_member import diverged_at, members_of_rows, sorted_by_member
 from attnscope.diagnose.finding import MOST_EVIDENCE, Evidence, Finding, of_several
+from attnscope.diagnose.saturation import early_signals
 from attnscope.runs.divergence import IN_A_ROW, LEAST_RISE, NEARLY_ZERO, NOT_FINITE_IN_A_ROW
 from attnscope.runs.reader import MemberRecord, Run
-
-# Wortsman et al. 2023: transplanted logits hurt from 1e3 on. Of the 152 members behind SATURATED_RATIO that neither began
-# saturated nor diverged, 2 went above it (at losses of thousands), and 4 below SATURATED_RATIO.
-LARGE_LOGIT = 1e3
 
 # The MAD of so few losses is itself noisy: on normal noise alone (2 % of the loss and more) this finds about 20 spikes in
 # 100,000 steps, on heavier tails (t with 5 degrees of freedom) 190; with a window of 50 it would be 1 and 100. Measured on
@@ -44,7 +40,7 @@ def loss_explosion(run: Run) -> Finding | None:
     if not exploded:
         return None
     peak, loss_then = _losses(run)
-    early = _early_signals(run)
+    early = early_signals(run)
     first = min(exploded, key=lambda record: record.diverged_at or 0)
     evidence: list[Evidence] = []
     for record in sorted(exploded, key=lambda record: record.diverged_at or 0)[:MOST_EVIDENCE]:
@@ -221,41 +217,6 @@ def _losses(run: Run) -> tuple[dict[str, float], dict[str, float]]:
     return dict(zip(names, peak_M.tolist(), strict=True)), dict(
         zip(names, then_M.tolist(), strict=True)
     )
-
-
-def _early_signals(run: Run) -> dict[str, tuple[Evidence, ...]]:
-    """For each member that diverged, the first step before at which a signal was out of its range.
-
-    A member whose attention was measured before, but was never out of range, has an empty tuple.
-    """
-    import pandas as pd
-
-    heads, end_M = run.heads, diverged_at(run)
-    codes_N, step_N = members_of_rows(heads), heads["step"].to_numpy()
-    before_N = (end_M[codes_N] < NEVER) & (step_N < end_M[codes_N])
-    rows = heads.loc[before_N, ["entropy_ratio", "max_logit"]]
-    by_step = rows.groupby([codes_N[before_N], step_N[before_N]]).agg(
-        {"entropy_ratio": "mean", "max_logit": "max"}
-    )
-    codes = by_step.index.get_level_values(0)
-    found: dict[int, list[Evidence]] = {int(code): [] for code in codes.unique()}
-    for column, limit, out in (
-        ("entropy_ratio", SATURATED_RATIO, by_step["entropy_ratio"] < SATURATED_RATIO),
-        ("max_logit", LARGE_LOGIT, by_step["max_logit"] > LARGE_LOGIT),
-    ):
-        values = by_step.loc[out, column]
-        firsts = values[~pd.Index(values.index.get_level_values(0)).duplicated()]
-        for (code, step), value in firsts.items():
-            found[code].append(
-                Evidence(
-                    member=run.entries[code].name,
-                    step=int(step),
-                    quantity=column,
-                    value=float(value),
-                    threshold=limit,
-                )
-            )
-    return {run.entries[code].name: tuple(each) for code, each in found.items()}
 
 
 def _course(record: MemberRecord, peak: float) -> str:

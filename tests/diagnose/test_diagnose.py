@@ -72,7 +72,7 @@ def test_five_hundred_members_are_diagnosed_quickly_and_in_few_words(tmp_path):
     losses[250:300, 60] = 15.0
     losses[300:, 30] = np.nan
     arms = [
-        {"name": f"member {i}", "train": {"seed": i}} | ({"attention": {"scale": "none"}} if i < 250 else {})
+        {"name": f"member {i}", "train": {"seed": i}} | ({"attention": {"scale": "none"}} if i < 250 else {"attention": {"scale": "inverse"}} if i >= 490 else {})
         for i in range(n)
     ]  # fmt: skip
     run = run_of(
@@ -112,7 +112,7 @@ def test_a_run_that_was_killed_early_is_diagnosed(tmp_path, recorded):
     for path in (tmp_path / "r" / "part-0000").iterdir():
         os.utime(path, (1, 1))
     assert rules_of(open_run(tmp_path / "r")) == [
-        "applied_scale"
+        "unusual_scale"
     ]  # the unscaled twin, as configured
 
 
@@ -143,7 +143,7 @@ def test_texts_of_strangers_are_fit_to_show(tmp_path):
     raw["members"][0]["settings"] = {HOSTILE: HOSTILE, "attention.scale": "none"}
     place.write_text(json.dumps(raw))
     found = diagnose(open_run(tmp_path / "r"))
-    assert {finding.rule for finding in found} >= {"applied_scale", "nonfinite", "loss_explosion"}
+    assert {finding.rule for finding in found} >= {"unusual_scale", "nonfinite", "loss_explosion"}
     for finding in found:
         for text in (finding.summary, *finding.members, *(e.quantity for e in finding.evidence)):
             assert text.isprintable() and len(text) < 1000
