@@ -152,21 +152,29 @@ def stalled(run: Run) -> Finding | None:
         key=lambda each: (each.threshold or 0.0) - (each.value or 0.0),
     )
     worst = evidence[0]
+    falling = [record.name for record in stuck if record.is_falling]
+    if len(falling) == len(stuck):
+        title, course = "Training ended above the unigram loss, still falling", " It still falls."
+        word = "ended above the unigram loss"
+    else:
+        title, word = "Training stalled above the unigram loss", "stalled"
+        course = f" {len(falling)} of {len(stuck)} still fall." if falling else ""
     return Finding(
         rule="stalled",
-        title="Training stalled above the unigram loss",
+        title=title,
         kind="symptom",
         summary=(
-            f"{of_several([record.name for record in stuck], 'stalled')}The loss of {worst.member} is finite, but "
+            f"{of_several([record.name for record in stuck], word)}The loss of {worst.member} is finite, but "
             f"{worst.value:.4g} at the end (step {worst.step}), above the {worst.threshold:.4g} of predicting from "
-            "token frequencies alone."
+            f"token frequencies alone.{course}"
         ),
         members=tuple(record.name for record in stuck),
         evidence=tuple(evidence[:MOST_EVIDENCE]),
         evidence_left_out=max(0, len(evidence) - MOST_EVIDENCE),
         remedy=(
-            "Remove the causes found, if any. If the loss still falls, train longer; if it hardly moves, change "
-            "optimizer.lr."
+            "Remove the causes found, if any. "
+            + ("Train longer, " if falling else "If the loss hardly moves, change optimizer.lr, ")
+            + "and look again."
         ),
         source="the unigram loss of the run's own data",
     )

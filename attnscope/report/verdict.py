@@ -47,6 +47,7 @@ class MemberRow:
         end: attention at the last step measured at which it was still finite.
         settings: those in which members differ.
         error: what ended its part, where that was an error.
+        is_falling: whether its loss still fell at the end; None = too short to tell.
     """
 
     name: str
@@ -64,6 +65,7 @@ class MemberRow:
     end: Softmax
     settings: Mapping[str, str]
     error: str | None = None
+    is_falling: bool | None = None
 
 
 def verdict_of(
@@ -99,13 +101,19 @@ def _outcome(member: MemberRow) -> str:
         if member.nonfinite_at is None:
             return f"{first} and {loss} at the end"
         return f"{first} and became non-finite at step {member.nonfinite_at}"
+    falls = " and still falling" if member.is_falling else ""
+    if member.status == "stalled" and member.is_falling:
+        return (
+            f"{name} is not below{against} yet: its final loss {loss} still falls{_passed(member)}"
+        )
     if member.status == "stalled":
         return f"{name} stalled: its final loss {loss} is above{against}{_passed(member)}"
     if member.status == "failed":
         return f"{name} failed after step {member.step} at a loss of {loss}{_of(member)}"
-    if member.status == "trained":
-        below = f", below{against}" if against else ""
-        return f"{name} trained to a loss of {loss}{below}{_leak(member)}{_passed(member)}"
+    if member.status == "trained" and against:
+        return f"{name} trained to a loss of {loss}, below{against}{falls}{_leak(member)}{_passed(member)}"
+    if member.status == "trained":  # nobody knows what would be learned
+        return f"{name} ran to its end at a loss of {loss}{falls}, {number(member.first_loss)} at first{_passed(member)}"
     halted = {"running": "is still training"}.get(member.status, f"was {member.status}")
     return f"{name} {halted} after step {member.step} at a loss of {loss}"
 

@@ -1,8 +1,8 @@
 """How a member of a run ended: one definition, used while it trains and when it is read back.
 
 diverged: its loss left for good (`attnscope.runs.divergence`).
-stalled: all losses were recorded, but the final one is above the unigram loss: nothing learned from context.
-trained: all losses were recorded, none of the above.
+stalled: all losses were recorded, but the final one is above the unigram loss: nothing learned from context, so far.
+trained: all losses were recorded, none of the above. Where the unigram loss is unknown, that is all it says.
 running, interrupted, failed, killed: the run went no further; in this order, it still writes, it was stopped, it died of an
 error and said of which, it said nothing.
 """
@@ -16,6 +16,8 @@ from numpy.typing import ArrayLike, NDArray
 from attnscope.runs.divergence import LossWatch
 
 FINAL_STEPS = 20  # the final loss is the mean over so many last steps
+FEWEST = 8  # losses that can be seen to fall
+SURE = 3.0  # standard errors, from which on a difference of means is no noise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +35,8 @@ class Outcome:
         final_loss: mean over the last 20 steps recorded; NaN or Inf if it diverged and one of them is, while one that is not
             finite and after which training went on is left out.
         last_step: the last step recorded.
+        is_falling: whether the last 20 losses are lower than the 20 before, by more than their noise; of a shorter run, its two
+            halves; None with fewer than FEWEST.
     """
 
     status: str
@@ -44,6 +48,7 @@ class Outcome:
     best_loss: float | None
     final_loss: float | None
     last_step: int | None
+    is_falling: bool | None
 
 
 def outcome(
@@ -85,6 +90,7 @@ def outcome(
             best_loss=None,
             final_loss=None,
             last_step=None,
+            is_falling=None,
         )
     watch = LossWatch()
     watch.feed(steps_S, losses_S, grad_norms, loss_scales)
@@ -114,4 +120,15 @@ def outcome(
         best_loss=float(losses_S[finite_S].min()) if finite_S.any() else None,
         final_loss=final_loss,
         last_step=last_step,
+        is_falling=_is_falling(losses_S[finite_S]),
     )
+
+
+def _is_falling(losses_S: NDArray[Any]) -> bool | None:
+    n = min(FINAL_STEPS, len(losses_S) // 2)
+    if len(losses_S) < FEWEST:
+        return None
+    before_S, last_S = losses_S[-2 * n : -n], losses_S[-n:]
+    with np.errstate(all="ignore"):
+        error = np.sqrt((before_S.var(ddof=1) + last_S.var(ddof=1)) / n)
+        return bool(before_S.mean() - last_S.mean() > SURE * error)

@@ -65,6 +65,7 @@ class MemberRecord:
     best_loss: float | None
     final_loss: float | None
     last_step: int | None
+    is_falling: bool | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

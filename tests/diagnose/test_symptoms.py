@@ -215,3 +215,15 @@ def test_infinite_first_losses_and_negative_ones_do_not_break_the_sentences(tmp_
         finding = loss_explosion(run_of(tmp_path / name, steps=steps_table(losses)))
         assert finding.evidence[0].step is not None
         assert not math.isfinite(finding.evidence[0].value)
+
+
+def test_a_loss_that_still_falls_has_not_stalled(tmp_path):
+    losses = np.stack([np.linspace(18, 8, 20), np.linspace(17, 7, 20)])
+    finding = stalled(run_of(tmp_path / "a", two_arms(), steps=steps_table(losses), unigram=3.0))
+    assert finding.title == "Training ended above the unigram loss, still falling"
+    assert finding.summary.startswith("a and b ended above the unigram loss. The loss of a is")
+    assert finding.summary.endswith("It still falls.") and "Train longer" in finding.remedy
+    losses[1] = 7.0
+    finding = stalled(run_of(tmp_path / "b", two_arms(), steps=steps_table(losses), unigram=3.0))
+    assert finding.title == "Training stalled above the unigram loss"
+    assert finding.summary.endswith("1 of 2 still fall.")

@@ -78,3 +78,18 @@ def test_the_error_is_told_where_a_part_failed_and_nowhere_else():
 def test_without_steps_there_are_no_losses():
     end = judged([], end=None)
     assert (end.first_loss, end.best_loss, end.final_loss, end.last_step) == (None,) * 4
+
+
+@pytest.mark.parametrize(
+    ("losses", "falls"),
+    [
+        ([17.9, 15, 13, 12, 11, 10, 9, 8.5, 8, 7.9], True),
+        ([4.0, 4.1, 3.9, 4.05, 4.0, 3.95, 4.1, 4.0], False),
+        ([3.0, 3.2, 3.1, 3.6, 3.7, 3.9, 4.0, 4.2], False),
+        ([9, 8, 7, 6, *[4.0, 4.1, 3.9] * 20], False),  # it fell, long ago
+        ([4.0, 3.0, 2.0], None),
+        ([17.9, 15, 13, NAN, 11, 10, 9, 8.5, 8, 7.9], True),
+    ],
+)
+def test_whether_a_loss_still_falls(losses, falls):
+    assert judged(losses).is_falling is falls
