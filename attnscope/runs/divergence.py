@@ -159,7 +159,7 @@ class LossWatch:
         at_N = np.arange(max(0, seen - _KEPT), len(self._losses) - IN_A_ROW + 1)
         rise_N = np.min([self._losses[at_N + k] for k in range(IN_A_ROW)], axis=0)
         rise_N -= self._range_RN[_HIGHEST, at_N]
-        ends = []
+        first: int | None = None
         for at in at_N[rise_N >= self._range_RN[_FAR, at_N]].tolist():
             range_R = self._range_RN[:, at]
             rise_N = self._losses[at : at + _KEPT] - range_R[_HIGHEST]
@@ -167,9 +167,13 @@ class LossWatch:
             shown_N = (self._n_before + at) * np.cumsum(counts_N) >= EVIDENCE
             shown_N[: IN_A_ROW - 1] = False
             stays_N = np.logical_and.accumulate(rise_N >= range_R[_FAR])
-            if (shown_N & stays_N).any():
-                ends.append(at + int((shown_N & stays_N).argmax()) + 1)
-        return min(ends, default=None)
+            is_found_N = shown_N & stays_N
+            if is_found_N.any():
+                end = at + int(is_found_N.argmax()) + 1
+                first = end if first is None else min(first, end)
+            if first is not None and at + IN_A_ROW >= first:
+                break  # what begins later is shown later
+        return first
 
     def _date(self, end: int, *, broken_at: int | None) -> None:
         """It diverged, as the losses before position `end` show, or those that are not finite; say since when."""
