@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from attnscope.diagnose import Evidence, Finding
     from attnscope.runs.reader import Run
 
-STYLES = {"cause": "bold red", "symptom": "bold yellow"}
+STYLES = {"cause": "bold red", "risk": "bold cyan", "symptom": "bold yellow"}
 INDENT = 2
 
 

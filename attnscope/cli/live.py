@@ -22,7 +22,7 @@ from attnscope.report.numbers import number
 
 if TYPE_CHECKING:
     from attnscope.config import Config, Member
-    from attnscope.train.alarms import Event
+    from attnscope.signals.alarms import Event
     from attnscope.train.loop import Progress
     from attnscope.train.recording import Block
 
@@ -210,7 +210,6 @@ class View:
                 place = f" ({', '.join([*where[:3], *['...'] * (len(where) > 3)])})"
             tensor = event.fields["tensor"]
             verb = "are" if tensor == "attention logits" else "is"
-            self._notes[event.member] = self._notes[event.member] or f"✗ step {event.step}"
             return Text(f"step {event.step}: {tensor} of {name} {verb} not finite{place}", "red")
         self._notes[event.member] = f"✗ diverged at step {event.step}"
         return Text(f"step {event.step}: {name} diverged: loss {event.fields['why']}", "red")

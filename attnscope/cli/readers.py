@@ -103,7 +103,7 @@ def diagnose(
 ) -> None:
     """Say what went wrong in a run, with the numbers behind it.
 
-    Causes come before symptoms.
+    Causes come before symptoms; a risk is an odd setting of which no harm was measured, and never fails.
 
     Example: attnscope diagnose runs/no-scale-001
     """
@@ -111,7 +111,8 @@ def diagnose(
         from attnscope.cli.findings import print_findings
 
         kinds = print_findings(run, as_json=json_output)
-        if kinds and (fail_on is FailOn.any or fail_on in kinds):
+        wanted = {"cause", "symptom"} if fail_on is FailOn.any else {fail_on}  # a risk did no harm
+        if wanted & kinds:
             raise typer.Exit(FOUND)
 
 

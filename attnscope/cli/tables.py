@@ -231,7 +231,7 @@ def print_runs(folder: Path, *, as_json: bool) -> None:
             ),
             Text(run.created),
             "-" if run.last_step is None else str(run.last_step),
-            Text(members or run.problem or ""),
+            Text(run.problem or "; ".join(filter(None, (members, run.error)))),
         )
     console = Console(highlight=False)
     console.print(table)

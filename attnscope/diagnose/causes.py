@@ -3,11 +3,8 @@
 Shape key: N rows, M member in the order of run.json.
 """
 
-import math
-
 import numpy as np
 
-from attnscope.config import Config
 from attnscope.diagnose.by_member import (
     configs_of,
     diverged_at,
@@ -17,157 +14,15 @@ from attnscope.diagnose.by_member import (
     sorted_by_member,
 )
 from attnscope.diagnose.finding import MOST_EVIDENCE, Evidence, Finding, of_several
+from attnscope.diagnose.saturation import MEASURED, SATURATED_RATIO
 from attnscope.runs.reader import Run
-from attnscope.runs.watched import AttentionLayer, attention_layers, optimizers_of
-
-FITTED_TOLERANCE = (
-    0.03  # of a scale that was fitted to logits: what the fit may leave unexplained, and a digit
-)
-SCALE_TOLERANCE = 0.01  # a scale typed with two digits is meant to be 1/sqrt(d_head)
-
-# Mean entropy_ratio at step 0. Measured on 12 shapes (no, pre and post norm; 2, 4 and 8 layers; d_head 16 to 64; seq_len 32
-# and 64; SGD and AdamW), each with 12 combinations of scale, gain and scheme and two seeds, 150 steps. All scaled members
-# with Xavier weights and gain 1 are above it (0.29 and more), but for 8 layers without norm (0.15), which diverge.
-SATURATED_RATIO = 0.2
-MEASURED = (
-    "measured on 288 members of 12 shapes: of 125 below it, 83 diverged and the others ended 0.12 nats or more above the "
-    "best of their shape; of 163 above it, 11 diverged"
-)
+from attnscope.runs.watched import optimizers_of
 
 ALWAYS = 0.9  # share of steps
 FEWEST_STEPS = 20  # with fewer there is no always
 # Median clip_factor. Measured with SGD, 200 steps, two seeds: at 0.58 to 0.62 the final loss is that without clipping (within
 # 0.04 nats), at 0.28 to 0.34 it is 0.7 to 1.0 higher, at 0.04 to 0.09 0.4 higher (pre norm), at 0.01 7 higher (no norm).
 HARMLESS_FACTOR = 0.5
-
-
-def applied_scale(run: Run) -> Finding | None:
-    """Logits are multiplied by something else than 1/sqrt(d_head).
-
-    What it looks at: attention.scale of each member, resolved for every layer, against 1/sqrt(d_head); beside it the
-    measured logit_std of layer 0 against what theory gives at this scale. A learned scale is no finding. In watched runs,
-    the scale that each layer was seen to apply.
-    Why it matters: the dot product of two vectors of d_head independent unit-variance entries has a standard deviation
-    of sqrt(d_head). What the scale does not take back is in the softmax: a larger one sharpens it until no gradient
-    reaches q and k, a smaller one flattens it.
-    What to try: attention.scale = inverse_sqrt.
-    Source: Vaswani et al. 2017, section 3.2.1; 1/d_head: Yang et al. 2022 (muP).
-    """
-    if run.kind == "watch":
-        return _scale_seen(run)
-    found: dict[str, tuple[float, Evidence]] = {}
-    config_of: dict[str, Config] = {}
-    for entry, config in zip(run.entries, configs_of(run), strict=True):
-        odd = None if config is None else _odd_scale(config)
-        if config is None or odd is None:
-            continue
-        layer, scale = odd
-        expected = config.d_head**-0.5
-        config_of[entry.name] = config
-        found[entry.name] = (
-            abs(math.log(scale / expected)),
-            Evidence(
-                member=entry.name,
-                layer=layer,
-                quantity="attention.scale",
-                value=scale,
-                threshold=expected,
-            ),
-        )
-    if not found:
-        return None
-    worst_first = [each for _, each in sorted(found.values(), key=lambda pair: -pair[0])]
-    worst = worst_first[0]
-    measured = _logit_std(run, config_of)
-    value, expected = worst.value or 0.0, worst.threshold or 0.0
-    config = config_of[worst.member]
-    times = f"{value / expected:.3g} times" if value > expected else f"1/{expected / value:.3g} of"
-    several = of_several(list(found), "do not multiply q.k by 1/sqrt(d_head)")
-    place = f" in layer {worst.layer}" if config.attention.scale == "depth" else ""
-    summary = (
-        f"{several}{worst.member} multiplies q.k by {value:.3g}{place}, {times} 1/sqrt({config.d_head}) = "
-        f"{expected:.3g}"
-    )
-    if worst.member in measured:
-        spread = measured[worst.member]
-        summary += (
-            f"; at step {spread.step} the logits of layer 0 have a standard deviation of {spread.value:.3g}, where "
-            f"unit-variance q and k give {spread.threshold:.3g} at this scale and 1 at 1/sqrt(d_head)"
-        )
-    if config.attention.qk_norm:
-        summary += (
-            f". Its q and k are normalized (qk_norm): while their gains are 1, no logit is above "
-            f"{value * config.d_head:.3g}"
-        )
-    evidence = [
-        each
-        for scale in worst_first
-        for each in (scale, measured.get(scale.member))
-        if each is not None
-    ]
-    return Finding(
-        rule="applied_scale",
-        title="Attention logits are not scaled by 1/sqrt(d_head)",
-        kind="cause",
-        summary=f"{summary}.",
-        members=tuple(found),
-        evidence=tuple(evidence[:MOST_EVIDENCE]),
-        evidence_left_out=max(0, len(evidence) - MOST_EVIDENCE),
-        remedy=(
-            "Set attention.scale = inverse_sqrt, and train a twin with it to see the difference."
-            if value > expected
-            else "If it is not on purpose (muP uses 1/d_head), set attention.scale = inverse_sqrt."
-        ),
-        source="Vaswani et al. 2017, section 3.2.1",
-    )
-
-
-def _scale_seen(run: Run) -> Finding | None:
-    """Of a watched run: layers that were seen to multiply q.k by something else."""
-    layers = [layer for layer in attention_layers(run) if layer.scale]
-    odd = [
-        layer
-        for layer in layers
-        if not math.isclose(abs(layer.scale or 0), layer.d_head**-0.5, rel_tol=FITTED_TOLERANCE)
-    ]
-    if not odd:
-        return None
-
-    def off(layer: AttentionLayer) -> float:
-        return abs(math.log(abs(layer.scale or 1) * math.sqrt(layer.d_head)))
-
-    worst_first = sorted(odd, key=off, reverse=True)
-    worst = worst_first[0]
-    scale, expected = abs(worst.scale or 0), worst.d_head**-0.5
-    times = f"{scale / expected:.3g} times" if scale > expected else f"1/{expected / scale:.3g} of"
-    names = tuple(dict.fromkeys(layer.member for layer in odd))
-    return Finding(
-        rule="applied_scale",
-        title="Attention logits are not scaled by 1/sqrt(d_head)",
-        kind="cause",
-        summary=(
-            f"{len(odd)} of {len(layers)} attention layers do not multiply q.k by 1/sqrt(d_head). {worst.name} multiplies it by "
-            f"{scale:.3g}, {times} 1/sqrt({worst.d_head}) = {expected:.3g}."
-        ),
-        members=names,
-        evidence=tuple(
-            Evidence(
-                member=layer.member,
-                layer=layer.layer,
-                group=layer.name,
-                quantity="scale",
-                value=layer.scale,
-                threshold=layer.d_head**-0.5,
-            )
-            for layer in worst_first[:MOST_EVIDENCE]
-        ),
-        evidence_left_out=max(0, len(odd) - MOST_EVIDENCE),
-        remedy=(
-            "If it is not on purpose (T5 leaves it out and initializes smaller weights, muP uses 1/d_head), multiply q.k by "
-            "1/sqrt(d_head): F.scaled_dot_product_attention does so where no scale is given."
-        ),
-        source="Vaswani et al. 2017, section 3.2.1",
-    )
 
 
 def saturated_at_start(run: Run) -> Finding | None:
@@ -297,45 +152,3 @@ def clipping_always_on(run: Run) -> Finding | None:
         ),
         source="Pascanu et al. 2013; measured: above a median of 0.5 the final loss is that without clipping",
     )
-
-
-def _odd_scale(config: Config) -> tuple[int, float] | None:
-    """The layer in which the scale is furthest from 1/sqrt(d_head), and the scale there; None where it is that."""
-    rule, d_head = config.attention.scale, config.d_head
-    if rule in ("inverse_sqrt", "learned") or d_head < 1:
-        return None
-    last = config.model.n_layers - 1
-    layer = last if rule == "depth" else 0
-    if isinstance(rule, str):
-        scale = {"none": 1.0, "inverse": 1 / d_head, "depth": d_head**-0.5 / (last + 1)}[rule]
-    else:
-        scale = float(rule)
-    close = math.isclose(scale, d_head**-0.5, rel_tol=SCALE_TOLERANCE)
-    return None if close else (layer, scale)
-
-
-def _logit_std(run: Run, configs: dict[str, Config]) -> dict[str, Evidence]:
-    """Of these members, where step 0 was measured: logit_std of layer 0 and what unit-variance q and k give.
-
-    Layer 0 sees the embeddings alone: in later layers the residual stream has grown.
-    """
-    heads = first_measured(run.heads, len(run.entries))
-    heads = heads[(heads["layer"] == 0) & (heads["step"] == 0)]
-    square_N = heads["logit_std"].to_numpy().astype(np.float64) ** 2
-    spread_M = np.sqrt(mean_by_member(members_of_rows(heads), square_N, len(run.entries)))
-    found = {}
-    for m, entry in enumerate(run.entries):
-        odd = _odd_scale(configs[entry.name]) if entry.name in configs else None
-        if odd is None or not math.isfinite(spread_M[m]):
-            continue
-        config = configs[entry.name]
-        by_depth = config.attention.scale == "depth"  # which leaves layer 0 as it is
-        found[entry.name] = Evidence(
-            member=entry.name,
-            step=0,
-            layer=0,
-            quantity="logit_std",
-            value=float(spread_M[m]),
-            threshold=1.0 if by_depth else odd[1] * math.sqrt(config.d_head),
-        )
-    return found

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-Kind = Literal["cause", "symptom"]
+Kind = Literal["cause", "risk", "symptom"]
 
 MOST_EVIDENCE = 5
 MOST_NAMED = 3  # members that a sentence names one by one
@@ -42,7 +42,8 @@ class Finding:
     Attributes:
         rule: name of the rule.
         title: a few words.
-        kind: a cause is a setting or a state that training starts from; a symptom is what became of it.
+        kind: a cause is a setting or a state that training starts from, and that did harm; a risk is one of which no harm was
+            measured; a symptom is what became of training.
         summary: one or two sentences with the measured numbers.
         members: all that it concerns, in the order of run.json.
         evidence: at most MOST_EVIDENCE, the worst first.

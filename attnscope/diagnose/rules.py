@@ -1,10 +1,12 @@
-"""Every rule, causes before symptoms, and the one function that asks them all."""
+"""Every rule, causes before risks before symptoms, and the one function that asks them all."""
 
 from collections.abc import Callable, Sequence
 
-from attnscope.diagnose.causes import applied_scale, clipping_always_on, saturated_at_start
+from attnscope.diagnose.broken import nonfinite, nonfinite_loss_passed
+from attnscope.diagnose.causes import clipping_always_on, saturated_at_start
 from attnscope.diagnose.finding import Finding, to_table
-from attnscope.diagnose.symptoms import loss_explosion, loss_spike, nonfinite, stalled
+from attnscope.diagnose.scale import applied_scale, unusual_scale
+from attnscope.diagnose.symptoms import failed, loss_explosion, loss_spike, stalled
 from attnscope.runs.layout import to_json
 from attnscope.runs.reader import Run
 
@@ -14,10 +16,13 @@ RULES: tuple[Rule, ...] = (
     applied_scale,
     saturated_at_start,
     clipping_always_on,
+    unusual_scale,
     nonfinite,
+    nonfinite_loss_passed,
     loss_explosion,
     loss_spike,
     stalled,
+    failed,
 )
 
 
@@ -31,6 +36,9 @@ def findings_json(run: Run, findings: Sequence[Finding]) -> str:
     said = {
         "run": run.name,
         "status": run.status,
+        "members": [
+            {"name": each.name, "status": each.status, "error": each.error} for each in run.members
+        ],
         "rules": [rule.__name__ for rule in RULES],
         "findings": [to_table(finding) for finding in findings],
         "lost": run.lost,

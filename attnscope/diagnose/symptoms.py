@@ -1,10 +1,9 @@
-"""Rules for symptoms: what became of a member, and what was measured before.
+"""Rules for symptoms of the loss: what became of a member, and what was measured before.
 
 Shape key: N rows, K found, W window, M member in the order of run.json.
 """
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,24 +11,11 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from attnscope.diagnose.by_member import NEVER, diverged_at, members_of_rows, sorted_by_member
-from attnscope.diagnose.causes import SATURATED_RATIO
+from attnscope.diagnose.by_member import diverged_at, members_of_rows, sorted_by_member
 from attnscope.diagnose.finding import MOST_EVIDENCE, Evidence, Finding, of_several
-from attnscope.runs.foreign import printable
-from attnscope.runs.outcome import IN_A_ROW, TIMES_FIRST
+from attnscope.diagnose.saturation import early_signals
+from attnscope.runs.divergence import IN_A_ROW, LEAST_RISE, NEARLY_ZERO, NOT_FINITE_IN_A_ROW
 from attnscope.runs.reader import MemberRecord, Run
-
-# A tensor's place in the step (attention logits before the loss before its gradient), and the column that showed it.
-NONFINITE = {
-    "activation": "output of a module",
-    "attention logits": "max_logit_bound",
-    "loss": "loss",
-    "gradient": "nonfinite",
-}
-
-# Wortsman et al. 2023: transplanted logits hurt from 1e3 on. Of the 152 members behind SATURATED_RATIO that neither began
-# saturated nor diverged, 2 went above it (at losses of thousands), and 4 below SATURATED_RATIO.
-LARGE_LOGIT = 1e3
 
 # The MAD of so few losses is itself noisy: on normal noise alone (2 % of the loss and more) this finds about 20 spikes in
 # 100,000 steps, on heavier tails (t with 5 degrees of freedom) 190; with a window of 50 it would be 1 and 100. Measured on
@@ -40,81 +26,21 @@ LEAST_EXCESS = 0.05  # of the median: smaller peaks are not worth a look however
 BACK_WITHIN = 20  # steps
 BLOCK = 1 << 16  # windows looked at together, for memory
 
-_PLACE = re.compile(r"layer (\d{1,4})(?: (.+))?")
-
-
-def nonfinite(run: Run) -> Finding | None:
-    """A number became NaN or Inf.
-
-    What it looks at: the first `nonfinite` event of each member; without one, the first loss that is not finite.
-    Why it matters: what comes after it means nothing, and the first tensor tells where it began.
-    What to try: look at what grew before (other findings); float16: bfloat16 or a smaller scale.
-    Source: the definition.
-    """
-    first: dict[str, Evidence] = {}
-    for step, member, tensor, place in _events(run):
-        before = first.get(member)
-        if before is None or before.step is None or step < before.step:
-            layer, group = place
-            first[member] = Evidence(
-                member=member,
-                step=step,
-                layer=layer,
-                group=group,
-                quantity=NONFINITE.get(tensor, printable(tensor, 40)),
-            )
-    for record in run.members:
-        if record.name not in first and record.nonfinite_at is not None:
-            first[record.name] = Evidence(
-                member=record.name, step=record.nonfinite_at, quantity="loss"
-            )
-    if not first:
-        return None
-    names = [entry.name for entry in run.entries if entry.name in first]
-    evidence = sorted(first.values(), key=lambda each: each.step or 0)
-    worst = evidence[0]
-    tensors = {column: tensor for tensor, column in NONFINITE.items()}
-    direction = "backward" if tensors.get(worst.quantity) == "gradient" else "forward"
-    where = "" if worst.layer is None else f" in layer {worst.layer}"
-    where += f" ({worst.group})" if worst.group else ""
-    return Finding(
-        rule="nonfinite",
-        title="Numbers stopped being finite",
-        kind="symptom",
-        summary=(
-            f"{of_several(names, 'recorded NaN or Inf')}The first non-finite numbers of {worst.member} are at step "
-            f"{worst.step}, in the {direction} pass: {tensors.get(worst.quantity, worst.quantity)}{where}."
-        ),
-        members=tuple(names),
-        evidence=tuple(evidence[:MOST_EVIDENCE]),
-        evidence_left_out=max(0, len(evidence) - MOST_EVIDENCE),
-        remedy=(
-            "Look for what grew before. With float16, use bfloat16 or smaller logits: loss scaling protects the "
-            "gradient only."
-            + (
-                " `attnscope watch --snapshot 2` keeps the weights and batches that led to it."
-                if run.kind == "watch"
-                else ""
-            )
-        ),
-        source="first nonfinite event, or first loss that is not finite",
-    )
-
 
 def loss_explosion(run: Run) -> Finding | None:
     """The loss left for good.
 
-    What it looks at: members that diverged: 3 losses in a row at least twice the first, or one that is not finite;
-    and, at the steps before, the mean entropy_ratio and the largest max_logit.
+    What it looks at: members that diverged: the loss rose far above all that it was before and stayed there, or stopped
+    being finite for good; and, at the steps before, the mean entropy_ratio and the largest max_logit.
     Why it matters: nothing is learned after it; an attention signal that left its range earlier is where to look.
     What to try: the causes found; else a lower optimizer.lr, a longer warm-up, qk_norm.
-    Source: attnscope.runs.outcome; max_logit: Wortsman et al. 2023; entropy_ratio: as in saturated_at_start.
+    Source: attnscope.runs.divergence; max_logit: Wortsman et al. 2023; entropy_ratio: as in saturated_at_start.
     """
     exploded = [record for record in run.members if record.diverged_at is not None]
     if not exploded:
         return None
     peak, loss_then = _losses(run)
-    early = _early_signals(run)
+    early = early_signals(run)
     first = min(exploded, key=lambda record: record.diverged_at or 0)
     evidence: list[Evidence] = []
     for record in sorted(exploded, key=lambda record: record.diverged_at or 0)[:MOST_EVIDENCE]:
@@ -124,14 +50,18 @@ def loss_explosion(run: Run) -> Finding | None:
                 step=record.diverged_at,
                 quantity="loss",
                 value=loss_then[record.name],
-                threshold=TIMES_FIRST * (record.first_loss or 0.0),
+                threshold=record.limit,
             )
         )
         evidence += early.get(record.name, ())
     in_all = len(exploded) + sum(len(early.get(record.name, ())) for record in exploded)
     return Finding(
         rule="loss_explosion",
-        title="The loss exploded",
+        title=(
+            "The loss exploded"
+            if any(record.limit is not None for record in exploded)
+            else "The loss stopped being finite"
+        ),
         kind="symptom",
         summary=(
             f"{of_several([record.name for record in exploded], 'diverged')}{_course(first, peak[first.name])}. "
@@ -143,7 +73,10 @@ def loss_explosion(run: Run) -> Finding | None:
         remedy=(
             "Remove the causes found, if any; else a lower optimizer.lr, a longer warm-up, or attention.qk_norm."
         ),
-        source=f"{IN_A_ROW} losses in a row at least {TIMES_FIRST:g} times the first, or one not finite",
+        source=(
+            f"at least {IN_A_ROW} losses in a row far above the range before them, dated to where all are twice the best "
+            f"level (or {LEAST_RISE:g} above it); or {NOT_FINITE_IN_A_ROW} in a row not finite, or up to the end"
+        ),
     )
 
 
@@ -219,50 +152,64 @@ def stalled(run: Run) -> Finding | None:
         key=lambda each: (each.threshold or 0.0) - (each.value or 0.0),
     )
     worst = evidence[0]
+    falling = [record.name for record in stuck if record.is_falling]
+    if len(falling) == len(stuck):
+        title, course = "Training ended above the unigram loss, still falling", " It still falls."
+        word = "ended above the unigram loss"
+    else:
+        title, word = "Training stalled above the unigram loss", "stalled"
+        course = f" {len(falling)} of {len(stuck)} still fall." if falling else ""
     return Finding(
         rule="stalled",
-        title="Training stalled above the unigram loss",
+        title=title,
         kind="symptom",
         summary=(
-            f"{of_several([record.name for record in stuck], 'stalled')}The loss of {worst.member} is finite, but "
+            f"{of_several([record.name for record in stuck], word)}The loss of {worst.member} is finite, but "
             f"{worst.value:.4g} at the end (step {worst.step}), above the {worst.threshold:.4g} of predicting from "
-            "token frequencies alone."
+            f"token frequencies alone.{course}"
         ),
         members=tuple(record.name for record in stuck),
         evidence=tuple(evidence[:MOST_EVIDENCE]),
         evidence_left_out=max(0, len(evidence) - MOST_EVIDENCE),
         remedy=(
-            "Remove the causes found, if any. If the loss still falls, train longer; if it hardly moves, change "
-            "optimizer.lr."
+            "Remove the causes found, if any. "
+            + ("Train longer, " if falling else "If the loss hardly moves, change optimizer.lr, ")
+            + "and look again."
         ),
         source="the unigram loss of the run's own data",
     )
 
 
-def _events(run: Run) -> list[tuple[int, str, str, tuple[int | None, str | None]]]:
-    """Step, member, tensor and place of the nonfinite events, in the order in which a step computes the tensors."""
-    table = run.events[run.events["kind"] == "nonfinite"]
-    found = []
-    for step, code, fields in zip(
-        table["step"], members_of_rows(table), table["fields"], strict=True
-    ):
-        tensor = fields.get("tensor")
-        if code >= 0 and isinstance(tensor, str):
-            found.append((int(step), run.entries[code].name, tensor, _place(fields)))
-    order = {tensor: at for at, tensor in enumerate(NONFINITE)}
-    return sorted(found, key=lambda each: order.get(each[2], len(order)))
+def failed(run: Run) -> Finding | None:
+    """Training died of an error.
 
-
-def _place(fields: Mapping[str, Any]) -> tuple[int | None, str | None]:
-    """Layer and group of the first place that an event names: "layer 2 q", "layer 0" or "embedding"."""
-    where = fields.get("where")
-    first = where[0] if isinstance(where, list) and where else None
-    if not isinstance(first, str):
-        return None, None
-    match = _PLACE.fullmatch(first)
-    if match is None:
-        return None, printable(first, 40)
-    return int(match[1]), None if match[2] is None else printable(match[2], 40)
+    What it looks at: members whose part ended with an error before all their steps were done.
+    Why it matters: what was recorded up to there is good, and whatever else was found in it may have led there.
+    What to try: what the error says.
+    Source: end.json.
+    """
+    dead = [record for record in run.members if record.error is not None]
+    dead = [record for record in dead if record.status in ("failed", "diverged")]
+    if not dead:
+        return None
+    worst = dead[0]
+    when = "before its first step" if worst.last_step is None else f"after step {worst.last_step}"
+    return Finding(
+        rule="failed",
+        title="Training failed",
+        kind="symptom",
+        summary=(
+            f"{of_several([record.name for record in dead], 'failed')}{worst.name} failed {when}: {worst.error}"
+        ),
+        members=tuple(record.name for record in dead),
+        evidence=tuple(
+            Evidence(member=record.name, step=record.last_step, quantity="end.json")
+            for record in dead[:MOST_EVIDENCE]
+        ),
+        evidence_left_out=max(0, len(dead) - MOST_EVIDENCE),
+        remedy="Put right what the error says; its traceback is where the run was started.",
+        source="what its process said when it ended",
+    )
 
 
 def _losses(run: Run) -> tuple[dict[str, float], dict[str, float]]:
@@ -280,47 +227,13 @@ def _losses(run: Run) -> tuple[dict[str, float], dict[str, float]]:
     )
 
 
-def _early_signals(run: Run) -> dict[str, tuple[Evidence, ...]]:
-    """For each member that diverged, the first step before at which a signal was out of its range.
-
-    A member whose attention was measured before, but was never out of range, has an empty tuple.
-    """
-    import pandas as pd
-
-    heads, end_M = run.heads, diverged_at(run)
-    codes_N, step_N = members_of_rows(heads), heads["step"].to_numpy()
-    before_N = (end_M[codes_N] < NEVER) & (step_N < end_M[codes_N])
-    rows = heads.loc[before_N, ["entropy_ratio", "max_logit"]]
-    by_step = rows.groupby([codes_N[before_N], step_N[before_N]]).agg(
-        {"entropy_ratio": "mean", "max_logit": "max"}
-    )
-    codes = by_step.index.get_level_values(0)
-    found: dict[int, list[Evidence]] = {int(code): [] for code in codes.unique()}
-    for column, limit, out in (
-        ("entropy_ratio", SATURATED_RATIO, by_step["entropy_ratio"] < SATURATED_RATIO),
-        ("max_logit", LARGE_LOGIT, by_step["max_logit"] > LARGE_LOGIT),
-    ):
-        values = by_step.loc[out, column]
-        firsts = values[~pd.Index(values.index.get_level_values(0)).duplicated()]
-        for (code, step), value in firsts.items():
-            found[code].append(
-                Evidence(
-                    member=run.entries[code].name,
-                    step=int(step),
-                    quantity=column,
-                    value=float(value),
-                    threshold=limit,
-                )
-            )
-    return {run.entries[code].name: tuple(each) for code, each in found.items()}
-
-
 def _course(record: MemberRecord, peak: float) -> str:
     """What the loss of a member that diverged did."""
     first = record.first_loss
     said = f"{record.name} diverged at step {record.diverged_at}: its loss was {first:.3g} at first"
-    if math.isfinite(peak) and first and first > 0 and peak > first:
-        said += f", at most {peak:.3g} ({peak / first:.3g} times as much)"
+    if math.isfinite(peak) and first is not None and record.limit is not None:
+        said += f", at most {peak:.3g}"
+        said += f" ({peak / first:.3g} times as much)" if first > NEARLY_ZERO else ""
     if record.nonfinite_at is not None:
         said += f", and not finite at step {record.nonfinite_at}"
     return said

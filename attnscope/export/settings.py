@@ -7,7 +7,15 @@ from attnscope.runs.layout import to_json
 from attnscope.runs.reader import MemberRecord, Run
 
 LONGEST_TEXT = 500  # characters; trackers refuse or cut longer ones
-OUTCOME = ("status", "diverged_at", "nonfinite_at", "first_loss", "best_loss", "final_loss")
+OUTCOME = (
+    "status",
+    "error",
+    "diverged_at",
+    "nonfinite_at",
+    "first_loss",
+    "best_loss",
+    "final_loss",
+)
 
 Setting = bool | int | float | str
 

@@ -205,6 +205,8 @@ def _members(
             MemberRow(
                 name=member.name,
                 status=member.status,
+                error=member.error,
+                is_falling=member.is_falling,
                 step=member.last_step if member.diverged_at is None else member.diverged_at,
                 nonfinite_at=member.nonfinite_at,
                 first_loss=member.first_loss,

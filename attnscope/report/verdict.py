@@ -32,7 +32,7 @@ class MemberRow:
 
     Attributes:
         name: of the member.
-        status: trained, stalled, diverged, interrupted, killed or running.
+        status: trained, stalled, diverged, interrupted, failed, killed or running.
         step: where it diverged, or the last one recorded.
         nonfinite_at: the first step whose loss is not finite.
         first_loss: nats per token, as the two below.
@@ -46,6 +46,8 @@ class MemberRow:
         start: attention at the first step measured.
         end: attention at the last step measured at which it was still finite.
         settings: those in which members differ.
+        error: what ended its part, where that was an error.
+        is_falling: whether its loss still fell at the end; None = too short to tell.
     """
 
     name: str
@@ -62,6 +64,8 @@ class MemberRow:
     start: Softmax
     end: Softmax
     settings: Mapping[str, str]
+    error: str | None = None
+    is_falling: bool | None = None
 
 
 def verdict_of(
@@ -82,26 +86,50 @@ def _outcomes(members: Sequence[MemberRow]) -> str:
         default=None,
     )
     lowest = f"; the lowest final loss is {number(best.final_loss)} ({best.name})" if best else ""
-    return f"Of {len(members)} members, {listed}{lowest}."
+    died = next((m for m in members if m.status == "failed"), None)
+    of = f"; {died.name} failed{_of(died)}" if died and died.error else ""
+    return f"Of {len(members)} members, {listed}{lowest}{of}."
 
 
 def _outcome(member: MemberRow) -> str:
     name, loss = member.name, number(member.final_loss)
     against = "" if member.unigram is None else f" the unigram loss {number(member.unigram)}"
     if member.step is None:
-        return f"{name} recorded nothing ({member.status})"
+        return f"{name} recorded nothing ({member.status}{_of(member)})"
     if member.status == "diverged":
         first = f"{name} diverged at step {member.step}: its loss was {number(member.first_loss)} at first"
         if member.nonfinite_at is None:
             return f"{first} and {loss} at the end"
         return f"{first} and became non-finite at step {member.nonfinite_at}"
+    falls = " and still falling" if member.is_falling else ""
+    if member.status == "stalled" and member.is_falling:
+        return (
+            f"{name} is not below{against} yet: its final loss {loss} still falls{_passed(member)}"
+        )
     if member.status == "stalled":
-        return f"{name} stalled: its final loss {loss} is above{against}"
-    if member.status == "trained":
-        below = f", below{against}" if against else ""
-        return f"{name} trained to a loss of {loss}{below}{_leak(member)}"
+        return f"{name} stalled: its final loss {loss} is above{against}{_passed(member)}"
+    if member.status == "failed":
+        return f"{name} failed after step {member.step} at a loss of {loss}{_of(member)}"
+    if member.status == "trained" and against:
+        return f"{name} trained to a loss of {loss}, below{against}{falls}{_leak(member)}{_passed(member)}"
+    if member.status == "trained":  # nobody knows what would be learned
+        return f"{name} ran to its end at a loss of {loss}{falls}, {number(member.first_loss)} at first{_passed(member)}"
     halted = {"running": "is still training"}.get(member.status, f"was {member.status}")
     return f"{name} {halted} after step {member.step} at a loss of {loss}"
+
+
+def _of(member: MemberRow) -> str:
+    """What a member died of, without the end of a sentence."""
+    return f": {member.error.rstrip('.')}" if member.error else ""
+
+
+def _passed(member: MemberRow) -> str:
+    """A loss that was not finite, after which training went on."""
+    return (
+        ""
+        if member.nonfinite_at is None
+        else f" (its loss of step {member.nonfinite_at} was not finite, and training went on)"
+    )
 
 
 def _leak(member: MemberRow) -> str:

@@ -49,6 +49,7 @@ from attnscope.runs.streams import Table, decode_table
 if TYPE_CHECKING:
     import pandas as pd
 
+MOST_ERROR = 300  # characters
 _NEVER = 2**62  # a step that no later segment replaces
 
 
@@ -61,19 +62,23 @@ class MemberRecord:
     index: int
     settings: dict[str, object]
     status: str
+    error: str | None
     diverged_at: int | None
+    limit: float | None
     nonfinite_at: int | None
     first_loss: float | None
     best_loss: float | None
     final_loss: float | None
     last_step: int | None
+    is_falling: bool | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSummary:
     """A line of `attnscope runs`.
 
-    `problem` says why a run cannot be opened; the rest is then empty. `writer` says who writes it on another machine.
+    `problem` says why a run cannot be opened; the rest is then empty. `writer` says who writes it on another machine, and
+    `error` why it failed.
     """
 
     path: Path
@@ -84,6 +89,7 @@ class RunSummary:
     last_step: int | None = None
     writer: str = ""
     problem: str | None = None
+    error: str | None = None
 
 
 class Run:
@@ -222,14 +228,20 @@ class Run:
         bounds = np.searchsorted(codes_N[order_N], np.arange(len(self._names) + 1))
         steps_N = self.steps["step"].to_numpy()[order_N]
         losses_N = self.steps["loss"].to_numpy()[order_N]
+        grad_norms_N = self.steps["grad_norm"].to_numpy()[order_N]
+        loss_scales_N = self.steps["loss_scale"].to_numpy()[order_N]
         ends = {part.index: self._end_status(part) for part in self._parts}
+        errors = {part.index: _error_of(part) for part in self._parts}
         records = []
         for number, entry in enumerate(self._manifest.members):
             mine = slice(bounds[number], bounds[number + 1])
             end = outcome(
                 steps_N[mine],
                 losses_N[mine],
+                grad_norms=grad_norms_N[mine],
+                loss_scales=loss_scales_N[mine],
                 end_status=ends[entry.part],
+                error=errors[entry.part],
                 planned_steps=self._planned_steps(entry.settings),
                 unigram=self.unigram_of(entry.part),
                 seen=self._losses_seen(entry, steps_N[mine], losses_N[mine]),
@@ -397,7 +409,11 @@ class Run:
             return str(part.end["status"])
         if part.writer is not None or self._is_held:
             return "running"
-        return None if part.segments or self.status in ("killed", "running") else self.status
+        if part.segments:
+            return None
+        return {"killed": None, "running": None, "failed": "interrupted"}.get(
+            self.status, self.status
+        )
 
     def _planned_steps(self, settings: Mapping[str, object]) -> int:
         train = self._manifest.config.get("train")
@@ -462,6 +478,7 @@ def list_runs(folder: str | Path) -> list[RunSummary]:
                 created=manifest.created,
                 members=tuple(entry.name for entry in manifest.members),
                 last_step=max((step for step in last if isinstance(step, int)), default=None),
+                error=next(filter(None, map(_error_of, parts)), None),
             )
         )
     return summaries
@@ -498,6 +515,13 @@ def report_dir(run: Run) -> Path:
 
 def _parts_of(path: Path, manifest: Manifest) -> tuple[Part, ...]:
     return tuple(find_part(path, index) for index in sorted({m.part for m in manifest.members}))
+
+
+def _error_of(part: Part) -> str | None:
+    """What a part that failed died of, fit to show."""
+    if not part.end or part.end["status"] != "failed":
+        return None
+    return printable(part.end.get("error") or "an error that it did not name", MOST_ERROR)
 
 
 def _runs_in(folder: Path) -> list[Path]:

@@ -244,7 +244,7 @@ def _try(configs: Sequence[Config], threads: int) -> Trial:
     import torch
 
     from attnscope.data import open_data
-    from attnscope.train.alarms import Alarms
+    from attnscope.signals.alarms import Alarms
     from attnscope.train.loop import Part, train_part
     from attnscope.train.run import create_run
 
@@ -264,7 +264,7 @@ def _try(configs: Sequence[Config], threads: int) -> Trial:
             part,
             data,
             writer=RunWriter.resume(Path(folder) / "run").part(0),
-            alarms=Alarms(len(configs)),
+            alarms=Alarms(),
             on_progress=lambda _progress: None,
             should_stop=tick,
         )

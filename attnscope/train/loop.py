@@ -1,7 +1,7 @@
 """THE loop: one part of an ensemble, from its first step or a checkpoint to the end.
 
 Steps run without waiting for the device. The host looks in between: it takes the records every FLUSH_SECONDS, and every
-CHECK_EVERY steps it asks which members are still finite and goes on without the others.
+CHECK_EVERY steps it asks who is lost, and goes on without them.
 
 Shape key: M member.
 """
@@ -18,13 +18,14 @@ from attnscope.data import Corpus
 from attnscope.errors import AttnscopeError, ConfigError
 from attnscope.model import QKV, forward, initial_parameters
 from attnscope.runs.checkpoint import Checkpoint, save_checkpoint
+from attnscope.runs.divergence import NOT_FINITE_IN_A_ROW
 from attnscope.runs.writer import PartWriter
+from attnscope.signals.alarms import Alarms, Event
 from attnscope.train import evaluation
-from attnscope.train.alarms import Alarms, Event
 from attnscope.train.clipping import clip_state
 from attnscope.train.optimizer import optimizer_state
 from attnscope.train.recording import Block, Recorder
-from attnscope.train.step import Setup, loss_scaling_state, run_step, set_up
+from attnscope.train.step import Setup, all_finite, loss_scaling_state, run_step, set_up
 
 FLUSH_SECONDS = 0.75  # a killed process loses at most this and the step it was in
 CHECK_EVERY = 10  # steps; fixed, so that a resumed run drops members at the same step
@@ -69,8 +70,11 @@ class Part:
         state |= clip_state(config.clip.mode, n_members, self.device)
         if config.precision.loss_scaling:
             state |= loss_scaling_state(n_members, self.device)
-        state["finite"] = torch.ones(n_members, dtype=torch.bool, device=self.device)
-        return state
+        return state | self._all_well()
+
+    def _all_well(self) -> dict[str, Tensor]:
+        """How many of the last steps, in a row, had a loss that is not finite, (M,)."""
+        return {"broken_steps": torch.zeros(len(self.alive), dtype=torch.int64, device=self.device)}
 
     def _prepare(self) -> None:
         for value in self.parameters.values():
@@ -85,9 +89,14 @@ class Part:
             )
 
     def lost(self) -> list[int]:
-        """Positions along M of members whose loss has not been finite; waits for the device."""
-        finite_M = self.state["finite"].tolist()
-        return [position for position, finite in enumerate(finite_M) if not finite]
+        """Positions along M of members whose weights are not finite, or whose losses are not for good; waits for the device.
+
+        A few losses that are not finite are no reason: loss scaling skips such a step, and weights that are finite go on.
+        """
+        with torch.no_grad():
+            lost_M = self.state["broken_steps"] >= NOT_FINITE_IN_A_ROW
+            lost_M |= ~all_finite(self.parameters)
+        return [position for position, lost in enumerate(lost_M.tolist()) if lost]
 
     def drop(self, positions: Sequence[int]) -> None:
         """Go on without these members."""
@@ -128,10 +137,10 @@ class Part:
                 three = [found.pop(first[:-1] + name) for name in QKV]
                 found[first[:-1] + "qkv"] = torch.stack(three, dim=-2)
         self.parameters = {name: found[f"parameters/{name}"] for name in names}
-        self.state = {
+        self.state = self._all_well() | {
             name.removeprefix("state/"): value
             for name, value in found.items()
-            if name.startswith("state/")
+            if name.startswith("state/") and name != "state/finite"  # of versions before
         }
 
 
@@ -164,8 +173,8 @@ def train_part(
     recorder = Recorder(writer, config) if writer else None
 
     def hand_over(*extra: Event) -> None:
-        block = recorder.flush(part.alive) if recorder else None
-        events = [*(alarms.look(block) if block else []), *extra]
+        block, tables = recorder.flush(part.alive) if recorder else (None, {})
+        events = [*alarms.look(tables), *extra]
         for event in events:
             if writer:
                 writer.event(event.kind, step=event.step, member=event.member, **event.fields)
@@ -184,7 +193,8 @@ def train_part(
                 dropped = [part.alive[position] for position in lost]
                 part.drop(lost)
                 # Dated to the last step they took, so that a run resumed from here keeps the event.
-                hand_over(*(Event(kind="dropped", step=part.step - 1, member=m) for m in dropped))
+                gone = [Event(kind="dropped", step=part.step - 1, member=m) for m in dropped]
+                hand_over(*alarms.end(dropped), *gone)
             if recorder and recorder.due(FLUSH_SECONDS):
                 hand_over()
             every = config.train.checkpoint_every
@@ -192,6 +202,7 @@ def train_part(
                 hand_over()
                 part.save(writer)
         hand_over()
+        hand_over(*alarms.end(part.alive))
     except AttnscopeError:
         raise
     except BaseException:
@@ -215,7 +226,8 @@ def train_step(part: Part, setup: Setup, data: Corpus, recorder: Recorder | None
             val_loss_M = evaluation.held_out_loss(setup, part.parameters, data, seq_len=seq_len)
             recorder.evaluated(val_loss_M)
     loss_M = run_step(setup, part.parameters, part.state, batch, step=step, observer=recorder)
-    part.state["finite"] &= loss_M.isfinite()
+    broken_M = part.state["broken_steps"]
+    broken_M.add_(1).masked_fill_(loss_M.isfinite(), 0)
     if recorder:
         recorder.end()
     part.step = step + 1

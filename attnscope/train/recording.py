@@ -236,20 +236,21 @@ class Recorder:
         """Whether the block has waited this long, or holds as much as a block should."""
         return self._shelf.nbytes > BLOCK_BYTES or self._block_ms >= 1000 * seconds
 
-    def flush(self, members: Sequence[int]) -> Block | None:
-        """Write the block and forget it; None if it is empty.
+    def flush(self, members: Sequence[int]) -> tuple[Block | None, dict[str, dict[str, Array]]]:
+        """Write the block and forget it; it and its tables, None and none if it is empty.
 
         Raises:
             RunWriteError: the disk did not take it.
         """
         if not self._block:
-            return None
+            return None, {}
         seen, self._block, self._block_ms = self._block, [], 0.0
         block = self._on_host(seen, members)
         self._sheet = None  # members may leave now
-        for table, columns in tables_of(block, self._tokens_per_step).items():
+        tables = tables_of(block, self._tokens_per_step)
+        for table, columns in tables.items():
             self._writer.append(table, columns)
-        return block
+        return block, tables
 
     @torch.no_grad()
     def _on_host(self, seen: Sequence[Seen], members: Sequence[int]) -> Block:

@@ -21,7 +21,7 @@ from attnscope.runs.layout import part_folder
 from attnscope.runs.manifest import is_whole
 from attnscope.runs.reader import Run, open_run
 from attnscope.runs.writer import PartWriter, RunWriter
-from attnscope.train.alarms import Alarms
+from attnscope.signals.alarms import FED, Alarms
 from attnscope.train.loop import Part, Progress, device_of, train_part
 
 OnProgress = Callable[[int, Progress], None]
@@ -182,12 +182,12 @@ def _begun(
     if checkpoint is not None:
         _check_fits(run, checkpoint, len(configs))
     part = Part(configs, vocab_size=data.vocab_size, resume_from=checkpoint)
-    alarms = Alarms(len(configs))
+    alarms = Alarms()
     if part.step:
         for member in members:
             name = run.name_of(index, member.index)
             before = run.steps[(run.steps["member"] == name) & (run.steps["step"] < part.step)]
-            alarms.feed(member.index, before["step"].to_numpy(), before["loss"].to_numpy())
+            alarms.feed(member.index, *(before[name].to_numpy() for name in FED))
     return part, alarms, checkpoint.notes if checkpoint is not None else ()
 
 

@@ -230,7 +230,7 @@ def _update(
     before, sound_M = {}, None
     if loss_scale_M is not None:  # adaptive clipping must forget an overflow too
         before = {name: value.clone() for name, value in state.items()}
-        sound_M = _all_finite(gradients)
+        sound_M = all_finite(gradients)
     clipped, factor_M = gradients, setup.ones_M
     if setup.clips:
         clipped, factor_M = clip_gradients(
@@ -323,8 +323,9 @@ def loss_scaling_state(n_members: int, device: torch.device) -> State:
     }
 
 
-def _all_finite(gradients: Mapping[str, Tensor]) -> Tensor:
-    return torch.stack([g.flatten(1).isfinite().all(dim=-1) for g in gradients.values()]).all(dim=0)
+def all_finite(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Whether all numbers of each member are finite, (M,)."""
+    return torch.stack([x.flatten(1).isfinite().all(dim=-1) for x in tensors.values()]).all(dim=0)
 
 
 def _after_scaling(state: State, before: Mapping[str, Tensor], sound_M: Tensor) -> None:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from attnscope.capture.names import Modules
 from attnscope.capture.seen import scale_of
-from attnscope.runs.outcome import LossWatch
+from attnscope.runs.divergence import LossWatch
 from attnscope.runs.writer import PartWriter
+from attnscope.signals.alarms import FED
 from attnscope.watch.step import Step
 from attnscope.watch.tables import Array, heads_of, params_of, seen_losses, steps_of
 
@@ -177,6 +178,9 @@ class Recorder:
     def finish(self, status: str, measuring: Measuring, *, step: int, **fields: object) -> None:
         """Write what is left and say how it ended, and what stayed empty."""
         self.flush(measuring)
+        self._watch.end()
+        for at, kind, said in self._divergence():
+            self.event(kind, step=at, **said)
         with measuring("event not_recorded", step):
             empty = {name: why for name, why in WHY_EMPTY.items() if name not in self._filled}
             if empty:
@@ -218,18 +222,22 @@ class Recorder:
             bad = ~np.isfinite(seen["loss"])
             if bad.any():
                 found += self._once(int(seen["step"][bad][0]), "loss", [])
-            self._watch.feed(seen["step"], seen["loss"])
+            self._watch.feed(*(seen[name] for name in FED))
         if "gradient" not in self._reported:
             with measuring("gradients", block[-1].number):
                 found += self._first_of(block, "gradient", broken_gradients)
-        if self._watch.diverged_at is not None and "diverged" not in self._reported:
-            self._reported.add("diverged")
-            found.append((self._watch.diverged_at, "diverged", {"why": self._watch.why}))
+        found += self._divergence()
         for step, kind, fields in sorted(found, key=lambda each: each[0]):
             self.event(kind, step=step, **fields)
             if self.broken is None:
                 said = "loss diverged" if kind == "diverged" else f"{fields['tensor']} not finite"
                 self.broken = f"{said} at step {step}"
+
+    def _divergence(self) -> list[tuple[int, str, dict[str, object]]]:
+        if self._watch.diverged_at is None or "diverged" in self._reported:
+            return []
+        self._reported.add("diverged")
+        return [(self._watch.diverged_at, "diverged", {"why": self._watch.why})]
 
     def _first_of(
         self, block: Sequence[Step], tensor: str, broken: Callable[[Step], list[str]]

@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnscope.errors import ConfigError
+from attnscope.runs.divergence import LossWatch
 from attnscope.runs.layout import COLUMNS, KEYS
-from attnscope.runs.outcome import LossWatch
+from attnscope.signals.alarms import FED
 
 NAMED = ("nonfinite", "explosion")
 STOPPED = 3  # exit code
@@ -90,7 +91,7 @@ class Stopper:
         """The first condition that the newest records meet, and what met it; None if none does."""
         losses = tables.get("losses") or {}
         if losses:
-            self._watch.feed(losses["step"], losses["loss"])
+            self._watch.feed(*(losses[name] for name in FED))
         for condition in self._conditions:
             found = self._one(condition, tables)
             if found is not None:

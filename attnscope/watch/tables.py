@@ -15,6 +15,7 @@ from torch import Tensor
 from attnscope.metrics.totals import COLUMNS as HEAD_COLUMNS
 from attnscope.metrics.totals import TOTALS, add, finish
 from attnscope.runs.layout import COLUMNS as TABLES
+from attnscope.signals.alarms import FED
 from attnscope.watch.step import Step
 
 PARAMETER_COLUMNS = ("grad_norm", "grad_max", "nonfinite", "weight_norm", "update_norm")
@@ -54,11 +55,11 @@ def _largest(lrs: Sequence[float | Tensor]) -> float:
 
 
 def seen_losses(steps: dict[str, Array], block: Sequence[Step]) -> dict[str, Array]:
-    """Step and loss of the rows whose loss was seen."""
+    """What tells whether training diverges, of the rows whose loss was seen."""
     if not steps:
         return {}
     seen = np.array([bool(step.losses) for step in block if step.counts])
-    return {name: steps[name][seen] for name in ("step", "loss")}
+    return {name: steps[name][seen] for name in FED}
 
 
 def heads_of(block: Sequence[Step]) -> dict[str, Array]:

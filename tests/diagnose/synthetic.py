@@ -13,13 +13,14 @@ HEALTHY = {"entropy_ratio": 0.5, "max_logit": 10.0, "logit_std": 1.0}
 
 
 def steps_table(losses_MS, **columns):
-    """The steps table of members that all recorded the same steps; other columns are healthy."""
+    """The steps table of members that all recorded the same steps; other columns are healthy, gradients as the losses."""
     losses_MS = np.atleast_2d(np.asarray(losses_MS, dtype=float))
     n_members, n_steps = losses_MS.shape
     table = {name: np.ones(n_members * n_steps) for name in COLUMNS["steps"]}
     table["step"] = np.repeat(np.arange(n_steps), n_members)
     table["member"] = np.tile(np.arange(n_members), n_steps)
     table["loss"] = losses_MS.T.ravel()
+    table["grad_norm"] = np.where(np.isfinite(table["loss"]), 1.0, np.nan)  # backward of it
     return table | {name: np.asarray(values).ravel() for name, values in columns.items()}
 
 
@@ -36,10 +37,22 @@ def heads_table(n_members, steps, *, n_layers=1, n_heads=1, **columns):
 
 
 def run_of(
-    path: Path, config=None, *, steps=None, heads=None, events=(), end="finished", unigram=5.0
+    path: Path,
+    config=None,
+    *,
+    steps=None,
+    heads=None,
+    events=(),
+    end="finished",
+    error=None,
+    planned=None,
+    unigram=5.0,
 ) -> Run:
-    """A run of one part with these tables; events are (kind, step, member, fields)."""
-    resolved = parse_table(config or {})
+    """A run of one part with these tables; events are (kind, step, member, fields); `planned` steps, `end` and its error."""
+    config = dict(config or {})
+    if planned is not None:
+        config["train"] = config.get("train", {}) | {"steps": planned}
+    resolved = parse_table(config)
     writer = RunWriter.create(
         path,
         command=["attnscope", "train"],
@@ -54,5 +67,5 @@ def run_of(
             part.append(table, columns)
     for kind, step, member, fields in events:
         part.event(kind, step=step, member=member, **fields)
-    part.finish(end)
+    part.finish(end, **({} if error is None else {"error": error}))
     return open_run(path)

@@ -11,12 +11,12 @@ from attnscope.diagnose import diagnose
 from attnscope.diagnose.causes import (
     FEWEST_STEPS,
     HARMLESS_FACTOR,
-    SATURATED_RATIO,
-    applied_scale,
     clipping_always_on,
     saturated_at_start,
 )
 from attnscope.diagnose.finding import MOST_EVIDENCE
+from attnscope.diagnose.saturation import SATURATED_RATIO
+from attnscope.diagnose.scale import applied_scale, unusual_scale
 from tests.diagnose.synthetic import heads_table, run_of, steps_table
 
 SMALL = {
@@ -34,22 +34,92 @@ def scales(tmp_path_factory):
     return attnscope.train_model(SMALL | {"arm": arms}, path=tmp_path_factory.mktemp("runs") / "r")
 
 
-def test_every_scale_but_1_over_sqrt_d_head_is_a_finding(scales):
-    finding = applied_scale(scales)
-    assert finding.kind == "cause"
-    assert finding.members == ("none", "inverse", "depth", "0.5")
-    applied = {e.member: e for e in finding.evidence if e.quantity == "attention.scale"}
+def test_a_scale_that_makes_attention_sharp_is_a_cause_and_any_other_a_risk(scales):
+    cause, risk = applied_scale(scales), unusual_scale(scales)
+    assert (cause.kind, risk.kind) == ("cause", "risk")
+    assert (cause.members, risk.members) == (("none", "0.5"), ("inverse", "depth"))
+    applied = {e.member: e for e in cause.evidence if e.quantity == "attention.scale"}
     assert applied["none"].value == 1 and applied["none"].threshold == pytest.approx(32**-0.5)
-    assert finding.evidence[0].member in ("none", "inverse")  # 5.7 times too much or too little
-    assert len(finding.evidence) == MOST_EVIDENCE
-    assert len(finding.evidence) + finding.evidence_left_out == 2 * len(finding.members)
-    assert "multiplies q.k by " in finding.summary
+    assert cause.evidence[0].member == "none" and risk.evidence[0].member == "inverse"
+    assert len(cause.evidence) == MOST_EVIDENCE
+    assert len(cause.evidence) + cause.evidence_left_out == 3 * len(cause.members)
+    assert len(risk.evidence) + risk.evidence_left_out == 2 * len(risk.members)
+    ratio = scales.heads[scales.heads["member"] == "none"]["entropy_ratio"].mean()
+    assert f"sharp from the start: a mean entropy_ratio of {ratio:.2g}" in cause.summary
+    assert "Nothing that was measured shows harm" in risk.summary
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [
+        ({"attention": {"scale": "none"}}, "cause"),
+        ({"attention": {"scale": "none"}, "init": {"qk_gain": 0.4}}, "risk"),  # T5
+        ({"attention": {"scale": "inverse"}}, "risk"),  # muP
+        ({"attention": {"scale": 1.2, "qk_norm": True}, "model": {"d_head": 4}}, "risk"),
+        ({"attention": {"scale": "none"}, "model": {"n_heads": 16}}, "risk"),  # d_head 4
+        ({}, None),
+    ],
+)
+def test_an_odd_scale_is_a_cause_only_where_it_did_harm(tmp_path, changes, kind):
+    config = SMALL | {"train": {"steps": 30, "checkpoint_every": 0}}
+    config |= {name: config.get(name, {}) | table for name, table in changes.items()}
+    config["model"] = config["model"] | {"norm": "pre"}
+    run = attnscope.train_model(config, path=tmp_path / "r")
+    found = {f.rule: f.kind for f in diagnose(run) if f.rule in ("applied_scale", "unusual_scale")}
+    rules = {"cause": "applied_scale", "risk": "unusual_scale"}
+    assert found == ({} if kind is None else {rules[kind]: kind})
+
+
+def twins_run(path, losses, *, scale="none", heads=None, **other):
+    arms = [
+        {"name": "odd", "attention": {"scale": scale}},
+        {"name": "usual"} | other,
+    ]
+    return run_of(path, {"arm": arms}, steps=steps_table(losses), heads=heads)
+
+
+def test_an_end_worse_than_that_of_the_twin_makes_it_a_cause(tmp_path):
+    flat = np.full(60, 4.0)
+    run = twins_run(tmp_path / "a", [flat + 0.07, flat])
+    assert "It ends 0.07 nats above usual, which differs in the scale alone" in (
+        applied_scale(run).summary
+    )
+    assert unusual_scale(run) is None
+    same = twins_run(tmp_path / "b", [flat + 0.05, flat])
+    assert applied_scale(same) is None and unusual_scale(same).members == ("odd",)
+    better = twins_run(tmp_path / "c", [flat - 0.5, flat])
+    assert applied_scale(better) is None
+    short = twins_run(tmp_path / "d", [flat[:15] + 1, flat[:15]])
+    assert applied_scale(short) is None, "before anything is learned"
+    no_twin = twins_run(tmp_path / "e", [flat + 1, flat], init={"gain": 0.5})
+    assert applied_scale(no_twin) is None, "they differ in more than the scale"
+    small = twins_run(tmp_path / "f", [flat + 1, flat], scale="inverse")
+    assert applied_scale(small).members == ("odd",), "a smaller scale can do harm as well"
+
+
+def test_divergence_makes_it_a_cause_where_attention_was_saturated_before(tmp_path):
+    losses = np.full((1, 60), 4.0)
+    losses[0, 40:] = 500.0
+    at = np.arange(0, 60, 5)
+    calm = heads_table(1, at)
+    sharp = heads_table(1, at, max_logit=np.where(at < 30, 10, 5000)[:, None, None, None])
+    unscaled = {"attention": {"scale": "none"}}
+    run = run_of(tmp_path / "a", unscaled, steps=steps_table(losses), heads=sharp)
+    said = applied_scale(run)
+    assert "Before it diverged at step 40" in said.summary and "max_logit 5e+03 at step 30" in (
+        said.summary
+    )
+    run = run_of(tmp_path / "b", unscaled, steps=steps_table(losses), heads=calm)
+    assert applied_scale(run) is None and unusual_scale(run) is not None
+    flat = {"attention": {"scale": "inverse"}}
+    run = run_of(tmp_path / "c", flat, steps=steps_table(losses), heads=sharp)
+    assert applied_scale(run) is None, "a smaller scale does not sharpen"
 
 
 def test_the_measured_spread_of_logits_stands_beside_the_scale(tmp_path):
     arms = [{"name": "unscaled", "attention": {"scale": "none"}}, {"name": "scaled"}]
     run = attnscope.train_model(SMALL | {"arm": arms}, path=tmp_path / "r")
-    setting, spread = applied_scale(run).evidence
+    setting, spread, _ = applied_scale(run).evidence
     assert (setting.member, setting.quantity) == ("unscaled", "attention.scale")
     assert (spread.quantity, spread.step, spread.layer) == ("logit_std", 0, 0)
     heads = run.heads[(run.heads["member"] == "unscaled") & (run.heads["layer"] == 0)]
@@ -61,31 +131,32 @@ def test_the_measured_spread_of_logits_stands_beside_the_scale(tmp_path):
 def test_a_trained_scale_and_the_right_number_are_no_finding(tmp_path):
     for scale in ("inverse_sqrt", "learned", 0.125, 0.1255):
         config = {"model": {"d_head": 64}, "attention": {"scale": scale}}
-        assert applied_scale(run_of(tmp_path / str(scale), config)) is None
+        run = run_of(tmp_path / str(scale), config)
+        assert applied_scale(run) is None and unusual_scale(run) is None
     config["attention"]["scale"] = 0.13
-    assert applied_scale(run_of(tmp_path / "r", config)) is not None
+    assert unusual_scale(run_of(tmp_path / "r", config)) is not None
 
 
 def test_depth_scale_is_told_by_the_deepest_layer_and_one_layer_is_no_finding(tmp_path):
     config = {"model": {"n_layers": 5}, "attention": {"scale": "depth"}}
-    (evidence,) = applied_scale(run_of(tmp_path / "deep", config)).evidence
+    (evidence,) = unusual_scale(run_of(tmp_path / "deep", config)).evidence
     assert evidence.layer == 4 and evidence.value == pytest.approx(evidence.threshold / 5)
     config["model"]["n_layers"] = 1
-    assert applied_scale(run_of(tmp_path / "flat", config)) is None
+    assert unusual_scale(run_of(tmp_path / "flat", config)) is None
 
 
 def test_a_smaller_scale_is_not_advised_against_as_a_larger_one_is(tmp_path):
     run = run_of(tmp_path / "r", {"attention": {"scale": "inverse"}})
-    finding = applied_scale(run)
+    finding = unusual_scale(run)
     assert "1/8 of 1/sqrt(64) = 0.125" in finding.summary
     assert finding.remedy.startswith("If it is not on purpose")
 
 
 def test_normalized_q_and_k_are_said_to_bound_the_logits(tmp_path):
-    plain = applied_scale(run_of(tmp_path / "a", {"attention": {"scale": "none"}}))
+    plain = unusual_scale(run_of(tmp_path / "a", {"attention": {"scale": "none"}}))
     normed = {"attention": {"scale": "none", "qk_norm": True}}
     assert "qk_norm" not in plain.summary
-    assert "no logit is above 64" in applied_scale(run_of(tmp_path / "b", normed)).summary
+    assert "no logit is above 64" in unusual_scale(run_of(tmp_path / "b", normed)).summary
 
 
 def test_the_bound_under_qk_norm_holds_in_a_real_run(tmp_path):

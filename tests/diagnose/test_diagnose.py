@@ -68,9 +68,11 @@ def test_five_hundred_members_are_diagnosed_quickly_and_in_few_words(tmp_path):
     draw = np.random.default_rng(0)
     losses = 6.0 + 0.1 * draw.normal(size=(n, steps))
     losses[:250, 100:] = 50.0
+    losses[:250, 150:] = np.nan
     losses[250:300, 60] = 15.0
+    losses[300:, 30] = np.nan
     arms = [
-        {"name": f"member {i}", "train": {"seed": i}} | ({"attention": {"scale": "none"}} if i < 250 else {})
+        {"name": f"member {i}", "train": {"seed": i}} | ({"attention": {"scale": "none"}} if i < 250 else {"attention": {"scale": "inverse"}} if i >= 490 else {})
         for i in range(n)
     ]  # fmt: skip
     run = run_of(
@@ -79,6 +81,8 @@ def test_five_hundred_members_are_diagnosed_quickly_and_in_few_words(tmp_path):
         steps=steps_table(losses, clip_factor=np.full((steps, n), 0.01)),
         heads=heads_table(n, range(0, steps, 10), n_layers=2, n_heads=2, entropy_ratio=0.05),
         events=[("nonfinite", 150, i, {"tensor": "loss"}) for i in range(250)],
+        end="failed",
+        planned=steps,
     )
     assert len(run.members) == n and len(run.heads) == n * 20 * 4  # read before the clock starts
     began = time.process_time()
@@ -108,7 +112,7 @@ def test_a_run_that_was_killed_early_is_diagnosed(tmp_path, recorded):
     for path in (tmp_path / "r" / "part-0000").iterdir():
         os.utime(path, (1, 1))
     assert rules_of(open_run(tmp_path / "r")) == [
-        "applied_scale"
+        "unusual_scale"
     ]  # the unscaled twin, as configured
 
 
@@ -139,7 +143,7 @@ def test_texts_of_strangers_are_fit_to_show(tmp_path):
     raw["members"][0]["settings"] = {HOSTILE: HOSTILE, "attention.scale": "none"}
     place.write_text(json.dumps(raw))
     found = diagnose(open_run(tmp_path / "r"))
-    assert {finding.rule for finding in found} >= {"applied_scale", "nonfinite", "loss_explosion"}
+    assert {finding.rule for finding in found} >= {"unusual_scale", "nonfinite", "loss_explosion"}
     for finding in found:
         for text in (finding.summary, *finding.members, *(e.quantity for e in finding.evidence)):
             assert text.isprintable() and len(text) < 1000

@@ -21,9 +21,21 @@ def unscaled(tmp_path):
         tmp_path / "unscaled",
         {"attention": {"scale": "none"}},
         steps=steps_table(np.full((1, 40), 4.0)),
-        heads=heads_table(1, [0]),
+        heads=heads_table(1, [0], entropy_ratio=0.25),
     )
     return tmp_path / "unscaled"
+
+
+@pytest.fixture
+def on_purpose(tmp_path):
+    """A risk that did no harm."""
+    run_of(
+        tmp_path / "mup",
+        {"attention": {"scale": "inverse"}},
+        steps=steps_table(np.full((1, 40), 4.0)),
+        heads=heads_table(1, [0]),
+    )
+    return tmp_path / "mup"
 
 
 @pytest.fixture
@@ -78,6 +90,13 @@ def test_fail_on_gives_exit_code_3_for_its_kind_only(unscaled, exploded, healthy
         for kind in ("cause", "symptom", "any")
     }  # fmt: skip
     assert codes == {"cause": [3, 0, 0], "symptom": [0, 3, 0], "any": [3, 3, 0]}
+
+
+def test_a_risk_is_told_and_fails_nothing(on_purpose):
+    for kind in ("cause", "symptom", "any"):
+        done = diagnose(on_purpose, "--fail-on", kind)
+        assert done.exit_code == 0
+        assert done.stdout.startswith("risk: The attention scale is not 1/sqrt(d_head)")
 
 
 def test_wrong_command_lines_and_runs_are_refused(tmp_path, unscaled):

@@ -7,12 +7,12 @@ import pytest
 
 import attnscope
 from attnscope.diagnose import diagnose
+from attnscope.diagnose.broken import nonfinite
 from attnscope.diagnose.symptoms import (
     BACK_WITHIN,
     WINDOW,
     loss_explosion,
     loss_spike,
-    nonfinite,
     stalled,
 )
 from tests.diagnose.synthetic import heads_table, run_of, steps_table
@@ -50,7 +50,7 @@ def test_the_first_nonfinite_tensor_of_a_real_explosion_is_named(twins):
 
 
 def test_without_events_the_loss_tells_where_numbers_stopped(twins, tmp_path):
-    losses = [[4.0, 4.0, np.nan, 4.0], [4.0, 4.0, 4.0, 4.0]]
+    losses = [[4.0, 4.0, np.nan, np.nan], [4.0, 4.0, 4.0, 4.0]]
     finding = nonfinite(run_of(tmp_path / "r", two_arms(), steps=steps_table(losses)))
     (evidence,) = finding.evidence
     assert (evidence.member, evidence.step, evidence.quantity) == ("a", 2, "loss")
@@ -79,7 +79,8 @@ def test_a_real_explosion_is_told_with_the_attention_before(twins):
     assert f"{peak:.3g} ({peak / losses[0]:.3g} times as much)" in finding.summary
     loss, *signals = finding.evidence
     assert loss.value == pytest.approx(losses[member.diverged_at])
-    assert loss.threshold == pytest.approx(2 * losses[0])
+    assert loss.threshold == member.limit
+    assert losses[: member.diverged_at - 1].min() <= loss.threshold / 2 <= losses[0]
     heads = twins.heads[twins.heads["member"] == "unscaled"].groupby("step")
     for each in signals:
         assert each.step < member.diverged_at
@@ -173,8 +174,8 @@ def test_windows_do_not_reach_into_another_member(tmp_path):
 
 def test_what_happens_while_a_member_diverges_is_no_spike(tmp_path):
     losses = quiet(100)
-    losses[60:63] = 20.0  # diverged at 60
-    losses[80] = 30.0
+    losses[60:] += 20.0  # diverged at 60
+    losses[80] = 90.0
     run = run_of(tmp_path / "r", steps=steps_table(losses))
     assert run.members[0].diverged_at == 60
     assert loss_spike(run) is None
@@ -207,10 +208,22 @@ def test_the_furthest_above_the_unigram_loss_comes_first(tmp_path):
 
 def test_infinite_first_losses_and_negative_ones_do_not_break_the_sentences(tmp_path):
     for name, losses in {
-        "inf": [np.inf, 1.0, 2.0],
+        "inf": [np.inf, np.nan, np.nan],
         "minus": [-1.0, -2.0, np.nan],
         "zero": [0.0, 0.0, np.inf],
     }.items():
         finding = loss_explosion(run_of(tmp_path / name, steps=steps_table(losses)))
         assert finding.evidence[0].step is not None
         assert not math.isfinite(finding.evidence[0].value)
+
+
+def test_a_loss_that_still_falls_has_not_stalled(tmp_path):
+    losses = np.stack([np.linspace(18, 8, 20), np.linspace(17, 7, 20)])
+    finding = stalled(run_of(tmp_path / "a", two_arms(), steps=steps_table(losses), unigram=3.0))
+    assert finding.title == "Training ended above the unigram loss, still falling"
+    assert finding.summary.startswith("a and b ended above the unigram loss. The loss of a is")
+    assert finding.summary.endswith("It still falls.") and "Train longer" in finding.remedy
+    losses[1] = 7.0
+    finding = stalled(run_of(tmp_path / "b", two_arms(), steps=steps_table(losses), unigram=3.0))
+    assert finding.title == "Training stalled above the unigram loss"
+    assert finding.summary.endswith("1 of 2 still fall.")

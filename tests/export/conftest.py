@@ -23,6 +23,8 @@ def run_path(tmp_path):
             step, member = columns["step"], columns["member"]
             columns["loss"][(step == NAN_AT) & (member == 0)] = np.nan
             columns["loss"][(step == INF_AT) & (member == 0)] = np.inf
+            columns["loss_scale"][:] = 1.0
+            columns["grad_norm"][(step == NAN_AT) & (member == 0)] = np.nan
             columns["grad_norm"][(step == INF_AT) & (member == 0)] = -np.inf
             columns["val_loss"][step > 0] = np.nan
         part.append(table, columns)

@@ -89,6 +89,27 @@ def test_two_train_and_one_was_saturated_all_along():
         ),
         (member(status="running", step=12), "a is still training after step 12 at a loss of 3.04."),
         (member(status="killed", step=None, final_loss=None), "a recorded nothing (killed)."),
+        (
+            member(is_falling=True),
+            "a trained to a loss of 3.04, below the unigram loss 3.15 and still falling.",
+        ),
+        (
+            member(status="stalled", final_loss=7.9, is_falling=True),
+            "a is not below the unigram loss 3.15 yet: its final loss 7.90 still falls.",
+        ),
+        (
+            member(nonfinite_at=14),
+            "a trained to a loss of 3.04, below the unigram loss 3.15 (its loss of step 14 was not finite, and training "
+            "went on).",
+        ),
+        (
+            member(status="failed", step=7, error="ValueError: no data."),
+            "a failed after step 7 at a loss of 3.04: ValueError: no data.",
+        ),
+        (
+            member(status="failed", step=None, final_loss=None, error="ValueError: no data"),
+            "a recorded nothing (failed: ValueError: no data).",
+        ),
     ],
 )
 def test_how_a_single_member_ended(row, sentence):
@@ -121,7 +142,13 @@ def test_every_member_is_held_against_its_own_data():
 
 
 def test_without_a_unigram_loss_nothing_is_said_of_it():
-    assert verdict([member()], {}, unigram=None)[0] == "a trained to a loss of 3.04."
+    assert verdict([member()], {}, unigram=None)[0] == (
+        "a ran to its end at a loss of 3.04, 18.0 at first."
+    )
+    rising = member(final_loss=90.0, is_falling=False)
+    assert verdict([rising], {}, unigram=None)[0] == (
+        "a ran to its end at a loss of 90.0, 18.0 at first."
+    )
 
 
 def test_attention_of_a_single_member():

@@ -253,7 +253,7 @@ def test_a_new_run_has_empty_tables_of_the_right_types(tmp_path):
     [
         ("finished", "finished", "trained"),
         ("interrupted", "interrupted", "interrupted"),
-        ("failed", "failed", "interrupted"),
+        ("failed", "failed", "failed"),
         ("not yet", "running", "running"),
         ("never", "killed", "killed"),
     ],

@@ -13,11 +13,12 @@ import attnscope
 from attnscope.config import parse_table
 from attnscope.config.members import members_of
 from attnscope.data import open_data
+from attnscope.diagnose import diagnose
 from attnscope.model import apart
 from attnscope.runs.checkpoint import load_checkpoint, save_checkpoint
 from attnscope.runs.reader import open_run
+from attnscope.signals.alarms import Alarms
 from attnscope.train import evaluation, loop
-from attnscope.train.alarms import Alarms
 from attnscope.train.recording import Recorder
 from attnscope.train.run import resume_run, train_run
 from tests import reference
@@ -254,7 +255,7 @@ def test_a_step_that_was_broken_off_leaves_no_half_row():
     recorder = Recorder(writer, members[0].config)
     loop.train_step(part, part.setup, data, recorder)
     recorder.begin(1, data.train_batch(1), part.setup.grouping)  # and never ends
-    block = recorder.flush([0])
+    block, _ = recorder.flush([0])
     assert block.steps.tolist() == [0]
     assert writer.tables["steps"][0]["step"].tolist() == [0]
 
@@ -431,12 +432,81 @@ def test_a_run_on_disk_is_small():
 
 
 def test_alarms_do_not_depend_on_how_steps_are_cut_into_blocks():
-    alarms = Alarms(1)
-    losses = [5.0, 4.0, 11.0, 12.0, 13.0, math.nan]
+    alarms = Alarms()
+    ones = np.ones(1), np.ones(1)
+    losses = [5.0, 4.0, 110.0, 1200.0, 13e3, math.nan]
     events = []
     for step, loss in enumerate(losses):
-        events += alarms.feed(0, np.array([step]), np.array([loss]))
+        events += alarms.feed(0, np.array([step]), np.array([loss]), *ones)
     assert [(event.step, event.kind) for event in events] == [(2, "diverged")]
+
+
+OVERFLOWING = {  # large weights in float16: now and then the forward pass of a batch overflows
+    "model": {"d_model": 64, "n_layers": 2, "n_heads": 2, "seq_len": 12},
+    "data": {"batch_size": 4},
+    "attention": {"scale": "none"},
+    "init": {"gain": 2.1},
+    "optimizer": {"lr": 3e-4},
+    "precision": {"dtype": "float16", "loss_scaling": True},
+    "train": {"steps": 45, "checkpoint_every": 20},
+}
+
+
+@pytest.fixture(scope="module")
+def overflowing(tmp_path_factory):
+    return attnscope.train_model(OVERFLOWING, path=tmp_path_factory.mktemp("runs") / "run")
+
+
+def test_a_step_that_loss_scaling_skips_is_no_divergence(overflowing):
+    losses = overflowing.steps["loss"].to_numpy()
+    skipped = np.flatnonzero(~np.isfinite(losses))
+    assert 0 < len(skipped) < 20, "some of the steps were meant to overflow"
+    (member,) = overflowing.members
+    assert (member.status, member.diverged_at, member.last_step) == ("stalled", None, 44)
+    assert math.isfinite(member.final_loss) and member.nonfinite_at == skipped[0]
+    assert not set(overflowing.events["kind"]) & {"diverged", "dropped"}
+    after = losses[skipped[0] :]
+    assert np.nanmin(after) < losses[0] / 2, "it went on to learn"
+    rules = {finding.rule for finding in diagnose(overflowing)}
+    assert "nonfinite_loss_passed" in rules and not rules & {"nonfinite", "loss_explosion"}
+
+
+def test_each_time_that_numbers_break_is_an_event(overflowing):
+    bad = ~np.isfinite(overflowing.steps["loss"].to_numpy())
+    begins = np.flatnonzero(bad & ~np.r_[False, bad[:-1]])
+    events = overflowing.events[overflowing.events["kind"] == "nonfinite"]
+    said = events[[fields["tensor"] == "loss" for fields in events["fields"]]]
+    assert said["step"].tolist() == begins.tolist() and len(begins) > 1
+
+
+def test_losses_that_overflow_for_good_are_dropped_with_finite_weights(tmp_path):
+    config = OVERFLOWING | {"init": {"gain": 8.0}, "train": {"steps": 100}}
+    run = attnscope.train_model(config, path=tmp_path / "run")
+    (member,) = run.members
+    assert (member.status, member.diverged_at, member.last_step) == ("diverged", 0, 9)
+    assert np.isfinite(run.params["weight_norm"]).all()
+    assert (run.events["kind"] == "diverged").sum() == (run.events["kind"] == "dropped").sum() == 1
+
+
+def test_an_error_in_training_is_told_by_name(tmp_path, monkeypatch):
+    real, calls = loop.run_step, []
+
+    def broken(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4:
+            raise ValueError("the data is broken")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "run_step", broken)
+    with pytest.raises(ValueError, match="the data is broken"):
+        attnscope.train_model(small(), path=tmp_path / "run")
+    run = open_run(tmp_path / "run")
+    (member,) = run.members
+    assert (run.status, member.status, member.last_step) == ("failed", "failed", 2)
+    assert member.error == "ValueError: the data is broken"
+    assert [f.summary for f in diagnose(run) if f.rule == "failed"] == [
+        f"{member.name} failed after step 2: ValueError: the data is broken"
+    ]
 
 
 def test_the_run_directory_repeats_the_config(tmp_path):

@@ -1,0 +1,206 @@
+"""Rules for numbers that are not finite: for good, and for a moment.
+
+Shape key: N rows, M member in the order of run.json.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attnscope.diagnose.by_member import members_of_rows, sorted_by_member
+from attnscope.diagnose.finding import MOST_EVIDENCE, Evidence, Finding, of_several
+from attnscope.runs.divergence import IN_A_ROW
+from attnscope.runs.foreign import printable
+from attnscope.runs.reader import Run
+from attnscope.signals.nonfinite import TENSORS
+
+_PLACE = re.compile(r"layer (\d{1,4})(?: (.+))?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Break:
+    """One tensor of a member that is not finite, at one step, and where."""
+
+    step: int
+    member: str
+    tensor: str
+    layer: int | None = None
+    group: str | None = None
+
+    @property
+    def evidence(self) -> Evidence:
+        """As a finding has it."""
+        return Evidence(
+            member=self.member,
+            step=self.step,
+            layer=self.layer,
+            group=self.group,
+            quantity=TENSORS.get(self.tensor, printable(self.tensor, 40)),
+        )
+
+
+def nonfinite(run: Run) -> Finding | None:
+    """Numbers became NaN or Inf, and stayed so.
+
+    What it looks at: of each member, the last step whose loss and gradient were finite, and the first `nonfinite` event
+    after it; without one, the first loss that is not finite.
+    Why it matters: what comes after it means nothing, and the first tensor tells where it began.
+    What to try: look at what grew before (other findings); float16: bfloat16 or a smaller scale.
+    Source: the definition.
+    """
+    sound_M = _last_sound(run)
+    number = {entry.name: m for m, entry in enumerate(run.entries)}
+    first: dict[str, Break] = {}
+    for each in _breaks(run):
+        before = first.get(each.member)
+        if each.step > sound_M[number[each.member]] and (before is None or each.step < before.step):
+            first[each.member] = each
+    for record in run.members:
+        at = record.nonfinite_at
+        if record.name not in first and at is not None and at > sound_M[number[record.name]]:
+            first[record.name] = Break(member=record.name, step=at, tensor="loss")
+    if not first:
+        return None
+    names = [entry.name for entry in run.entries if entry.name in first]
+    earliest = sorted(first.values(), key=lambda each: each.step)
+    worst = earliest[0]
+    direction = "backward" if worst.tensor == "gradient" else "forward"
+    where = "" if worst.layer is None else f" in layer {worst.layer}"
+    where += f" ({worst.group})" if worst.group else ""
+    return Finding(
+        rule="nonfinite",
+        title="Numbers stopped being finite",
+        kind="symptom",
+        summary=(
+            f"{of_several(names, 'recorded NaN or Inf')}The first non-finite numbers of {worst.member} are at step "
+            f"{worst.step}, in the {direction} pass: {printable(worst.tensor, 40)}{where}."
+        ),
+        members=tuple(names),
+        evidence=tuple(each.evidence for each in earliest[:MOST_EVIDENCE]),
+        evidence_left_out=max(0, len(earliest) - MOST_EVIDENCE),
+        remedy=(
+            "Look for what grew before. With float16, use bfloat16 or smaller logits: loss scaling protects the "
+            "gradient only."
+            + (
+                " `attnscope watch --snapshot 2` keeps the weights and batches that led to it."
+                if run.kind == "watch"
+                else ""
+            )
+        ),
+        source="first nonfinite event after which nothing was finite, or first such loss",
+    )
+
+
+def nonfinite_loss_passed(run: Run) -> Finding | None:
+    """A loss was NaN or Inf, and training went on.
+
+    What it looks at: losses that are not finite, after which losses and gradients were finite again; and the gradient of
+    the same step. A gradient alone that overflows under loss scaling is how loss scaling works, and no finding.
+    Why it matters: the step taught nothing, and a mean over many losses, as a logger takes it, is NaN from then on.
+    What to try: look at the batch: one without any label has a mean over nothing.
+    Source: the definition.
+    """
+    codes_N, step_N, loss_N, norm_N = sorted_by_member(run.steps, ("step", "loss", "grad_norm"))
+    passed_K = np.flatnonzero(~np.isfinite(loss_N) & (step_N <= _last_sound(run)[codes_N]))
+    if not len(passed_K):
+        return None
+    names = [run.entries[m].name for m in np.unique(codes_N[passed_K])]
+    first = int(passed_K[step_N[passed_K].argmin()])
+    member, step, loss = run.entries[codes_N[first]].name, int(step_N[first]), loss_N[first]
+    is_finite = bool(np.isfinite(norm_N[first]))
+    others = int((codes_N[passed_K] == codes_N[first]).sum()) - 1
+    more = "" if not others else f" (as {'is' if others == 1 else 'are'} {others} after it)"
+    how = (
+        "its gradients and the weights stayed finite, and training went on"
+        if is_finite
+        else "its gradients were not finite either, but the weights stayed so, and training went on"
+    )
+    evidence = tuple(
+        Evidence(
+            member=run.entries[codes_N[k]].name,
+            step=int(step_N[k]),
+            quantity="loss",
+            value=float(loss_N[k]),
+        )
+        for k in passed_K[:MOST_EVIDENCE]
+    )
+    return Finding(
+        rule="nonfinite_loss_passed",
+        title="A loss was not finite, and training went on",
+        kind="symptom",
+        summary=(
+            f"{of_several(names, 'have losses that are not finite, and finite ones after them')}The loss of step {step} of "
+            f"{member} is {'NaN' if math.isnan(loss) else 'infinite'}{more}; {how}."
+        ),
+        members=tuple(names),
+        evidence=evidence,
+        evidence_left_out=len(passed_K) - len(evidence),
+        remedy=(
+            "Look at the batch of that step: if no token of it has a label, its loss is a mean over nothing. Leave such "
+            "batches out, or divide by at least 1."
+            if is_finite
+            else "Look at the batch of that step. With float16, use bfloat16 or smaller logits: it overflows in the "
+            "forward pass, where loss scaling does not protect."
+        ),
+        source="the definition",
+    )
+
+
+def _last_sound(run: Run) -> NDArray[np.int64]:
+    """The last step of each member up to which what was not finite did no lasting harm, (M,); -1 = there is none.
+
+    Up to the end it did none where nobody was lost: losses without finite gradients, and gradients that loss scaling made
+    overflow, are few and the last ones by chance.
+    """
+    codes_N, step_N, loss_N, norm_N, scale_N = sorted_by_member(
+        run.steps, ("step", "loss", "grad_norm", "loss_scale")
+    )
+    n_members = len(run.entries)
+    finite_N, norm_finite_N = np.isfinite(loss_N), np.isfinite(norm_N)
+    is_known_M = np.bincount(codes_N[norm_finite_N], minlength=n_members) > 0
+    sound_N = finite_N & (norm_finite_N | ~is_known_M[codes_N])
+    sound_M = np.full(n_members, -1, dtype=np.int64)
+    np.maximum.at(sound_M, codes_N[sound_N], step_N[sound_N].astype(np.int64))
+    diverged_M = np.array([record.diverged_at is not None for record in run.members], dtype=bool)
+    after_N = (step_N > sound_M[codes_N]) & ~diverged_M[codes_N]
+    count_M = np.bincount(codes_N[after_N], minlength=n_members)
+    passes_N = np.where(finite_N, scale_N > 1, norm_finite_N)  # a step skipped; a loss of nothing
+    harm_M = np.bincount(codes_N[after_N & ~passes_N], minlength=n_members) > 0
+    for m in np.flatnonzero((count_M > 0) & (count_M < IN_A_ROW) & ~harm_M):
+        sound_M[m] = run.members[m].last_step or 0
+    return sound_M
+
+
+def _breaks(run: Run) -> list[Break]:
+    """The nonfinite events, in the order in which a step computes the tensors."""
+    table = run.events[run.events["kind"] == "nonfinite"]
+    found = []
+    for step, code, fields in zip(
+        table["step"], members_of_rows(table), table["fields"], strict=True
+    ):
+        tensor = fields.get("tensor")
+        if code >= 0 and isinstance(tensor, str):
+            layer, group = _place(fields)
+            name = run.entries[code].name
+            found.append(
+                Break(step=int(step), member=name, tensor=tensor, layer=layer, group=group)
+            )
+    order = {tensor: at for at, tensor in enumerate(TENSORS)}
+    return sorted(found, key=lambda each: order.get(each.tensor, len(order)))
+
+
+def _place(fields: Mapping[str, Any]) -> tuple[int | None, str | None]:
+    """Layer and group of the first place that an event names: "layer 2 q", "layer 0" or "embedding"."""
+    where = fields.get("where")
+    first = where[0] if isinstance(where, list) and where else None
+    if not isinstance(first, str):
+        return None, None
+    match = _PLACE.fullmatch(first)
+    if match is None:
+        return None, printable(first, 40)
+    return int(match[1]), None if match[2] is None else printable(match[2], 40)

@@ -1,0 +1,119 @@
+"""What happened once, found while it is recorded: where numbers stop being finite, and where a loss leaves for good.
+
+Shape key: N rows of a table, S steps.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from attnscope.runs.divergence import LossWatch
+from attnscope.signals.nonfinite import TENSORS, Array, Looked, Tables, looked_at
+
+FED = ("step", "loss", "grad_norm", "loss_scale")  # columns of steps that decide on divergence
+MOST_TIMES = 20  # that a tensor of a member is told to break
+MOST_PLACES = 20  # that an event names
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """One line of the events file."""
+
+    kind: str
+    step: int
+    member: int | None = None
+    fields: dict[str, object] = field(default_factory=dict)
+
+
+def place_of(layer: int, group: str | None) -> str:
+    """A place as events name it: "layer 2 q", "layer 0" or "embedding"."""
+    if layer < 0:
+        return group or "outside of layers"
+    return f"layer {layer}" if group is None else f"layer {layer} {group}"
+
+
+class Alarms:
+    """Looks through each block of tables: says when a tensor of a member breaks, and again when it breaks after it was sound.
+
+    Invariants: blocks arrive in the order of their steps; the events do not depend on where steps are cut into blocks.
+    """
+
+    def __init__(self, place: Callable[[int, str | None], str] = place_of) -> None:
+        """`place` names a layer and group in events."""
+        self._place = place
+        self._watches: dict[int, LossWatch] = {}
+        self._diverged: set[int] = set()
+        self._is_broken: dict[tuple[int, str], bool] = {}
+        self._times: dict[tuple[int, str], int] = {}
+
+    def look(self, tables: Tables) -> list[Event]:
+        """The events of a block, in the order of their steps, and of one step in the order in which it computes the tensors."""
+        found = [event for looked in looked_at(tables) for event in self._breaks(looked)]
+        found.sort(key=lambda event: list(TENSORS).index(str(event.fields["tensor"])))
+        steps = tables.get("steps") or {}
+        if steps:
+            for member in np.unique(steps["member"]).tolist():
+                mine = steps["member"] == member
+                found += self.feed(member, *(steps[name][mine] for name in FED))
+        return sorted(found, key=lambda event: event.step)
+
+    def feed(
+        self, member: int, steps: Array, losses: Array, grad_norms: Array, loss_scales: Array
+    ) -> list[Event]:
+        """Watch a member's loss alone: columns FED. A resumed run feeds what was recorded before it went on."""
+        watch = self._watches.setdefault(member, LossWatch())
+        watch.feed(steps, losses, grad_norms, loss_scales)
+        return self._new_verdict(member, watch)
+
+    def end(self, members: Sequence[int]) -> list[Event]:
+        """These members record nothing more: what that decides."""
+        found = []
+        for member in members:
+            watch = self._watches.setdefault(member, LossWatch())
+            watch.end()
+            found += self._new_verdict(member, watch)
+        return found
+
+    def _new_verdict(self, member: int, watch: LossWatch) -> list[Event]:
+        if watch.diverged_at is None or member in self._diverged:
+            return []
+        self._diverged.add(member)
+        return [
+            Event(kind="diverged", step=watch.diverged_at, member=member, fields={"why": watch.why})
+        ]
+
+    def _breaks(self, looked: Looked) -> list[Event]:
+        """The steps at which a tensor of a member is broken that was sound before."""
+        events = []
+        for member in np.unique(looked.member_N).tolist():
+            key = member, looked.tensor
+            mine_N = looked.member_N == member
+            broken_steps = np.unique(looked.step_N[mine_N & looked.broken_N])
+            was_broken = self._is_broken.get(key, False)
+            if not len(broken_steps) and not was_broken:
+                continue
+            steps_S = np.unique(looked.step_N[mine_N])
+            broken_S = np.isin(steps_S, broken_steps)
+            begins_S = broken_S & ~np.r_[was_broken, broken_S[:-1]]
+            self._is_broken[key] = bool(broken_S[-1])
+            for step in steps_S[begins_S].tolist():
+                self._times[key] = self._times.get(key, 0) + 1
+                if self._times[key] <= MOST_TIMES:
+                    rows = mine_N & looked.broken_N & (looked.step_N == step)
+                    events.append(self._event(looked, rows, step=step, member=member))
+        return events
+
+    def _event(self, looked: Looked, rows: Array, *, step: int, member: int) -> Event:
+        fields: dict[str, object] = {
+            "tensor": looked.tensor,
+            "direction": "backward" if looked.tensor == "gradient" else "forward",
+        }
+        if looked.layer_N is not None:
+            layers = looked.layer_N[rows].tolist()
+            groups = [None] * len(layers) if looked.group_N is None else looked.group_N[rows]
+            places = (
+                self._place(layer, group) for layer, group in zip(layers, groups, strict=True)
+            )
+            fields["where"] = list(dict.fromkeys(places))[:MOST_PLACES]
+        return Event(kind="nonfinite", step=step, member=member, fields=fields)
