@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from attnscope.check.batch import Batch, changed_at, with_input
-from attnscope.check.case import SEED, Case, Mode, call, in_mode, rows_of
+from attnscope.check.case import NOISE, SEED, Case, Mode, call, in_mode, rows_of
 from attnscope.check.dropout import without_dropout
 from attnscope.check.facts import Attention, attention_of
 from attnscope.errors import AttnscopeError
@@ -57,7 +57,9 @@ def look(
     changed = replace(case, batch=changed_at(case.batch, everywhere_BT))
     others = _look(changed, mode, seed=seed, dropout=dropout, gradients=False).calls
     pairs = zip(looked.calls, others, strict=False)
-    is_own = [one.layer != two.layer or one.keys_sum != two.keys_sum for one, two in pairs]
+    is_own = [
+        one.layer != two.layer or abs(one.keys_sum - two.keys_sum) > NOISE for one, two in pairs
+    ]
     own = [*is_own, *[True] * (len(looked.calls) - len(is_own))]
     calls = [
         each if of_input else replace(each, direction=None, farthest=0, soft=None)
@@ -85,7 +87,8 @@ def _look(case: Case, mode: Mode, *, seed: int, dropout: bool, gradients: bool) 
                     p.requires_grad_(True)  # the scale is read from the graph
         x = batch.input.detach()
         stack.enter_context(_widths(model, widths))
-        leaves = stack.enter_context(_leaf(model, batch.raw)) if gradients else []
+        is_alone = batch.source is None or not torch.equal(batch.source.raw, batch.raw)
+        leaves = stack.enter_context(_leaf(model, batch.raw)) if gradients and is_alone else []
         if gradients and not batch.has_ids:
             leaves.append(x.clone().requires_grad_())
             x = leaves[0] * 1  # models may write into it
@@ -172,7 +175,7 @@ def _leaf(model: nn.Module, ids: Tensor) -> Iterator[list[Tensor]]:
             handles += [
                 module.register_forward_hook(swap)
                 for module in model.modules()
-                if module is not model and not any(module.children())
+                if module is not model and next(module.children(), None) is None
             ]
         yield leaves
     finally:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from attnscope.check.batch import Batch, read_batch
-from attnscope.check.output import Kind, described, kind_of, rows_in
+from attnscope.check.output import KINDS, Kind, described, rows_in
 from attnscope.check.undisturbed import copied, same_state, seed_all
 from attnscope.errors import AttnscopeError, ShapeError
 
@@ -22,6 +22,8 @@ from attnscope.errors import AttnscopeError, ShapeError
 # mask (GPT-2, untrained, 256 positions) changed them by 3e-3 and more, a mask of -10 instead of -inf by 8e-5.
 NOISE = 1e-5
 SEED = 0
+# Layers that take statistics of the batch in training, and others in evaluation.
+BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 
 Mode = Literal["evaluation", "training"]
 MODES: tuple[Mode, ...] = ("evaluation", "training")
@@ -129,7 +131,9 @@ def open_case(model: nn.Module, batch: object, *, time_first: bool = False) -> C
             for found in (outputs, again):
                 with in_mode(model, mode, seed=SEED), torch.no_grad():
                     output = call(model, read)
-                    kind = kind or kind_of(output, len(read.real_BT), read.n_positions)
+                    kind = kind or next(
+                        (k for k in KINDS if _rows(output, read, k) is not None), None
+                    )
                     found[mode] = rows_of(output, read, kind)
             if outputs[mode].shape != outputs["evaluation"].shape:
                 raise ShapeError(f"the output in {mode} has other rows than in evaluation")

@@ -51,7 +51,7 @@ class Attention:
         is_inverted: of the keys of padded sequences, only those at padding are seen; None = no padding is known of its keys.
         pairs: of a query and a key that it sees.
         pattern: the same for the same pairs.
-        keys_sum: the same for the same keys.
+        keys_sum: a weighted sum of the keys, relative to their length: the same for the same keys, but for rounding.
         rows: queries of all heads and sequences.
         empty_rows: those that see no key.
         empty_real_rows: of them, those at positions that are not padded.
@@ -153,7 +153,7 @@ def attention_of(
         is_inverted=_is_inverted(visible_BHTS, batch),
         pairs=int(visible_BHTS.sum()),
         pattern=zlib.crc32(visible_BHTS.cpu().numpy().tobytes()),
-        keys_sum=float(keys.detach().double().sum()),
+        keys_sum=_sum(keys),
         rows=empty_BHT.numel(),
         empty_rows=int(empty_BHT.sum()),
         empty_real_rows=int(empty_real.sum()),
@@ -269,6 +269,12 @@ def _is_cosine(q: Tensor, k: Tensor, factor: float | None) -> bool:
         return False
     product = float(sizes[0].mean() * sizes[1].mean())
     return abs(product / (abs(factor or 1.0) or 1.0) - 1) < UNIT_WITHIN
+
+
+def _sum(x: Tensor) -> float:
+    x = x.detach().double().flatten()
+    weights = torch.arange(len(x), dtype=x.dtype, device=x.device).cos()
+    return float((x * weights).sum() / torch.linalg.vector_norm(x).clamp(min=1e-30))
 
 
 def _rms(x: Tensor) -> float:

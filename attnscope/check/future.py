@@ -123,7 +123,7 @@ def _leaking(
         f"{many(sight.farthest, 'position')} ahead"
     )
     partly = _partly(direction, sight, layers)
-    is_block = _is_block(sight, layers)
+    is_block = _is_block(sight, layers) or (direction == "blocks" and not layers)
     rows = _pair_rows(reach, "evaluation", ahead=True)
     if (causal is None and not partly) or causal is False:
         how = ", within blocks of positions" if is_block else f", but {partly}" if partly else ""

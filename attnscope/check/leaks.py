@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnscope.check.attention import Looked, spread
 from attnscope.check.batch import Batch, changed_at
-from attnscope.check.case import MODES, NOISE, Case, Mode, change_BP, first_changed
+from attnscope.check.case import BATCH_NORMS, MODES, NOISE, Case, Mode, change_BP, first_changed
 from attnscope.check.facts import Attention
 from attnscope.check.result import (
     MOST_EVIDENCE,
@@ -21,8 +21,10 @@ from attnscope.check.result import (
     not_looked,
     passed,
     short,
+    stated,
 )
 
+BATCH = "batch leak"
 SEQUENCES = 4  # changed, one after the other
 REAL = 6  # positions, one after the other, to see whether anything real reaches an output
 INVERTED = (
@@ -150,7 +152,7 @@ def _nothing_real_reaches(case: Case) -> bool:
 
 def batch_leak(case: Case, looked: Looked) -> Checked:
     """Whether one sequence changes the outputs of the others."""
-    name = "batch leak"
+    name = BATCH
     n_batch, n_positions = case.grid
     over_batch = [each for each in looked.calls if each.over_batch is not None]
     remedy = (
@@ -275,6 +277,10 @@ def _compared(
         if count
     )
     finding = f"{said} {modes}, by up to {short(most)} of the largest output{begins}{why}{rest}."
+    module = dict(case.model.named_modules()).get(first or "")
+    is_norm = isinstance(module, BATCH_NORMS) and not leaked_in.get("evaluation")
+    if name == BATCH and is_norm and not case.batch.has_positions:  # as images are normalized
+        return stated(name, f"{finding} It is a {type(module).__name__}.", evidence)
     return failed(name, finding, evidence, remedy)
 
 

@@ -69,7 +69,7 @@ def _opened(model: nn.Module, batch: object) -> tuple[Case, Looked]:
     case = open_case(model, batch)
     looked = look(case)
     # Nobody hides later sequences of a batch from earlier ones: an axis with a causal mask is that of positions.
-    if {each.over_batch for each in looked.calls} == {"causal"}:
+    if "causal" in {each.over_batch for each in looked.calls}:
         case = open_case(model, batch, time_first=True)
         looked = look(case)
     return case, looked

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from math import isclose
 
 import torch
-from torch import nn
 
 from attnscope.check.attention import Looked, look
-from attnscope.check.case import NOISE, SEED, Case, Trace, change_BP, first_changed
+from attnscope.check.case import BATCH_NORMS, NOISE, SEED, Case, Trace, change_BP, first_changed
 from attnscope.check.dropout import without_dropout
 from attnscope.check.facts import Attention
 from attnscope.check.result import Checked, failed, listed, many, not_looked, passed, short, stated
@@ -20,8 +19,6 @@ SEEDS = (
     SEED + 1,
     SEED + 2,
 )  # what is not the same for all of them is random, and not compared
-# Layers that are meant to differ: statistics of the batch instead of those collected before.
-NORMS = (nn.modules.batchnorm._NormBase,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +92,11 @@ def _said_apart(case: Case, apart: float, seen: str) -> Checked:
     first = first_changed(case.trace(case.batch, "evaluation"), in_training, case.batch.real_BT)
     module = dict(case.model.named_modules()).get(first or "")
     begins = f", first in {first}" if first else ""
-    why = " which takes statistics of the batch in training" if isinstance(module, NORMS) else ""
+    why = (
+        " which takes statistics of the batch in training"
+        if isinstance(module, BATCH_NORMS)
+        else ""
+    )
     return stated(
         NAME,
         f"Without dropout, outputs in training differ from those in evaluation by {short(apart)} of the largest{begins}{why} "

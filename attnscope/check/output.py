@@ -17,13 +17,6 @@ NAMES = ("logits", "prediction_logits", "last_hidden_state", "hidden_states")
 DEEPEST = 3  # level of lists and dictionaries within one another
 
 
-def kind_of(output: Any, n_batch: int, n_positions: int | None) -> Kind | None:
-    """The finest kind of rows that an output has; None where it holds no floating tensor."""
-    return next(
-        (kind for kind in KINDS if rows_in(output, n_batch, n_positions, kind) is not None), None
-    )
-
-
 def rows_in(output: Any, n_batch: int, n_positions: int | None, kind: Kind) -> Tensor | None:
     """The first floating tensor of the output with rows of this kind, as (B, P, F); None where there is none.
 

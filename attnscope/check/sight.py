@@ -29,7 +29,7 @@ class Sight:
         mirrored: of the pairs seen behind that have a counterpart at the same distance ahead, those that see it too.
         mirrors: pairs seen behind that have a counterpart.
         mutual: who sees another is seen by it.
-        blocks: who sees ahead sees all up to a position, which sees no further.
+        blocks: who sees ahead sees all up to a position, which sees no further; or all that see ahead see the same prefix.
     """
 
     behind: int
@@ -74,7 +74,7 @@ def sight_of(sees_TS: Tensor, known_TS: Tensor) -> Sight:
         mirrored=mirrored,
         mirrors=mirrors,
         mutual=_is_mutual(sees, known_TS),
-        blocks=_has_blocks(sees, known_TS),
+        blocks=_has_blocks(sees, known_TS) or _has_prefix(sees, known_TS),
     )
 
 
@@ -96,6 +96,15 @@ def direction_of(sight: Sight) -> Direction:
 def _is_mutual(sees: Tensor, known_TS: Tensor) -> bool:
     both = (known_TS & known_TS.mT).triu(1)
     return bool((sees.triu(1) & both).any() and torch.equal(sees & both, sees.mT & both))
+
+
+def _has_prefix(sees: Tensor, known_TS: Tensor) -> bool:
+    """Keys up to a position are seen by all queries before them, and later ones by none: this shows in some columns, too."""
+    ahead_TS = known_TS.triu(1)
+    seen_S, all_S = (sees & ahead_TS).any(dim=-2), (sees | ~ahead_TS).all(dim=-2)
+    tried_S = ahead_TS.any(dim=-2)
+    seen = seen_S[tried_S]
+    return bool(torch.equal(seen, all_S[tried_S]) and (seen[1:] <= seen[:-1]).all())
 
 
 def _has_blocks(sees: Tensor, known_TS: Tensor) -> bool:
