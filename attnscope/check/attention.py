@@ -3,8 +3,6 @@
 Shape key: B batch, T position, S key position, P rows of a sequence in the output, D features.
 """
 
-import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -102,29 +100,6 @@ def _look(case: Case, mode: Mode, *, seed: int, dropout: bool, gradients: bool) 
     found = tuple(replace(each, d_model=_width_of(each.layer, widths)) for each in calls)
     why = "" if found else "; ".join(unseen[:1]) or "no call looked like attention"
     return Looked(calls=found, why=why, unseen=tuple(unseen), reacts=reacts)
-
-
-@contextmanager
-def eagerly() -> Iterator[None]:
-    """Functions that torch.compile made run as they were written, where attention can be seen, and FlexAttention with gradients."""
-    flex: Any = sys.modules.get("torch.nn.attention.flex_attention")
-    with ExitStack() as stack:
-        # The fast paths of torch's modules return other padding, and fewer positions, than they do in training.
-        stack.callback(
-            torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()
-        )
-        torch.backends.mha.set_fastpath_enabled(False)
-        if "torch._dynamo" in sys.modules:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        if hasattr(flex, "_validate_device"):
-            # It refuses gradients on the CPU, which only its compiled kernels lack.
-            before, flex._validate_device = flex._validate_device, lambda *_: None
-            stack.callback(setattr, flex, "_validate_device", before)
-            stack.enter_context(warnings.catch_warnings())
-            warnings.filterwarnings(
-                "ignore", message=".*flex_attention called without torch.compile"
-            )
-        yield
 
 
 @contextmanager

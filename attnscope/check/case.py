@@ -86,8 +86,18 @@ class Case:
         with in_mode(self.model, mode, seed=seed), torch.no_grad():
             return rows_of(call(self.model, batch), self.batch, self.kind)
 
-    def trace(self, batch: Batch, mode: Mode, *, seed: int = SEED) -> "Trace":
-        """Names of modules in the order in which they are done, each with one number per row of its output."""
+    def trace(
+        self, batch: Batch, mode: Mode, *, seed: int = SEED, sequences: bool = False
+    ) -> "Trace":
+        """Names of modules in the order in which they are done, each with one number per row of its output.
+
+        Args:
+            batch: goes in.
+            mode: of the model.
+            seed: of random numbers.
+            sequences: whether one number for each sequence will do, of modules without positions; else only pooled outputs
+                (B, F) have one.
+        """
         found: Trace = []
         handles = []
         with in_mode(self.model, mode, seed=seed), torch.no_grad():
@@ -96,8 +106,9 @@ class Case:
 
                     def look(_: nn.Module, __: Any, out: Any, name: str = name) -> None:
                         rows = _rows(out, self.batch, "positions")
-                        if rows is None and isinstance(out, Tensor) and out.dim() == 2:
-                            rows = _rows(out, self.batch, "sequences")  # pooled
+                        is_pooled = isinstance(out, Tensor) and out.dim() == 2
+                        if rows is None and (sequences or is_pooled):
+                            rows = _rows(out, self.batch, "sequences")
                         if rows is not None:
                             weights = torch.arange(1.0, rows.shape[-1] + 1, device=rows.device)
                             found.append((name, (rows.float() * weights.cos()).sum(dim=-1)))

@@ -267,7 +267,9 @@ def _compared(
         finding = f"{said} none of {looked_at:,} {outputs} in {where}{rest}."
         return passed(name, finding, evidence[:1])
     most, mode, leak = worst
-    before, after = case.trace(case.batch, mode), case.trace(leak.batch, mode)
+    before, after = (
+        case.trace(each, mode, sequences=name == BATCH) for each in (case.batch, leak.batch)
+    )
     first = first_changed(before, after, leak.where_BT)
     begins = f", first in {first}" if first else ""
     evidence[0]["first module"] = first

@@ -3,9 +3,10 @@
 import torch
 from torch import nn
 
-from attnscope.check.attention import Looked, eagerly, look
+from attnscope.check.attention import Looked, look
 from attnscope.check.case import Case, open_case
 from attnscope.check.dtypes import dtypes, registered_layers
+from attnscope.check.eager import eagerly
 from attnscope.check.future import future_leak
 from attnscope.check.leaks import batch_leak, padding_leak
 from attnscope.check.masks import masked_rows, softmax_axis
@@ -57,7 +58,7 @@ def check_model(
     if not isinstance(model, nn.Module):
         raise ShapeError(f"model: is a {type(model).__name__}, but must be a torch.nn.Module.")
     model = _unwrapped(model)
-    with eagerly(), undisturbed(model):
+    with eagerly(model), undisturbed(model):
         case, looked = _opened(model, batch)
         with torch.no_grad():
             first = future_leak(case, looked, causal=causal)

@@ -31,10 +31,9 @@ def rows_in(output: Any, n_batch: int, n_positions: int | None, kind: Kind) -> T
     if kind == "positions":
         return None if n_positions is None else _per_position(floats, n_batch, n_positions)
     if kind == "sequences":
-        # (B, B) compares all sequences with one another, as a contrastive loss does.
-        of_sequences = [
-            x for x in floats if x.dim() and len(x) == n_batch and x.shape != (n_batch, n_batch)
-        ]
+        of_sequences = [x for x in floats if x.dim() and len(x) == n_batch]
+        # (B, B) may compare all sequences with one another, as a contrastive loss does: rather another one.
+        of_sequences.sort(key=lambda x: x.shape == (n_batch, n_batch))
         return of_sequences[0].reshape(n_batch, 1, -1) if of_sequences else None
     return floats[0].reshape(1, 1, -1) if floats else None
 

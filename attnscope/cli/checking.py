@@ -4,6 +4,7 @@ import contextlib
 import shlex
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,7 @@ def check_and_print(target: str, *, causal: bool | None, as_json: bool) -> froze
         said = {
             "target": target,
             "model": type(model).__name__,
+            "counts": Counter(each.status for each in results),
             "checks": [to_table(each) for each in results],
         }
         typer.echo(to_json(said, indent=1))
