@@ -59,6 +59,8 @@ def attention_calls(model: nn.Module, on_call: OnCall) -> Iterator[list[str]]:
 def visible_keys(seen: Seen) -> Tensor:
     """Which keys each query sees, boolean (B, H, T, S)."""
     n_batch, n_heads, n_queries, _ = seen.q.shape
+    if seen.modify is not None:
+        return modified_logits(seen)[2]
     if seen.z is not None:
         raw = None if seen.k is None else seen.q.float() @ seen.k.float().mT
         return visible_logits(seen.z, raw)
@@ -67,6 +69,17 @@ def visible_keys(seen: Seen) -> Tensor:
     if seen.visible is None:
         return torch.ones(grid, dtype=torch.bool, device=seen.q.device)
     return seen.visible.expand(grid)
+
+
+@torch.no_grad()
+def modified_logits(seen: Seen) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a call in which a function decides: q kᵀ, the logits, and which keys each query sees, (B, H, T, S) each."""
+    assert seen.k is not None and seen.modify is not None
+    raw = seen.q.float() @ seen.k.float().mT
+    at = (torch.arange(n, device=raw.device) for n in raw.shape[:3])
+    z, visible = seen.modify(raw * (1.0 if seen.scale is None else seen.scale), *at)
+    everything = torch.ones((), dtype=torch.bool, device=raw.device)
+    return raw, z.expand_as(raw), (everything if visible is None else visible).expand_as(raw)
 
 
 @torch.no_grad()

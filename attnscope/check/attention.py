@@ -1,65 +1,25 @@
 """The attention calls of one forward pass, and gradients between positions, in a few numbers each.
 
-Shape key: B batch, H head, T query position, S key position, K d_head, D features.
+Shape key: B batch, T position, S key position, P rows of a sequence in the output, D features.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from attnscope.capture.calls import applied_scale, attention_calls, visible_keys
-from attnscope.capture.names import n_heads_of
+from attnscope.capture.calls import attention_calls
 from attnscope.capture.seen import Seen
-from attnscope.check.batch import with_input
-from attnscope.check.case import SEED, Case, call, in_mode, rows_of
-from attnscope.check.sight import Direction, direction_of, sight_of
+from attnscope.check.batch import Batch, changed_at, with_input
+from attnscope.check.case import NOISE, SEED, Case, Mode, call, in_mode, rows_of
+from attnscope.check.dropout import without_dropout
+from attnscope.check.facts import Attention, attention_of
 from attnscope.errors import AttnscopeError
 
 PROBES = 4  # queries whose gradients are looked at
-UNIT_WITHIN = 1e-2  # of length 1: q and k were normalized
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Attention:
-    """An attention call.
-
-    Attributes:
-        layer: name of the module that made it.
-        n_heads: of q.
-        n_kv_heads: of k.
-        d_head: of q.
-        said_heads: how many heads the module says it has.
-        d_model: width of the module's input.
-        n_queries: T.
-        n_keys: S.
-        scale: what multiplies q kᵀ altogether; None = it could not be seen.
-        is_cosine: q and k have length 1, so that 1/√K is not what scales them.
-        direction: of self-attention over the positions of the batch; None of any other.
-        farthest: positions that a query sees ahead.
-        rows: queries of all heads and sequences.
-        empty_rows: those that see no key.
-        empty_real_rows: of them, those at positions that are not padded.
-    """
-
-    layer: str
-    n_heads: int
-    n_kv_heads: int
-    d_head: int
-    said_heads: int | None
-    d_model: int | None
-    n_queries: int
-    n_keys: int
-    scale: float | None
-    is_cosine: bool
-    direction: Direction | None
-    farthest: int
-    rows: int
-    empty_rows: int
-    empty_real_rows: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,42 +29,77 @@ class Looked:
     Attributes:
         calls: in their order.
         why: why there are none.
+        unseen: attention that could not be seen, one line a call: where, and why.
         reacts: query position to how strongly its output reacts to each input position, (T,), relative to the strongest; empty
             where gradients between positions cannot be had.
     """
 
     calls: tuple[Attention, ...]
     why: str
+    unseen: tuple[str, ...]
     reacts: dict[int, Tensor]
 
 
-def look(case: Case) -> Looked:
-    """Pass the batch through the model in evaluation mode with gradients, and look at its attention."""
+def look(
+    case: Case, mode: Mode = "evaluation", *, seed: int = SEED, dropout: bool = True
+) -> Looked:
+    """Pass the batch through the model with gradients, and look at its attention; without them where it fails with them."""
+    looked = _look(case, mode, seed=seed, dropout=dropout, gradients=True)
+    if looked.why.startswith(_FAILED):
+        without = _look(case, mode, seed=seed, dropout=dropout, gradients=False)
+        looked = without if without.calls else looked
+    if case.batch.source is None or not looked.calls or mode != "evaluation":
+        return looked
+    # Of an encoder-decoder: what does not react to the decoder's input is attention of the encoder, or over it.
+    everywhere_BT = torch.ones_like(case.batch.real_BT)
+    changed = replace(case, batch=changed_at(case.batch, everywhere_BT))
+    others = _look(changed, mode, seed=seed, dropout=dropout, gradients=False).calls
+    pairs = zip(looked.calls, others, strict=False)
+    is_own = [
+        one.layer != two.layer or abs(one.keys_sum - two.keys_sum) > NOISE for one, two in pairs
+    ]
+    own = [*is_own, *[True] * (len(looked.calls) - len(is_own))]
+    calls = [
+        each if of_input else replace(each, direction=None, farthest=0, soft=None)
+        for each, of_input in zip(looked.calls, own, strict=True)
+    ]
+    return replace(looked, calls=tuple(calls))
+
+
+def _look(case: Case, mode: Mode, *, seed: int, dropout: bool, gradients: bool) -> Looked:
     model, batch = case.model, case.batch
     calls: list[Attention] = []
     widths: dict[str, int] = {}
+    registered = {id(p) for p in model.parameters()}
 
     def on_call(name: str, module: nn.Module | None, seen: Seen) -> None:
-        calls.append(_attention(case, name, module, seen))
+        calls.append(attention_of(case, name, module, seen, registered))
 
-    with in_mode(model, "evaluation", seed=SEED), torch.enable_grad():
-        for p in model.parameters():
-            if p.is_floating_point() and p.is_leaf and not p.is_inference():
-                p.requires_grad_(True)  # the scale is read from the graph
+    with ExitStack() as stack:
+        stack.enter_context(in_mode(model, mode, seed=seed))
+        stack.enter_context(torch.set_grad_enabled(gradients))
+        stack.enter_context(nullcontext() if dropout else without_dropout())
+        if gradients:
+            for p in model.parameters():
+                if p.is_floating_point() and p.is_leaf and not p.is_inference():
+                    p.requires_grad_(True)  # the scale is read from the graph
         x = batch.input.detach()
-        with _widths(model, widths), _leaf(model, x) as leaves:
-            if not batch.has_ids:
-                leaves.append(x.clone().requires_grad_())
-                x = leaves[0] * 1  # models may write into it
-            try:
-                with attention_calls(model, on_call) as unseen:
-                    output = rows_of(call(model, with_input(batch, x), copy=False), batch)
-            except AttnscopeError as error:
-                return Looked(calls=(), why=f"with gradients, {error}", reacts={})
-        reacts = _reacts(case, output, leaves[0]) if leaves else {}
+        stack.enter_context(_widths(model, widths))
+        is_alone = batch.source is None or not torch.equal(batch.source.raw, batch.raw)
+        leaves = stack.enter_context(_leaf(model, batch.raw)) if gradients and is_alone else []
+        if gradients and not batch.has_ids:
+            leaves.append(x.clone().requires_grad_())
+            x = leaves[0] * 1  # models may write into it
+        try:
+            with attention_calls(model, on_call) as unseen:
+                called = with_input(batch, x)
+                output = rows_of(call(model, called, keep=called.raw), batch, case.kind)
+        except AttnscopeError as error:
+            return Looked(calls=(), why=f"{_FAILED}{error}", unseen=(), reacts={})
+        reacts = _reacts(case, output, leaves[0]) if leaves and case.kind == "positions" else {}
     found = tuple(replace(each, d_model=_width_of(each.layer, widths)) for each in calls)
     why = "" if found else "; ".join(unseen[:1]) or "no call looked like attention"
-    return Looked(calls=found, why=why, reacts=reacts)
+    return Looked(calls=found, why=why, unseen=tuple(unseen), reacts=reacts)
 
 
 @contextmanager
@@ -155,7 +150,7 @@ def _leaf(model: nn.Module, ids: Tensor) -> Iterator[list[Tensor]]:
             handles += [
                 module.register_forward_hook(swap)
                 for module in model.modules()
-                if module is not model and not any(module.children())
+                if module is not model and next(module.children(), None) is None
             ]
         yield leaves
     finally:
@@ -164,14 +159,13 @@ def _leaf(model: nn.Module, ids: Tensor) -> Iterator[list[Tensor]]:
 
 
 def _reacts(case: Case, output: Tensor, leaf: Tensor) -> dict[int, Tensor]:
-    n_positions = case.grid[1]
+    real_BT = case.batch.real_BT
     if not output.requires_grad:
         return {}
     generator = torch.Generator().manual_seed(SEED)
     direction_F = torch.randn(output.shape[-1], generator=generator).to(output)
     found: dict[int, Tensor] = {}
-    real_BT = case.batch.real_BT
-    for i in spread(n_positions, PROBES):
+    for i in spread(real_BT.shape[1], PROBES):
         if not real_BT[:, i].any():
             continue
         try:
@@ -182,11 +176,17 @@ def _reacts(case: Case, output: Tensor, leaf: Tensor) -> dict[int, Tensor]:
             return {}
         if grad is None:
             continue
+        grad = _in_order(grad, case.batch)
         size_BT = torch.linalg.vector_norm(grad.flatten(2).float(), dim=-1)
         share_BT = (size_BT / size_BT.amax(dim=1, keepdim=True)).nan_to_num(0.0)
         share_BT = share_BT.masked_fill(~(real_BT & real_BT[:, i : i + 1]), 0.0)
         found[i] = share_BT.amax(dim=0)
     return found
+
+
+def _in_order(grad: Tensor, batch: Batch) -> Tensor:
+    """(B, T, D): the leaf behind token ids has the axes that the model is given."""
+    return grad.transpose(0, 1) if batch.time_first and batch.has_ids else grad
 
 
 def spread(n_positions: int, wanted: int) -> list[int]:
@@ -196,48 +196,4 @@ def spread(n_positions: int, wanted: int) -> list[int]:
     return sorted({round(at * (n_positions - 1) / (wanted - 1)) for at in range(wanted)})
 
 
-def _attention(case: Case, name: str, module: nn.Module | None, seen: Seen) -> Attention:
-    n_batch, n_heads, n_queries, d_head = seen.q.shape
-    keys = seen.q if seen.k is None else seen.k
-    n_keys = seen.k.shape[-2] if seen.k is not None else n_queries
-    visible_BHTS = visible_keys(seen)
-    empty_BHT = ~visible_BHTS.any(dim=-1)
-    real_BT = case.batch.real_BT
-    is_over_positions = (n_batch, n_queries) == case.grid
-    empty_real = empty_BHT & real_BT[:, None] if is_over_positions else empty_BHT
-    direction: Direction | None = None
-    farthest = 0
-    if is_over_positions and n_keys == n_queries:
-        pairs_BTS = real_BT[:, :, None] & real_BT[:, None, :]
-        seen_HTS = (visible_BHTS & pairs_BTS[:, None]).any(dim=0)
-        sights = [sight_of(sees_TS, pairs_BTS.any(dim=0)) for sees_TS in seen_HTS]
-        directions = {direction_of(sight) for sight in sights}
-        direction = directions.pop() if len(directions) == 1 else "partly"
-        farthest = max(sight.farthest for sight in sights)
-    scale = applied_scale(seen) if torch.is_grad_enabled() else None
-    return Attention(
-        layer=name,
-        n_heads=n_heads,
-        n_kv_heads=keys.shape[1],
-        d_head=d_head,
-        said_heads=n_heads_of(module),
-        d_model=None,
-        n_queries=n_queries,
-        n_keys=n_keys,
-        scale=scale,
-        is_cosine=_is_cosine(seen.q, keys, seen.factor),
-        direction=direction,
-        farthest=farthest,
-        rows=empty_BHT.numel(),
-        empty_rows=int(empty_BHT.sum()),
-        empty_real_rows=int(empty_real.sum()),
-    )
-
-
-def _is_cosine(q: Tensor, k: Tensor, factor: float | None) -> bool:
-    """Whether all q and k have length 1 before they are multiplied by `factor`."""
-    sizes = [torch.linalg.vector_norm(x.detach().float(), dim=-1) for x in (q, k)]
-    if any(x.max() - x.min() > UNIT_WITHIN * x.mean() for x in sizes):
-        return False
-    product = float(sizes[0].mean() * sizes[1].mean())
-    return abs(product / (abs(factor or 1.0) or 1.0) - 1) < UNIT_WITHIN
+_FAILED = "with gradients, "

@@ -11,22 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnscope.check.padding import DECODER, LENGTHS, MASKS, is_of_other_axes, padding_of
 from attnscope.errors import ShapeError
 
+# Inputs without an axis of positions, whatever their axes are.
+PICTURES = (
+    "pixel_values", "images", "image", "img", "pixels", "input_features", "input_values", "audio", "waveform",
+)  # fmt: skip
 # Arguments that hold the positions whose outputs are looked at: those of a decoder before those of its encoder.
 INPUTS = (
-    "decoder_input_ids", "decoder_inputs_embeds", "tgt", "input_ids", "inputs_embeds", "src", "x", "idx", "tokens", "input",
-    "inputs", "query",
+    *DECODER, "input_ids", "inputs_embeds", "src", "x", "idx", "tokens", "input", "inputs", "query", *PICTURES
 )  # fmt: skip
-# Arguments (B, T) that mark padding, and whether True or 1 marks what is hidden.
-MASKS = {
-    "decoder_attention_mask": False, "attention_mask": False, "attn_mask": False, "mask": False, "padding_mask": True,
-    "tgt_key_padding_mask": True, "src_key_padding_mask": True, "key_padding_mask": True,
-}  # fmt: skip
-# Of a decoder; those of its encoder say nothing about its positions.
-DECODER = ("decoder_input_ids", "decoder_inputs_embeds", "tgt")
-DECODER_MASKS = ("decoder_attention_mask", "tgt_key_padding_mask")
-OTHERS = ("labels", "position_ids", "token_type_ids", "targets", "target", *MASKS)  # no inputs
+OTHERS = (
+    "labels",
+    "position_ids",
+    "token_type_ids",
+    "targets",
+    "target",
+    "y",
+    *MASKS,
+    *LENGTHS,
+)  # no inputs
 FORMS = "token ids (B, T), floats (B, T, D), a tuple of arguments, or a dict of keyword arguments"
 
 
@@ -37,109 +42,130 @@ class Batch:
     Attributes:
         args: positional.
         kwargs: by keyword.
-        at: index in `args` or key in `kwargs` of the input: token ids (B, T) or floats (B, T, D).
+        at: index in `args` or key in `kwargs` of the input.
         input_name: of that argument.
-        real_BT: False where the input is padding; all True without a mask.
+        has_positions: whether the input has an axis of positions; an image has none.
+        time_first: whether that axis comes before that of sequences.
+        real_BT: False where the input is padding; all True without a mask; (B, 1) of an input without positions.
         mask_name: the argument that marks padding; None = there is none.
+        source: of an encoder-decoder, the same arguments with the input of the encoder.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     at: int | str
     input_name: str
+    has_positions: bool
+    time_first: bool
     real_BT: Tensor
     mask_name: str | None
+    source: "Batch | None"
 
     @property
-    def input(self) -> Tensor:
-        """Token ids (B, T), or floats (B, T, D)."""
+    def raw(self) -> Tensor:
+        """The input as it stands among the arguments."""
         found = self.args[self.at] if isinstance(self.at, int) else self.kwargs[self.at]
         assert isinstance(found, Tensor)
         return found
 
     @property
+    def input(self) -> Tensor:
+        """Token ids (B, T), floats (B, T, D), or anything (B, ...) without positions."""
+        return self.raw.transpose(0, 1) if self.time_first else self.raw
+
+    @property
     def has_ids(self) -> bool:
         """Whether the input is token ids."""
-        return not self.input.is_floating_point()
+        return not self.raw.is_floating_point()
+
+    @property
+    def n_positions(self) -> int | None:
+        """T; None where the input has no positions."""
+        return self.real_BT.shape[1] if self.has_positions else None
 
 
-def read_batch(model: nn.Module, batch: object) -> Batch:
+def read_batch(model: nn.Module, batch: object, *, time_first: bool = False) -> Batch:
     """Find the input and the mask among the arguments.
+
+    Args:
+        model: whose `forward` names positional arguments.
+        batch: whatever it is called with.
+        time_first: the input is (T, B, ...); a padding mask of such axes says the same.
 
     Raises:
         ShapeError: there is no input among them.
     """
     args, kwargs = _arguments(batch)
     named = _named(model, args, kwargs)
-    inputs = {name: at for name, at, x in named if _is_input(name, x)}
-    if not inputs:
+    given = {name: value for name, _, value in named}
+    places = {name: at for name, at, x in named if _is_input(name, x)}
+    if not places:
         held = ", ".join(f"{name} {_kind(x)}" for name, _, x in named) or "nothing"
         raise ShapeError(f"batch: holds {held}, but no input. Give {FORMS}.")
-    name = next((each for each in INPUTS if each in inputs), next(iter(inputs)))
-    x = next(x for each, _, x in named if each == name)
-    n_batch, n_positions = x.shape[:2]
-    read = Batch(
-        args=args,
-        kwargs=kwargs,
-        at=inputs[name],
-        input_name=name,
-        real_BT=torch.ones(n_batch, n_positions, dtype=torch.bool, device=x.device),
-        mask_name=None,
-    )
-    given = {each: value for each, _, value in named}
-    read = _with_mask(read, given, x)
-    if read.has_ids and len(known_ids(read)) < 2:
-        raise ShapeError(
-            f"batch: {name} {tuple(x.shape)} does not hold two different token ids, so that none can be changed. Give real or "
-            "random tokens."
+    order = sorted(places, key=lambda name: _rank(name, given[name]))
+
+    def read(name: str, source: Batch | None) -> Batch:
+        x = given[name]
+        has_positions = _has_positions(name, x)
+        is_flipped = has_positions and (time_first or is_of_other_axes(x, given))
+        x = x.transpose(0, 1) if is_flipped else x
+        mask_name, real = None, torch.ones(len(x), 1, dtype=torch.bool, device=x.device)
+        if has_positions:
+            mask_name, real = padding_of(name, x, given)
+        return Batch(
+            args=args,
+            kwargs=kwargs,
+            at=places[name],
+            input_name=name,
+            has_positions=has_positions,
+            time_first=is_flipped,
+            real_BT=real,
+            mask_name=mask_name,
+            source=source,
         )
-    return read
 
-
-def _with_mask(read: Batch, given: dict[str, Any], x: Tensor) -> Batch:
-    for mask_name, marks_hidden in MASKS.items():
-        mask: Any = given.get(mask_name)
-        if (read.input_name in DECODER) != (mask_name in DECODER_MASKS) or not _is_mask(
-            mask_name, mask, x
-        ):
-            continue
-        if mask.is_floating_point():
-            real: Tensor = mask > -1 if marks_hidden else mask > 0.5  # added to logits, or 1 = real
-        else:
-            real = mask == 0 if marks_hidden else mask != 0
-        return replace(read, real_BT=real.to(x.device), mask_name=mask_name)
-    return read
+    name = order[0]
+    sources = [each for each in order if each not in DECODER and name in DECODER]
+    found = read(name, read(sources[0], None) if sources else None)
+    if found.has_ids and len(known_ids(found)) < 2:
+        raise ShapeError(
+            f"batch: {name} {tuple(found.raw.shape)} does not hold two different token ids, so that none can be changed. Give "
+            "real or random tokens."
+        )
+    return found
 
 
 def with_input(batch: Batch, x: Tensor) -> Batch:
     """The batch with this input in place of its own."""
+    x = x.transpose(0, 1) if batch.time_first else x
     if isinstance(batch.at, int):
         args = (*batch.args[: batch.at], x, *batch.args[batch.at + 1 :])
         return replace(batch, args=args)
     return replace(batch, kwargs={**batch.kwargs, batch.at: x})
 
 
-def changed_at(batch: Batch, where_BT: Tensor, seed: int = 0) -> Tensor:
-    """The input with other values where `where_BT` is True: other token ids of the same batch, or other floats.
+def changed_at(batch: Batch, where_BT: Tensor, seed: int = 0) -> Batch:
+    """The batch with other values where `where_BT` is True: other token ids of the same batch, or other floats.
 
     Ids come from the positions that are no padding, so that they are known to be valid.
     """
     x = batch.input
     generator = torch.Generator().manual_seed(seed)
+    known = where_BT.shape if batch.has_positions else (len(x),)
+    where = where_BT.reshape(*known, *[1] * (x.dim() - len(known)))
     if not batch.has_ids:
         spread = x.detach().float().std().nan_to_num(0.0).item() or 1.0
         noise = torch.randn(x.shape, generator=generator) * spread
-        where = where_BT.reshape(*where_BT.shape, *[1] * (x.dim() - 2))
-        return torch.where(where, x + noise.to(x), x)
+        return with_input(batch, torch.where(where, x + noise.to(x), x))
     pool = known_ids(batch).cpu()
     drawn = torch.randint(len(pool), x.shape, generator=generator)
     drawn = torch.where(pool[drawn] == x.cpu(), (drawn + 1) % len(pool), drawn)
-    return torch.where(where_BT, pool[drawn].to(x), x)
+    return with_input(batch, torch.where(where, pool[drawn].to(x), x))
 
 
 def known_ids(batch: Batch) -> Tensor:
     """Different token ids of the batch outside of its padding."""
-    return batch.input[batch.real_BT].unique()
+    return (batch.input[batch.real_BT] if batch.has_positions else batch.input).unique()
 
 
 def _arguments(batch: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -172,14 +198,19 @@ def _named(
 def _is_input(name: str, x: object) -> bool:
     if not isinstance(x, Tensor) or name in OTHERS or x.dtype == torch.bool or x.is_complex():
         return False
-    return x.dim() >= 3 if x.is_floating_point() else x.dim() == 2
+    return x.dim() >= 2 and x.numel() > 0
 
 
-def _is_mask(name: str, mask: object, x: Tensor) -> bool:
-    if not isinstance(mask, Tensor) or mask.shape != x.shape[:2]:
+def _rank(name: str, x: Tensor) -> tuple[int, int]:
+    """Known names first, then what looks most like tokens or their vectors."""
+    known = INPUTS.index(name) if name in INPUTS else len(INPUTS)
+    return known, int(x.dim() != (3 if x.is_floating_point() else 2))
+
+
+def _has_positions(name: str, x: Tensor) -> bool:
+    if name in PICTURES:
         return False
-    # Of equal axes, these names may mean (T, T): who sees whom.
-    return name not in ("mask", "attn_mask") or mask.shape[0] != mask.shape[1]
+    return x.dim() == 3 or (x.dim() == 2 and not x.is_floating_point())
 
 
 def _kind(x: object) -> str:

@@ -8,10 +8,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnscope.check.attention import Attention, Looked, spread
-from attnscope.check.batch import changed_at
-from attnscope.check.case import NOISE, Case, Mode, change_BT, first_changed
-from attnscope.check.result import MOST_EVIDENCE, Checked, many, short, skipped
+from attnscope.check.attention import Looked, spread
+from attnscope.check.batch import Batch, changed_at
+from attnscope.check.case import NOISE, Case, Mode, change_BP, first_changed
+from attnscope.check.facts import Attention
+from attnscope.check.result import (
+    MOST_EVIDENCE,
+    Checked,
+    failed,
+    listed,
+    many,
+    not_looked,
+    passed,
+    short,
+    stated,
+)
 from attnscope.check.sight import Direction, Sight, direction_of, sight_of
 
 CHANGED = 8  # positions, one after the other
@@ -52,10 +63,21 @@ def future_leak(case: Case, looked: Looked, *, causal: bool | None) -> Checked:
         causal: True = nothing may leak, False = the future is meant to be seen, None = all or nothing may leak.
     """
     n_positions = case.grid[1]
+    without = (
+        "Give the arguments with which the model returns all positions (nanoGPT: targets too)."
+    )
+    if n_positions is None:
+        return not_looked(NAME, "The input has no position axis.", "Only sequences have a future.")
+    if case.kind != "positions":
+        shape = tuple(case.outputs["evaluation"].shape)
+        rows = (
+            "one number or vector" if case.kind == "whole" else f"{shape[0]} rows, one a sequence"
+        )
+        return not_looked(NAME, f"The output has no position axis ({rows}).", without)
     if n_positions < 2:
-        return skipped(NAME, "The batch has a single position.", "Give longer sequences.")
+        return not_looked(NAME, "The batch has a single position.", "Give longer sequences.")
     if not case.usable("evaluation"):
-        return skipped(
+        return not_looked(
             NAME,
             f"Nothing can be told: {case.why_unusable('evaluation')}.",
             "Repair that first (see the other checks).",
@@ -65,31 +87,26 @@ def future_leak(case: Case, looked: Looked, *, causal: bool | None) -> Checked:
     direction = direction_of(sight)
     layers = [each for each in looked.calls if each.direction is not None]
     if direction == "alone":
-        return Checked(
-            name=NAME,
-            status="skipped",
-            finding=f"No output reacts to any other position than its own ({reach.how}).",
-            evidence=_layer_rows(layers),
-            remedy=(
-                "Projections that start at zero hide what attention does: check the model after some training steps. If it "
-                "has been trained, its attention has no effect, or it takes another axis than the second for positions."
-            ),
+        return not_looked(
+            NAME,
+            f"No output reacts to any other position than its own ({reach.how}).",
+            "Projections that start at zero hide what attention does: check the model after some training steps. If it has been "
+            "trained, its attention has no effect, or it takes another axis than the second for positions.",
+            _layer_rows(layers),
         )
     if direction == "causal":
         in_training = _leak_in_training(case)
         if in_training is not None:
             return in_training
-        return Checked(
-            name=NAME,
-            status="failed" if causal is False else "passed",
-            finding=(
-                f"Looks causal{', though it is meant to see the future' if causal is False else ''}: none of "
-                f"{many(sight.could_ahead, 'pair')} of an output and a later position reacts ({reach.how}); "
-                f"{many(sight.behind, 'pair')} with an earlier position do."
-            ),
-            evidence=_pair_rows(reach, "evaluation", ahead=False)[:1] + _layer_rows(layers),
-            remedy="Leave out the causal mask." if causal is False else "",
+        meant = ", though it is meant to see the future" if causal is False else ""
+        finding = (
+            f"Looks causal{meant}: none of {many(sight.could_ahead, 'pair')} of an output and a later position reacts "
+            f"({reach.how}); {many(sight.behind, 'pair')} with an earlier position do."
         )
+        evidence = _pair_rows(reach, "evaluation", ahead=False)[:1] + _layer_rows(layers)
+        if causal is False:
+            return failed(NAME, finding, evidence, "Leave out the causal mask.")
+        return passed(NAME, finding, evidence)
     return _leaking(case, reach, sight, direction, layers, causal)
 
 
@@ -105,48 +122,53 @@ def _leaking(
         f"{sight.ahead:,} of {many(sight.could_ahead, 'pair')} of an output and a later position react ({reach.how}), up to "
         f"{many(sight.farthest, 'position')} ahead"
     )
-    partly = _partly(direction, sight, layers, case.grid[1])
+    partly = _partly(direction, sight, layers)
+    is_block = _is_block(sight, layers) or (direction == "blocks" and not layers)
     rows = _pair_rows(reach, "evaluation", ahead=True)
     if (causal is None and not partly) or causal is False:
-        return Checked(
-            name=NAME,
-            status="passed",
-            finding=f"Attends to the future{', but ' + partly if partly else ''}: {pairs}.",
-            evidence=rows[:3] + _layer_rows(layers),
-            remedy="",
-        )
+        how = ", within blocks of positions" if is_block else f", but {partly}" if partly else ""
+        finding = f"Attends to the future{how}: {pairs}."
+        evidence = rows[:3] + _layer_rows(layers)
+        # Of what is said to be meant so, the opposite would have failed.
+        return (stated if causal is None or partly else passed)(NAME, finding, evidence)
     first = _first_leaking_module(case, reach)
     begins = f"; the first module whose output changes is {first}" if first else ""
     if first:
         rows = ({**rows[0], "first module": first}, *rows[1:])
-    return Checked(
-        name=NAME,
-        status="failed",
-        finding=(
-            f"Attends to the future{', ' + partly if partly else ', though it is meant to be causal'}: {pairs}{begins}."
-        ),
-        evidence=rows[:3] + _layer_rows(layers),
-        remedy=MASK
-        + (
-            ""
-            if causal
-            else " Where sight of part of the future is meant (a prefix), say causal=False."
-        ),
+    return failed(
+        NAME,
+        f"Attends to the future{', ' + partly if partly else ', though it is meant to be causal'}: {pairs}{begins}.",
+        rows[:3] + _layer_rows(layers),
+        MASK
+        if causal
+        else f"{MASK} Where sight of part of the future is meant (a prefix), say causal=False.",
     )
 
 
-def _partly(direction: Direction, sight: Sight, layers: list[Attention], n_positions: int) -> str:
+def _is_block(sight: Sight, layers: list[Attention]) -> bool:
+    """Whether what is seen ahead is a prefix, or whole blocks, in all layers."""
+    kinds = {each.direction for each in layers} - {"alone"}
+    return kinds == {"blocks"} and sight.farthest <= max(each.farthest for each in layers)
+
+
+def _partly(direction: Direction, sight: Sight, layers: list[Attention]) -> str:
     """Why a leak looks like a mistake and not like an encoder; empty where it does not."""
     if direction == "backwards":
         return "and not to the past: the mask is the wrong way round"
+    soft = [each for each in layers if each.soft is not None and each.soft.keys == "later keys"]
+    if soft:
+        return (
+            f"for the mask of {listed(each.layer for each in soft)} hides nothing: {soft[0].soft}"
+        )
+    if _is_block(sight, layers):
+        return ""
     kinds = {each.direction for each in layers} - {"alone"}
     causal = sum(each.direction == "causal" for each in layers)
     if kinds == {"causal"}:
         return f"though the masks of {many(causal, 'attention layer')} are causal: something else mixes positions"
     if "causal" in kinds:
         open_layers = [each.layer for each in layers if each.direction != "causal"]
-        names = ", ".join(open_layers[:3]) + (", ..." if len(open_layers) > 3 else "")
-        return f"in {len(open_layers)} of {many(len(layers), 'attention layer')} ({names})"
+        return f"in {len(open_layers)} of {many(len(layers), 'attention layer')} ({listed(open_layers)})"
     if "partly" in kinds:
         odd = [each for each in layers if each.direction == "partly"]
         ahead = max(each.farthest for each in odd)
@@ -158,8 +180,8 @@ def _partly(direction: Direction, sight: Sight, layers: list[Attention], n_posit
 
 
 def _reach(case: Case, looked: Looked) -> Reach:
-    n_positions = case.grid[1]
     real_BT = case.batch.real_BT
+    n_positions = real_BT.shape[1]
     change_TS = torch.zeros(n_positions, n_positions, device=real_BT.device)
     known_TS = torch.zeros_like(change_TS, dtype=torch.bool)
     pairs_BTS = real_BT[:, :, None] & real_BT[:, None, :]
@@ -181,11 +203,11 @@ def _column(case: Case, j: int, mode: Mode) -> Tensor:
     """How much each position's output changes with position j, (T,), in the sequences in which neither is padding."""
     real_BT = case.batch.real_BT
     after = case.run(_changed_at_position(case, j), mode)
-    change = change_BT(case.outputs[mode], after)
+    change = change_BP(case.outputs[mode], after)
     return change.masked_fill(~(real_BT & real_BT[:, j : j + 1]), 0.0).amax(dim=0)
 
 
-def _changed_at_position(case: Case, j: int) -> Tensor:
+def _changed_at_position(case: Case, j: int) -> Batch:
     where_BT = torch.zeros_like(case.batch.real_BT)
     where_BT[:, j] = case.batch.real_BT[:, j]
     return changed_at(case.batch, where_BT)
@@ -196,7 +218,7 @@ def _leak_in_training(case: Case) -> Checked | None:
     if not case.usable("training"):
         return None
     real_BT = case.batch.real_BT
-    for j in reversed(spread(case.grid[1], CHANGED_IN_TRAINING)):
+    for j in reversed(spread(real_BT.shape[1], CHANGED_IN_TRAINING)):
         if j == 0 or not real_BT[:, j].any():
             continue
         column_T = _column(case, j, "training")[:j]
@@ -206,22 +228,19 @@ def _leak_in_training(case: Case) -> Checked | None:
         i = int(column_T.argmax())
         first = _first_changed_before(case, j, "training")
         begins = f", first in {first}" if first else ""
-        return Checked(
-            name=NAME,
-            status="failed",
-            finding=(
-                f"Attends to the future in training only: position {j} changes {leaked} of {many(j, 'output')} before it, by up "
-                f"to {short(float(column_T[i]))} of the largest output{begins}."
-            ),
-            evidence=({**_pair_row("training", i, j, float(column_T[i])), "first module": first},),
-            remedy="Take no statistics over positions or sequences while training: LayerNorm or RMSNorm instead of BatchNorm.",
+        return failed(
+            NAME,
+            f"Attends to the future in training only: position {j} changes {leaked} of {many(j, 'output')} before it, by up to "
+            f"{short(float(column_T[i]))} of the largest output{begins}.",
+            ({**_pair_row("training", i, j, float(column_T[i])), "first module": first},),
+            "Take no statistics over positions or sequences while training: LayerNorm or RMSNorm instead of BatchNorm.",
         )
     return None
 
 
 def _first_leaking_module(case: Case, reach: Reach) -> str | None:
     """From the changed position that leaks most."""
-    n_positions = case.grid[1]
+    n_positions = case.batch.real_BT.shape[1]
     above_TS = torch.ones_like(reach.known_TS).triu(1)
     leaks_S = reach.change_TS.where(above_TS & reach.known_TS, 0.0).amax(dim=0)
     tried = spread(n_positions, CHANGED)
@@ -234,7 +253,7 @@ def _first_changed_before(case: Case, j: int, mode: Mode) -> str | None:
     before_BT = real_BT & real_BT[:, j : j + 1]
     before_BT[:, j:] = False
     return first_changed(
-        case.trace(case.batch.input, mode),
+        case.trace(case.batch, mode),
         case.trace(_changed_at_position(case, j), mode),
         before_BT,
     )

@@ -1,121 +1,276 @@
 """Whether outputs know what they should not: padding, and other sequences of the batch.
 
-Shape key: B batch, T position.
+Shape key: B batch, T position, P rows of a sequence in the output.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from attnscope.check.attention import Looked, spread
-from attnscope.check.batch import changed_at
-from attnscope.check.case import MODES, NOISE, Case, Mode, change_BT, first_changed
-from attnscope.check.result import MOST_EVIDENCE, Checked, many, short, skipped
+from attnscope.check.batch import Batch, changed_at
+from attnscope.check.case import BATCH_NORMS, MODES, NOISE, Case, Mode, change_BP, first_changed
+from attnscope.check.facts import Attention
+from attnscope.check.result import (
+    MOST_EVIDENCE,
+    Checked,
+    failed,
+    listed,
+    many,
+    not_looked,
+    passed,
+    short,
+    stated,
+)
 
+BATCH = "batch leak"
 SEQUENCES = 4  # changed, one after the other
+REAL = 6  # positions, one after the other, to see whether anything real reaches an output
+INVERTED = (
+    "Turn it round (~mask): attention_mask and boolean masks of F.scaled_dot_product_attention say True or 1 for what is seen, "
+    "key_padding_mask says True for what is hidden."
+)
 
 
-def padding_leak(case: Case, _: Looked) -> Checked:
-    """Whether the contents of padding change outputs that are not padded."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """Another input.
+
+    Attributes:
+        what: was changed.
+        batch: the changed one.
+        watched_BP: outputs that must stay as they are.
+        where_BT: positions of which the same is true inside of the model.
+    """
+
+    what: str
+    batch: Batch
+    watched_BP: Tensor
+    where_BT: Tensor
+
+
+def padding_leak(case: Case, looked: Looked) -> Checked:
+    """Whether the contents of padding change outputs that are not padded, and whether a padding mask is the wrong way round."""
     name = "padding leak"
-    batch = case.batch
-    real_BT = batch.real_BT
-    padded = int((~real_BT).sum())
-    if batch.mask_name is None:
-        return skipped(
+    inputs = [each for each in (case.batch, case.batch.source) if each is not None]
+    masked = [each for each in inputs if each.mask_name is not None]
+    if not masked:
+        return not_looked(
             name,
             "The batch has no padding mask.",
-            "Give one: attention_mask (1 = real), or src_key_padding_mask (True = padding).",
+            "Give one: attention_mask (1 = real), src_key_padding_mask (True = padding), or lengths.",
         )
-    if not padded or not real_BT.any():
-        return skipped(
+    padded = [each for each in masked if not each.real_BT.all() and each.real_BT.any()]
+    if not padded:
+        n_padded = int((~masked[0].real_BT).sum())
+        return not_looked(
             name,
-            f"{batch.mask_name} marks {padded:,} of {many(real_BT.numel(), 'position')} as padding.",
+            f"{masked[0].mask_name} marks {n_padded:,} of {many(masked[0].real_BT.numel(), 'position')} as padding.",
             "Give a batch with sequences of different lengths.",
         )
-    tried = f"{many(padded, 'padded position')} ({batch.mask_name})"
-    return _compared(
+    inverted = [each for each in looked.calls if each.is_inverted]
+    if inverted:
+        return _inverted(
+            name, inverted, [each for each in looked.calls if each.is_inverted is not None]
+        )
+    if case.kind == "whole":
+        return not_looked(
+            name, f"{WHOLE}.", "Give the arguments with which the model returns more than a loss."
+        )
+    real_BT = case.batch.real_BT
+    changes = [
+        Change(
+            what="padding",
+            batch=changed_at(each, ~each.real_BT),
+            watched_BP=case.watched(real_BT),
+            where_BT=real_BT,
+        )
+        for each in padded
+    ]
+    n_padded = sum(int((~each.real_BT).sum()) for each in padded)
+    names = " and ".join(str(each.mask_name) for each in padded)
+    soft = [
+        each for each in looked.calls if each.soft is not None and each.soft.keys == "padded keys"
+    ]
+    why = f"; in {listed(each.layer for each in soft)}, {soft[0].soft}" if soft else ""
+    found = _compared(
         case,
         name=name,
-        changes=[("padding", changed_at(batch, ~real_BT), real_BT)],
-        said=f"Other contents at {tried} change",
-        outputs="outputs that are not padded",
-        remedy=f"Hide padded keys in every layer ({batch.mask_name} must reach the attention), and leave them out of means and norms.",
+        changes=changes,
+        said=f"Other contents at {many(n_padded, 'padded position')} ({names}) change",
+        outputs="outputs that are not padded"
+        if case.kind == "positions"
+        else "outputs of sequences",
+        remedy=f"Hide padded keys in every layer ({names} must reach the attention), and leave them out of means and norms.",
+        why=why,
     )
+    if found.status == "failed" and padded[0] is case.batch and _nothing_real_reaches(case):
+        return failed(
+            name,
+            f"The padding mask is inverted: real tokens are hidden and padding is seen. No output reacts to a real token at "
+            f"another position, but to padding: {found.finding[0].lower()}{found.finding[1:]}",
+            found.evidence,
+            INVERTED,
+        )
+    return found
 
 
-def batch_leak(case: Case, _: Looked) -> Checked:
+def _inverted(name: str, calls: list[Attention], known: list[Attention]) -> Checked:
+    some = (
+        ""
+        if len(calls) == len(known)
+        else f" in {len(calls)} of {many(len(known), 'attention call')}"
+    )
+    return failed(
+        name,
+        f"The padding mask is inverted{some}: real keys are hidden and padded keys are seen in {listed(each.layer for each in calls)}.",
+        [{"layer": each.layer, "mask": each.mask, "inverted": bool(each.is_inverted)} for each in [*calls, *(e for e in known if not e.is_inverted)]],
+        INVERTED,
+    )  # fmt: skip
+
+
+def _nothing_real_reaches(case: Case) -> bool:
+    """Whether real positions change no output but their own, in sequences that have padding."""
+    real_BT = case.batch.real_BT
+    has_padding_B1 = ~real_BT.all(dim=1, keepdim=True)
+    tried = [
+        t for t in spread(real_BT.shape[1], REAL) if (real_BT[:, t] & has_padding_B1[:, 0]).any()
+    ]
+    reached = 0
+    for t in tried:
+        where_BT = torch.zeros_like(real_BT)
+        where_BT[:, t] = real_BT[:, t]
+        change = change_BP(
+            case.outputs["evaluation"], case.run(changed_at(case.batch, where_BT), "evaluation")
+        )
+        others_BT = real_BT & has_padding_B1 & real_BT[:, t : t + 1] & ~where_BT
+        reached += bool((change > NOISE)[case.watched(others_BT)].any())
+    # A pooled output has a position of its own, which changes it by way of the residual stream.
+    return len(tried) > 2 and reached <= int(case.kind == "sequences")
+
+
+def batch_leak(case: Case, looked: Looked) -> Checked:
     """Whether one sequence changes the outputs of the others."""
-    name = "batch leak"
-    n_batch = case.grid[0]
-    if n_batch < 2:
-        return skipped(name, "The batch has a single sequence.", "Give two or more sequences.")
+    name = BATCH
+    n_batch, n_positions = case.grid
+    over_batch = [each for each in looked.calls if each.over_batch is not None]
+    remedy = (
+        "Keep sequences apart: no statistics over the batch (LayerNorm instead of BatchNorm), view and reshape that keep the first "
+        "axis."
+    )
+    why = ""
+    if over_batch:
+        first = over_batch[0]
+        shape = f"(batch {first.n_batch}, heads {first.n_heads}, positions {first.n_queries}, {first.d_head})"
+        why = (
+            f"Attention runs over the batch axis in {listed(each.layer for each in over_batch)}: it takes the {many(n_batch, 'sequence')} "
+            f"for positions, q is {shape} for {n_batch} x {n_positions} positions"
+        )
+        remedy = (
+            "Say batch_first=True to torch's modules, which take (positions, batch, d) otherwise, or transpose around them. If the "
+            "first axis of this batch is that of positions, a causal or a padding mask tells."
+        )
+        rows = [
+            {"layer": e.layer, "sequences": e.n_batch, "positions": e.n_queries} for e in over_batch
+        ]
+    if n_batch < 2 or case.kind == "whole":
+        if why:
+            return failed(name, f"{why}.", rows, remedy)
+        if n_batch < 2:
+            return not_looked(
+                name, "The batch has a single sequence.", "Give two or more sequences."
+            )
+        return not_looked(
+            name, f"{WHOLE}.", "Give the arguments with which the model returns more than a loss."
+        )
     changes = []
     for b in spread(n_batch, SEQUENCES):
         mine_BT = torch.zeros_like(case.batch.real_BT)
         mine_BT[b] = True
-        x = changed_at(case.batch, mine_BT & case.batch.real_BT)
-        changes.append((f"sequence {b}", x, ~mine_BT))
-    return _compared(
+        others_BT = ~mine_BT
+        batch = changed_at(case.batch, mine_BT & case.batch.real_BT)
+        changes.append(
+            Change(
+                what=f"sequence {b}",
+                batch=batch,
+                watched_BP=case.watched(others_BT),
+                where_BT=others_BT,
+            )
+        )
+    found = _compared(
         case,
         name=name,
         changes=changes,
         said=f"{many(len(changes), 'sequence')}, changed one after the other, change",
         outputs="outputs of other sequences",
-        remedy=(
-            "Keep sequences apart: no statistics over the batch (LayerNorm instead of BatchNorm), view and reshape that keep "
-            "the first axis, batch_first=True in torch's modules."
-        ),
+        remedy=remedy,
     )
+    if not why:
+        return found
+    if found.status == "failed":
+        why += f"; {found.finding[0].lower()}{found.finding[1:]}".rstrip(".")
+    return failed(name, f"{why}.", [*rows[:3], *found.evidence], remedy)
 
 
 def _compared(
     case: Case,
     *,
     name: str,
-    changes: list[tuple[str, Tensor, Tensor]],
+    changes: list[Change],
     said: str,
     outputs: str,
     remedy: str,
+    why: str = "",
 ) -> Checked:
-    """Pass each changed input through the model, and look at the outputs that must stay as they are."""
+    """Pass each changed batch through the model, and look at the outputs that must stay as they are."""
     usable = [mode for mode in MODES if case.usable(mode)]
-    unusable = [case.why_unusable(mode).rstrip(".") for mode in MODES if mode not in usable]
+    unusable = [case.why_unusable(mode) for mode in MODES if mode not in usable]
     if not usable:
-        return skipped(
+        return not_looked(
             name,
             f"Nothing can be told: {'; '.join(unusable)}.",
             "Repair that first (see the other checks).",
         )
     rows: list[tuple[float, dict[str, object]]] = []
-    worst: tuple[float, Mode, Tensor, Tensor] | None = None
+    worst: tuple[float, Mode, Change] | None = None
     leaked_in: dict[Mode, int] = dict.fromkeys(usable, 0)
     looked_at = 0
-    for what, x, watched_BT in changes:
-        looked_at += int(watched_BT.sum())
+    for each in changes:
+        looked_at += int(each.watched_BP.sum())
         for mode in usable:
-            change = change_BT(case.outputs[mode], case.run(x, mode)).masked_fill(~watched_BT, 0.0)
+            change = change_BP(case.outputs[mode], case.run(each.batch, mode))
+            change = change.masked_fill(~each.watched_BP, 0.0)
             leaked_in[mode] += int((change > NOISE).sum())
             most = float(change.max())
             b, t = divmod(int(change.argmax()), change.shape[1])
+            at = {"sequence": b, "position": t} if case.kind == "positions" else {"sequence": b}
             rows.append(
-                (most, {"mode": mode, "changed": what, "sequence": b, "position": t, "change": most, "compared with": NOISE})
-            )  # fmt: skip
+                (
+                    most,
+                    {
+                        "mode": mode,
+                        "changed": each.what,
+                        **at,
+                        "change": most,
+                        "compared with": NOISE,
+                    },
+                )
+            )
             if most > NOISE and (worst is None or most > worst[0]):
-                worst = (most, mode, x, watched_BT)
+                worst = (most, mode, each)
     rows.sort(key=lambda row: -row[0])
     evidence = tuple(row for _, row in rows)[:MOST_EVIDENCE]
     where = " and ".join(usable)
     rest = f" ({'; '.join(unusable)})" if unusable else ""
     if worst is None:
-        return Checked(
-            name=name,
-            status="passed",
-            finding=f"{said} none of {looked_at:,} {outputs} in {where}{rest}.",
-            evidence=evidence[:1],
-            remedy="",
-        )
-    most, mode, x, watched_BT = worst
-    first = first_changed(case.trace(case.batch.input, mode), case.trace(x, mode), watched_BT)
+        finding = f"{said} none of {looked_at:,} {outputs} in {where}{rest}."
+        return passed(name, finding, evidence[:1])
+    most, mode, leak = worst
+    before, after = (
+        case.trace(each, mode, sequences=name == BATCH) for each in (case.batch, leak.batch)
+    )
+    first = first_changed(before, after, leak.where_BT)
     begins = f", first in {first}" if first else ""
     evidence[0]["first module"] = first
     modes = " and ".join(
@@ -123,10 +278,12 @@ def _compared(
         for each, count in leaked_in.items()
         if count
     )
-    return Checked(
-        name=name,
-        status="failed",
-        finding=f"{said} {modes}, by up to {short(most)} of the largest output{begins}{rest}.",
-        evidence=evidence,
-        remedy=remedy,
-    )
+    finding = f"{said} {modes}, by up to {short(most)} of the largest output{begins}{why}{rest}."
+    module = dict(case.model.named_modules()).get(first or "")
+    is_norm = isinstance(module, BATCH_NORMS) and not leaked_in.get("evaluation")
+    if name == BATCH and is_norm and not case.batch.has_positions:  # as images are normalized
+        return stated(name, f"{finding} It is a {type(module).__name__}.", evidence)
+    return failed(name, finding, evidence, remedy)
+
+
+WHOLE = "The output has no axis of sequences"

@@ -1,15 +1,17 @@
-"""Queries that see no key, and what becomes of them.
+"""Queries that see no key, and what becomes of them; softmax over the wrong axis.
 
 Shape key: B batch, T position.
 """
 
+from collections.abc import Sequence
+
 from attnscope.check.attention import Looked
 from attnscope.check.case import Case
-from attnscope.check.result import MOST_EVIDENCE, Checked, many, skipped
+from attnscope.check.result import Checked, failed, listed, many, not_looked, passed
 
-NO_ATTENTION = (
-    "Seen are F.scaled_dot_product_attention, nn.MultiheadAttention, and matmul, bmm or einsum followed by a softmax, in eager "
-    "PyTorch and with gradients."
+NO_ATTENTION = "Seen are F.scaled_dot_product_attention, nn.MultiheadAttention, FlexAttention, and matmul, bmm or einsum followed by a softmax."
+WRONG_AXIS = (
+    "softmax over the queries' axis"  # as the reason of a call that could not be seen begins
 )
 
 
@@ -17,13 +19,13 @@ def masked_rows(case: Case, looked: Looked) -> Checked:
     """Whether every query sees a key, and whether outputs are finite."""
     name = "masked rows"
     output = case.outputs["evaluation"]
-    broken_BT = ~output.isfinite().all(dim=-1)
-    broken, real = int(broken_BT.sum()), int((broken_BT & case.batch.real_BT).sum())
-    n_positions = broken_BT.numel()
+    broken_BP = ~output.isfinite().all(dim=-1)
+    broken, real = int(broken_BP.sum()), int((broken_BP & case.watched(case.batch.real_BT)).sum())
+    n_rows = broken_BP.numel()
     empty = sum(each.empty_rows for each in looked.calls)
     empty_real = sum(each.empty_real_rows for each in looked.calls)
     total = sum(each.rows for each in looked.calls)
-    evidence = tuple(
+    evidence = [
         {
             "layer": each.layer,
             "rows": each.rows,
@@ -31,37 +33,71 @@ def masked_rows(case: Case, looked: Looked) -> Checked:
             "of them not padded": each.empty_real_rows,
         }
         for each in sorted(looked.calls, key=lambda each: -each.empty_real_rows)
-    )[:MOST_EVIDENCE]
-    rows = (
-        f"{empty:,} of {many(total, 'query row')} in {many(len(looked.calls), 'attention call')} see no key"
-        + (f" ({empty_real:,} of them at positions that are not padded)" if empty else "")
-        if looked.calls
-        else "no attention was seen"
-    )
+    ]
+    rows = "No attention was seen"
+    if looked.calls:
+        rows = f"{empty:,} of {many(total, 'query row')} in {many(len(looked.calls), 'attention call')} see no key"
+        if empty == total:
+            rows = f"Every query row is fully masked: {rows}"
+        elif empty:
+            rows += f" ({empty_real:,} of them at positions that are not padded)"
     if broken or empty_real:
-        outputs = (
-            f"outputs are NaN or infinite at {broken:,} of {many(n_positions, 'position')} ({real:,} not padded)"
-            if broken
-            else "outputs are finite"
+        outputs = "outputs are finite"
+        if broken:
+            unit = "position" if case.kind == "positions" else "row"
+            not_padded = f" ({real:,} not padded)" if case.kind == "positions" else ""
+            outputs = (
+                f"outputs are NaN or infinite at {broken:,} of {many(n_rows, unit)}{not_padded}"
+            )
+        remedy = (
+            "Look for what is not finite before attention: weights, embeddings, a division by zero."
         )
-        return Checked(
-            name=name,
-            status="failed",
-            finding=f"{rows[0].upper()}{rows[1:]}, and {outputs}.",
-            evidence=evidence,
-            remedy=(
+        if empty:
+            remedy = (
                 "Let every query see at least its own position (a causal mask keeps its diagonal: triu(1) is hidden, not "
                 "triu(0)); with padding on the left, let padded queries see one key."
-                if empty
-                else "Look for what is not finite before attention: weights, embeddings, a division by zero."
-            ),
+            )
+        if empty == total and empty:
+            remedy = (
+                "Is the mask the wrong way round? Boolean masks of F.scaled_dot_product_attention say True for what is seen, "
+                "key_padding_mask and the masks of torch's modules say True for what is hidden."
+            )
+        return failed(name, f"{rows}, and {outputs}.", evidence, remedy)
+    if not looked.calls:
+        return not_looked(name, f"No attention was seen: {looked.why}.", NO_ATTENTION)
+    return passed(name, f"{rows}, and all outputs are finite{unseen_rest(looked)}.", evidence)
+
+
+def softmax_axis(_: Case, looked: Looked) -> Checked:
+    """Whether each softmax between q kᵀ and v runs over the keys."""
+    wrong = wrong_axes(looked.unseen)
+    if wrong:
+        n_calls = len(wrong) + len(looked.calls)
+        return failed(
+            "softmax axis",
+            f"{len(wrong)} of {many(n_calls, 'attention call')} {'takes' if len(wrong) == 1 else 'take'} the softmax over the axis "
+            f"of the queries instead of the keys: {listed(where for where, _ in wrong)}.",
+            [{"layer": where, "seen": reason} for where, reason in wrong],
+            "Say softmax(dim=-1): the weights of one query over all keys sum to 1.",
         )
     if not looked.calls:
-        return skipped(name, f"No attention was seen: {looked.why}.", NO_ATTENTION)
-    return Checked(
-        name=name,
-        status="passed",
-        finding=f"{rows[0].upper()}{rows[1:]}, and all outputs are finite.",
-        evidence=evidence,
-        remedy="",
-    )
+        return not_looked("softmax axis", f"No attention was seen: {looked.why}.", NO_ATTENTION)
+    finding = f"The softmax of {many(len(looked.calls), 'attention call')} is over the keys{unseen_rest(looked)}."
+    return passed("softmax axis", finding)
+
+
+def wrong_axes(unseen: Sequence[str]) -> list[tuple[str, str]]:
+    """Of lines such as "layers.0.attn (eager, [[3, 4, 12, 12]]): reason", where each softmax over the queries is, and the reason."""
+    found = []
+    for line in unseen:
+        place, between, reason = line.partition("): ")
+        if between and reason.startswith(WRONG_AXIS):
+            found.append((place.partition(" (")[0], reason))
+    return found
+
+
+def unseen_rest(looked: Looked) -> str:
+    """What a result over the calls that were seen does not speak of."""
+    if not looked.unseen:
+        return ""
+    return f"; {many(len(looked.unseen), 'more call')} could not be looked at ({looked.unseen[0]})"

@@ -3,26 +3,34 @@
 import torch
 from torch import nn
 
-from attnscope.check.attention import look
-from attnscope.check.case import open_case
+from attnscope.check.attention import Looked, look
+from attnscope.check.case import Case, open_case
+from attnscope.check.dtypes import dtypes, registered_layers
+from attnscope.check.eager import eagerly
 from attnscope.check.future import future_leak
 from attnscope.check.leaks import batch_leak, padding_leak
-from attnscope.check.masks import masked_rows
+from attnscope.check.masks import masked_rows, softmax_axis
+from attnscope.check.modes import training_and_evaluation
 from attnscope.check.repeats import dropout_in_evaluation, repeatable_training
 from attnscope.check.result import Checked
-from attnscope.check.scale import attention_scale, head_shapes
+from attnscope.check.scale import attention_scale
+from attnscope.check.shapes import head_shapes
 from attnscope.check.undisturbed import undisturbed
 from attnscope.errors import ShapeError
 
-# Each is check(case, looked) -> Checked; before them stands future_leak, which is told what the model is meant to be.
+# Each is check(case, looked); before them stands future_leak, which is told what the model is meant to be.
 CHECKS = (
     padding_leak,
     batch_leak,
     dropout_in_evaluation,
     repeatable_training,
+    training_and_evaluation,
     masked_rows,
+    softmax_axis,
     attention_scale,
     head_shapes,
+    registered_layers,
+    dtypes,
 )
 
 
@@ -31,31 +39,41 @@ def check_model(
 ) -> tuple[Checked, ...]:
     """Check a model for leaks, broken masks, wrong scales and passes that cannot be repeated.
 
-    The model is called some thirty times, and is left exactly as it was, as are random numbers. It takes a copy of the
+    The model is called some fifty times, and is left exactly as it was, as are random numbers. It takes a copy of the
     weights. What a model keeps outside of its modules (a file, a global variable) is its own affair.
 
     Args:
         model: any module, on any device, in training or evaluation mode.
-        batch: token ids (B, T), floats (B, T, D), a tuple of positional arguments, or a dict of keyword arguments
-            (input_ids, attention_mask, labels). With two sequences or more, of which one is padded, every check applies.
+        batch: token ids (B, T), floats (B, T, D), images, a tuple of positional arguments, or a dict of keyword arguments
+            (input_ids, attention_mask, labels). Checks that need what the output has not (positions) are not made. With two sequences or more, of which one is padded, every check applies.
         causal: whether the model is meant to be causal. None = say what it is; only sight of part of the future fails.
 
     Returns:
         One result per check, in a fixed order.
 
     Raises:
-        ShapeError: no input in the batch, or no output with a row for each position.
+        ShapeError: no input in the batch, or no floating tensor in the output.
         AttnscopeError: the forward pass raised an exception.
     """
     if not isinstance(model, nn.Module):
         raise ShapeError(f"model: is a {type(model).__name__}, but must be a torch.nn.Module.")
     model = _unwrapped(model)
-    with undisturbed(model):
-        case = open_case(model, batch)
-        looked = look(case)
+    with eagerly(model), undisturbed(model):
+        case, looked = _opened(model, batch)
         with torch.no_grad():
             first = future_leak(case, looked, causal=causal)
             return (first, *(check(case, looked) for check in CHECKS))
+
+
+def _opened(model: nn.Module, batch: object) -> tuple[Case, Looked]:
+    """The case, with positions on the first axis of the input where attention says so."""
+    case = open_case(model, batch)
+    looked = look(case)
+    # Nobody hides later sequences of a batch from earlier ones: an axis with a causal mask is that of positions.
+    if "causal" in {each.over_batch for each in looked.calls}:
+        case = open_case(model, batch, time_first=True)
+        looked = look(case)
+    return case, looked
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -1,53 +1,83 @@
-"""Which tensor of what a model returns has a row for each position.
+"""Which tensor of what a model returns is looked at: one with a row for each position, else for each sequence, else one number.
 
-Shape key: B batch, T position, F everything else.
+Shape key: B batch, T position, P rows of a sequence (T, or 1), F everything else.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from dataclasses import fields, is_dataclass
+from typing import Any, Literal
 
 from torch import Tensor
 
+Kind = Literal["positions", "sequences", "whole"]
+KINDS: tuple[Kind, ...] = ("positions", "sequences", "whole")  # the finest first
+
 # Looked at first, in this order; then whatever else the output holds, in its own order.
 NAMES = ("logits", "prediction_logits", "last_hidden_state", "hidden_states")
+DEEPEST = 3  # level of lists and dictionaries within one another
 
 
-def per_position(output: Any, n_batch: int, n_positions: int) -> Tensor | None:
-    """The first floating tensor (B, T, ...) of an output, as (B, T, F); else the first (B·T, ...); else None."""
+def rows_in(output: Any, n_batch: int, n_positions: int | None, kind: Kind) -> Tensor | None:
+    """The first floating tensor of the output with rows of this kind, as (B, P, F); None where there is none.
+
+    Args:
+        output: whatever a module returned.
+        n_batch: B.
+        n_positions: T; None = the input has no positions.
+        kind: positions = (B, T, ...), (B, ..., T, ...) or (B·T, ...); sequences = (B, ...); whole = anything, which becomes
+            (1, 1, F).
+    """
+    floats = [x for _, x in _tensors(output) if x.is_floating_point() and x.numel()]
+    if kind == "positions":
+        return None if n_positions is None else _per_position(floats, n_batch, n_positions)
+    if kind == "sequences":
+        of_sequences = [x for x in floats if x.dim() and len(x) == n_batch]
+        # (B, B) may compare all sequences with one another, as a contrastive loss does: rather another one.
+        of_sequences.sort(key=lambda x: x.shape == (n_batch, n_batch))
+        return of_sequences[0].reshape(n_batch, 1, -1) if of_sequences else None
+    return floats[0].reshape(1, 1, -1) if floats else None
+
+
+def _per_position(floats: list[Tensor], n_batch: int, n_positions: int) -> Tensor | None:
     grid = (n_batch, n_positions)
-    floats = [x for _, x in _tensors(output) if x.is_floating_point()]
     for x in floats:
         if x.shape[:2] == grid:
             return x.reshape(*grid, -1)
     for x in floats:  # as losses are often fed
         if x.dim() >= 2 and x.shape[0] == n_batch * n_positions:
             return x.reshape(*grid, -1)
+    for x in floats:  # as nn.CrossEntropyLoss takes them
+        if x.dim() == 3 and x.shape[0] == n_batch and x.shape[2] == n_positions > 1:
+            return x.transpose(1, 2)
     return None
 
 
 def described(output: Any) -> str:
     """An output in words: which tensors of which shapes."""
     found = [f"{name} {tuple(x.shape)}".strip() for name, x in _tensors(output)]
-    return ", ".join(found[:8]) if found else f"a {type(output).__name__} without tensors"
+    if output is None or found:
+        return ", ".join(found[:8]) or "None"
+    return f"a {type(output).__name__} without tensors"
 
 
-def _tensors(output: Any) -> Iterator[tuple[str, Tensor]]:
+def _tensors(output: Any, name: str = "", level: int = 0) -> Iterator[tuple[str, Tensor]]:
     if isinstance(output, Tensor):
-        yield "", output
-        return
+        yield name, output
+    elif level <= DEEPEST:
+        for part, value in _parts(output):
+            yield from _tensors(value, part or name, level + 1)
+
+
+def _parts(output: Any) -> list[tuple[str, Any]]:
+    if isinstance(output, tuple | list):
+        return [("", each) for each in output]
     if isinstance(output, Mapping):
-        names = [
-            *(name for name in NAMES if name in output),
-            *(n for n in output if n not in NAMES),
-        ]
-        named = [(str(name), output[name]) for name in names]
-    elif isinstance(output, tuple | list):
-        named = [("", each) for each in output]
+        held = {str(name): value for name, value in output.items()}
+    elif is_dataclass(output):
+        held = {each.name: getattr(output, each.name, None) for each in fields(output)}
     else:
-        named = [(n, getattr(output, n)) for n in NAMES if hasattr(output, n)]
-        named += [(n, x) for n, x in getattr(output, "__dict__", {}).items() if n not in NAMES]
-    for name, value in named:
-        if isinstance(value, Tensor):
-            yield name, value
-        elif isinstance(value, tuple | list):
-            yield from ((name, each) for each in value if isinstance(each, Tensor))
+        held = dict(getattr(output, "__dict__", {}))
+    if isinstance(held.get("hidden_states"), tuple | list):
+        held["hidden_states"] = held["hidden_states"][-1:]  # of the last layer
+    first = [name for name in NAMES if name in held]
+    return [(name, held[name]) for name in [*first, *(each for each in held if each not in NAMES)]]

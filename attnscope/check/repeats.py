@@ -3,15 +3,15 @@
 import torch
 
 from attnscope.check.attention import Looked
-from attnscope.check.case import NOISE, SEED, Case, Mode, change_BT, first_changed
-from attnscope.check.result import Checked, short, skipped
+from attnscope.check.case import NOISE, SEED, Case, Mode, change_BP, first_changed
+from attnscope.check.result import Checked, failed, not_looked, passed, short
 
 
 def dropout_in_evaluation(case: Case, _: Looked) -> Checked:
     """Whether two passes in evaluation mode agree, whatever the random numbers are."""
     before = case.outputs["evaluation"]
-    after = case.run(case.batch.input, "evaluation", seed=SEED + 1)
-    apart = float(change_BT(before, after).max())
+    after = case.run(case.batch, "evaluation", seed=SEED + 1)
+    apart = float(change_BP(before, after).max())
     return _repeated(
         case,
         name="dropout in evaluation",
@@ -30,7 +30,7 @@ def repeatable_training(case: Case, _: Looked) -> Checked:
     """Whether two passes in training mode with the same seed agree."""
     name = "repeatable training"
     if "training" not in case.outputs:
-        return skipped(
+        return not_looked(
             name,
             f"The pass in training mode failed: {case.problems['training'].rstrip('.')}.",
             "Give a batch with which the model can train.",
@@ -55,25 +55,14 @@ def _repeated(
     evidence: list[dict[str, object]] = [{"mode": mode, "change": apart, "compared with": NOISE}]
     if apart <= NOISE:
         how = "by nothing" if apart == 0 else f"by {short(apart)} of the largest output"
-        return Checked(
-            name=name,
-            status="passed",
-            finding=f"{said} differ {how}.",
-            evidence=tuple(evidence),
-            remedy="",
-        )
+        return passed(name, f"{said} differ {how}.", evidence)
     everywhere = torch.ones_like(case.batch.real_BT)
     first = first_changed(
-        case.trace(case.batch.input, mode),
-        case.trace(case.batch.input, mode, seed=other_seed),
+        case.trace(case.batch, mode),
+        case.trace(case.batch, mode, seed=other_seed),
         everywhere,
     )
     evidence[0]["first module"] = first
     begins = f", from {first} on" if first else ""
-    return Checked(
-        name=name,
-        status="failed",
-        finding=f"{said} differ by {short(apart)} of the largest output{begins}.",
-        evidence=tuple(evidence),
-        remedy=remedy,
-    )
+    finding = f"{said} differ by {short(apart)} of the largest output{begins}."
+    return failed(name, finding, evidence, remedy)

@@ -1,12 +1,16 @@
 """What a check says: one sentence with numbers, what stands behind it, and what to do."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-Status = Literal["passed", "failed", "skipped"]
+# passed: it could have failed, and did not. stated: a fact about the model, neither right nor wrong. not looked: it could
+# not be made, and the finding says why.
+Status = Literal["passed", "failed", "stated", "not looked"]
 
 MOST_EVIDENCE = 12  # rows
+
+Row = Mapping[str, object]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,16 +19,16 @@ class Checked:
 
     Attributes:
         name: of the check.
-        status: skipped = it could not be made, and the finding says why.
+        status: what the finding amounts to.
         finding: one sentence with the measured numbers.
         evidence: rows of plain data behind it, at most MOST_EVIDENCE, the worst first.
-        remedy: what to do; empty where it passed.
+        remedy: what to do; empty where there is nothing to do.
     """
 
     name: str
     status: Status
     finding: str
-    evidence: tuple[Mapping[str, object], ...]
+    evidence: tuple[Row, ...]
     remedy: str
 
 
@@ -33,9 +37,24 @@ def to_table(checked: Checked) -> dict[str, object]:
     return asdict(checked)
 
 
-def skipped(name: str, why: str, remedy: str) -> Checked:
-    """A check that could not be made."""
-    return Checked(name=name, status="skipped", finding=why, evidence=(), remedy=remedy)
+def passed(name: str, finding: str, evidence: Iterable[Row] = ()) -> Checked:
+    """A check that could have failed."""
+    return _result(name, "passed", finding, evidence, "")
+
+
+def failed(name: str, finding: str, evidence: Iterable[Row], remedy: str) -> Checked:
+    """A fault."""
+    return _result(name, "failed", finding, evidence, remedy)
+
+
+def stated(name: str, finding: str, evidence: Iterable[Row] = ()) -> Checked:
+    """What the model is, where nothing says what it is meant to be."""
+    return _result(name, "stated", finding, evidence, "")
+
+
+def not_looked(name: str, why: str, remedy: str, evidence: Iterable[Row] = ()) -> Checked:
+    """A check that could not be made, and what would make it possible."""
+    return _result(name, "not looked", why, evidence, remedy)
 
 
 def many(count: int, noun: str) -> str:
@@ -46,3 +65,16 @@ def many(count: int, noun: str) -> str:
 def short(value: float) -> str:
     """A number for a sentence."""
     return f"{value:.3g}"
+
+
+def listed(names: Iterable[str], most: int = 3) -> str:
+    """The first few names, each once."""
+    each = list(dict.fromkeys(names))
+    return ", ".join(each[:most]) + (", ..." if len(each) > most else "")
+
+
+def _result(
+    name: str, status: Status, finding: str, evidence: Iterable[Row], remedy: str
+) -> Checked:
+    rows = tuple(evidence)[:MOST_EVIDENCE]
+    return Checked(name=name, status=status, finding=finding, evidence=rows, remedy=remedy)

@@ -1,148 +1,128 @@
-"""What q·k is multiplied by, and how heads divide the width of the model."""
+"""What attention multiplies q·k by."""
 
 import math
 
-from attnscope.check.attention import Attention, Looked
+from attnscope.check.attention import Looked
 from attnscope.check.case import Case
-from attnscope.check.masks import NO_ATTENTION
-from attnscope.check.result import MOST_EVIDENCE, Checked, many, short, skipped
+from attnscope.check.facts import Attention
+from attnscope.check.masks import NO_ATTENTION, unseen_rest
+from attnscope.check.result import Checked, failed, many, not_looked, passed, short, stated
 
 # Of 1/√d_head. Scales that are fitted to logits are exact to 1e-3 in float32; bfloat16 rounds by 0.4%.
 SCALE_WITHIN = 0.01
+NAME = "attention scale"
 
 
 def attention_scale(_: Case, looked: Looked) -> Checked:
-    """Whether each attention call multiplies q·k by 1/√d_head."""
-    name = "attention scale"
+    """Whether each attention call multiplies q·k by 1/√d_head, or by what is no known mistake."""
     if not looked.calls:
-        return skipped(name, f"No attention was seen: {looked.why}.", NO_ATTENTION)
+        return not_looked(NAME, f"No attention was seen: {looked.why}.", NO_ATTENTION)
     measured = [each for each in looked.calls if each.scale is not None and not each.is_cosine]
-    wrong = [each for each in measured if _is_off(each)]
-    evidence = tuple(
-        _scale_row(each) for each in [*wrong, *(e for e in looked.calls if e not in wrong)]
-    )
-    unmeasured = len(looked.calls) - len(measured)
+    off = [each for each in measured if _is_off(each)]
+    rows = [_scale_row(each) for each in [*off, *(e for e in looked.calls if e not in off)]]
+    n_unmeasured = len(looked.calls) - len(measured)
     if not measured:
-        return Checked(
-            name=name,
-            status="skipped",
-            finding=f"The scale of {many(unmeasured, 'attention call')} cannot be read from {_its(unmeasured)} logits.",
-            evidence=evidence[:MOST_EVIDENCE],
-            remedy="A soft-cap, q and k of length 1, or a bias for each sequence leave no scale to compare with 1/sqrt(d_head).",
+        return not_looked(
+            NAME,
+            f"The scale of {many(n_unmeasured, 'attention call')} cannot be read from {'its' if n_unmeasured == 1 else 'their'} logits.",
+            "A soft-cap, q and k of length 1, or a bias for each sequence leave no scale to compare with 1/sqrt(d_head).",
+            rows,
         )
-    rest = f"; the scale of {unmeasured} more cannot be read" if unmeasured else ""
-    if wrong:
-        first = wrong[0]
-        return Checked(
-            name=name,
-            status="failed",
-            finding=(
-                f"{len(wrong)} of {many(len(measured), 'attention call')} {'does' if len(wrong) == 1 else 'do'} not multiply "
-                f"q.k by 1/sqrt(d_head): {first.layer} multiplies by {short(first.scale or 0.0)}{_in_words(first)}, which is {short(_ratio(first))} times 1/sqrt("
-                f"{first.d_head}) = {short(first.d_head**-0.5)}{rest}."
-            ),
-            evidence=evidence[:MOST_EVIDENCE],
-            remedy=(
-                "Multiply q.k by 1/sqrt(d_head) once. Where another scale is meant (muP, T5, a learned temperature), this "
-                "check says what it is and does not apply."
-            ),
-        )
-    widths = sorted({each.d_head for each in measured})
-    return Checked(
-        name=name,
-        status="passed",
-        finding=(
+    rest = f"; the scale of {n_unmeasured} more cannot be read" if n_unmeasured else ""
+    rest += unseen_rest(looked)
+    if not off:
+        widths = sorted({each.d_head for each in measured})
+        return passed(
+            NAME,
             f"{many(len(measured), 'attention call')} {'multiplies' if len(measured) == 1 else 'multiply'} q.k by "
-            f"1/sqrt(d_head), d_head = {', '.join(map(str, widths))}{rest}."
-        ),
-        evidence=evidence[:MOST_EVIDENCE],
-        remedy="",
+            f"1/sqrt(d_head), d_head = {', '.join(map(str, widths))}{rest}.",
+            rows,
+        )
+    mistakes = [(each, words) for each in off if (words := _mistake(each, measured))]
+    if not mistakes:
+        first = off[0]
+        how = (
+            _design(first, measured) or "the same in all layers"
+            if _agree(off)
+            else _design(first, measured) or "of their own"
+        )
+        return stated(
+            NAME,
+            f"{len(off)} of {many(len(measured), 'attention call')} {'multiplies' if len(off) == 1 else 'multiply'} q.k by another "
+            f"number than 1/sqrt(d_head), {how}: {first.layer} by {short(first.scale or 0.0)}, {short(_ratio(first))} times 1/sqrt("
+            f"{first.d_head}){rest}.",
+            rows,
+        )
+    first, words = mistakes[0]
+    return failed(
+        NAME,
+        f"{len(mistakes)} of {many(len(measured), 'attention call')} {'does' if len(mistakes) == 1 else 'do'} not multiply "
+        f"q.k by 1/sqrt(d_head): {first.layer} multiplies by {short(first.scale or 0.0)} ({words}), which is "
+        f"{short(_ratio(first))} times 1/sqrt({first.d_head}) = {short(first.d_head**-0.5)}{rest}.",
+        rows,
+        "Multiply q.k by 1/sqrt(d_head) once.",
     )
 
 
-def head_shapes(case: Case, looked: Looked) -> Checked:
-    """Whether heads divide the width of the model and the heads of k, and attend over positions."""
-    name = "head shapes"
-    if not looked.calls:
-        return skipped(name, f"No attention was seen: {looked.why}.", NO_ATTENTION)
-    problems = [_misshapen(each, case) for each in looked.calls]
-    found = list(zip(looked.calls, problems, strict=True))
-    wrong = [(each, problem) for each, problem in found if problem is not None]
-    order = [*(each for each, _ in wrong), *(each for each, problem in found if problem is None)]
-    evidence = tuple(
-        {
-            "layer": each.layer,
-            "heads": each.n_heads,
-            "heads of k": each.n_kv_heads,
-            "d_head": each.d_head,
-            "d_model": each.d_model,
-        }
-        for each in order
-    )[:MOST_EVIDENCE]
-    if wrong:
-        first, (said, remedy) = wrong[0]
-        return Checked(
-            name=name,
-            status="failed",
-            finding=f"{len(wrong)} of {many(len(looked.calls), 'attention call')}: {first.layer} {said}.",
-            evidence=evidence,
-            remedy=remedy,
-        )
-    shapes = sorted({(each.n_heads, each.d_head) for each in looked.calls})
-    in_words = ", ".join(f"{n_heads} x {d_head}" for n_heads, d_head in shapes)
-    return Checked(
-        name=name,
-        status="passed",
-        finding=f"q and k of {many(len(looked.calls), 'attention call')} agree; heads x d_head: {in_words}.",
-        evidence=evidence,
-        remedy="",
-    )
+def _mistake(each: Attention, measured: list[Attention]) -> str:
+    """A wrong scale by what people write for it; empty where it may be meant."""
+    scale, d_head = each.scale or 0.0, each.d_head
+    if _design(each, measured):
+        return ""
+    known = {
+        "no scale at all": 1.0,
+        "sqrt(d_head)": math.sqrt(d_head),
+        "1/sqrt(d_model)": (each.n_heads * d_head) ** -0.5,
+        "1/sqrt(n_heads)": each.n_heads**-0.5,
+    }
+    for words, value in known.items():
+        if _is_near(scale, value):
+            return words
+    if (
+        _is_near(scale, 1 / d_head)
+        and each.before is not None
+        and _is_near(each.before, d_head**-0.5)
+    ):
+        return "1/d_head: 1/sqrt(d_head) before the call and in it"
+    right = len(measured) - sum(map(_is_off, measured))
+    if 2 * right >= len(measured):
+        named = "1/d_head, " if _is_near(scale, 1 / d_head) else ""
+        return f"{named}unlike {many(right, 'other call')}"
+    return ""
 
 
-def _misshapen(each: Attention, case: Case) -> tuple[str, str] | None:
-    """What is wrong with the shapes of a call, and what to do."""
-    n_positions = case.grid[1]
-    if n_positions not in (each.n_queries, each.n_keys) and n_positions == each.n_heads:
-        return (
-            f"attends over {each.n_queries} heads instead of {n_positions} positions: q is (batch, {each.n_heads}, "
-            f"{each.n_queries}, {each.d_head})",
-            "Put heads before positions: q.view(B, T, n_heads, d_head).transpose(1, 2), and k and v likewise.",
-        )
-    if each.n_heads % each.n_kv_heads:
-        return (
-            f"has {each.n_heads} heads of q, which {each.n_kv_heads} heads of k do not divide",
-            "Use a number of key heads that divides that of the query heads.",
-        )
-    used = each.n_heads * each.d_head
-    if each.d_model and used != each.d_model and each.d_model // each.n_heads == each.d_head:
-        return (
-            f"uses {used} of {each.d_model} dimensions: {each.n_heads} heads do not divide d_model = {each.d_model}",
-            f"Use a number of heads that divides {each.d_model}, or another d_model.",
-        )
-    return None
+def _design(each: Attention, measured: list[Attention]) -> str:
+    """What else a scale may be; empty where nothing speaks for it."""
+    # T5 starts with q smaller than k by the scale. Halfway to it (in factors) it is no accident.
+    sizes = sorted(each.rms)
+    if _ratio(each) > 1 and not _is_twice(each) and sizes[0] < each.d_head**-0.25 * sizes[1]:
+        return "with weights of q that make up for it, as in T5"
+    # GPT-2's scale_attn_by_inverse_layer_idx.
+    if len(measured) > 2 and all(_is_near(_ratio(e), 1 / (n + 1)) for n, e in enumerate(measured)):
+        return "1/layer of it"
+    if all(_is_near(e.scale or 0.0, 1 / e.d_head) for e in measured) and not _is_twice(each):
+        return "1/d_head as in muP"
+    return ""
+
+
+def _is_twice(each: Attention) -> bool:
+    return each.before is None or not _is_near(each.before, 1.0)
+
+
+def _agree(calls: list[Attention]) -> bool:
+    return all(_is_near(_ratio(each), _ratio(calls[0])) for each in calls)
 
 
 def _is_off(each: Attention) -> bool:
-    return not math.isclose(_ratio(each), 1.0, rel_tol=SCALE_WITHIN)
+    return not _is_near(_ratio(each), 1.0)
+
+
+def _is_near(value: float, other: float) -> bool:
+    return math.isclose(value, other, rel_tol=SCALE_WITHIN)
 
 
 def _ratio(each: Attention) -> float:
     return (each.scale or 0.0) * math.sqrt(each.d_head)
-
-
-def _in_words(each: Attention) -> str:
-    """A wrong scale by what people write for it."""
-    known = {
-        "no scale at all": 1.0,
-        "1/d_head": 1 / each.d_head,
-        "sqrt(d_head)": math.sqrt(each.d_head),
-        "1/sqrt(d_model)": (each.n_heads * each.d_head) ** -0.5,
-        "1/sqrt(n_heads)": each.n_heads**-0.5,
-    }
-    for words, value in known.items():
-        if math.isclose(each.scale or 0.0, value, rel_tol=SCALE_WITHIN):
-            return f" ({words})"
-    return ""
 
 
 def _scale_row(each: Attention) -> dict[str, object]:
@@ -153,7 +133,3 @@ def _scale_row(each: Attention) -> dict[str, object]:
         "1/sqrt(d_head)": each.d_head**-0.5,
         "q and k of length 1": each.is_cosine,
     }
-
-
-def _its(count: int) -> str:
-    return "its" if count == 1 else "their"

@@ -1,5 +1,6 @@
 """Whatever is done to a model inside, afterwards it is as it was, and so are the random numbers of the process."""
 
+import copy
 import random
 import sys
 from collections import OrderedDict
@@ -135,12 +136,17 @@ def _differ(value: Any, before: Any) -> bool:
     return {id(each) for each in value} != {id(each) for each in before}
 
 
-def copied(value: Any) -> Any:
-    """A batch of its own for a forward pass that may write into it: tensors in lists, tuples and mappings are cloned."""
+def copied(value: Any, keep: Tensor | None = None) -> Any:
+    """Arguments of its own for a forward pass that may write into them: tensors, what holds them, caches; but not `keep`."""
     if isinstance(value, Tensor):
-        return value.detach().clone()
+        return value if value is keep else value.detach().clone()
     if type(value) in (dict, OrderedDict):
-        return type(value)((key, copied(item)) for key, item in value.items())
+        return type(value)((key, copied(item, keep)) for key, item in value.items())
     if type(value) in (list, tuple):
-        return type(value)(copied(item) for item in value)
-    return value
+        return type(value)(copied(item, keep) for item in value)
+    if isinstance(value, nn.Module):
+        return value
+    try:
+        return copy.deepcopy(value)  # a cache of keys and values
+    except Exception:  # whatever cannot be copied is handed on as it is
+        return value

@@ -4,6 +4,7 @@ import contextlib
 import shlex
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -14,8 +15,8 @@ from rich.text import Text
 if TYPE_CHECKING:
     from attnscope.check.result import Checked
 
-STYLES = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
-STATUS, NAME, INDENT = 9, 24, 2  # widths
+STYLES = {"passed": "green", "failed": "bold red", "stated": "cyan", "not looked": "yellow"}
+STATUS, NAME, INDENT = 12, 25, 2  # widths
 FIRST = "first module"  # of the evidence, which the finding names
 
 
@@ -42,13 +43,15 @@ def check_and_print(target: str, *, causal: bool | None, as_json: bool) -> froze
         said = {
             "target": target,
             "model": type(model).__name__,
+            "counts": Counter(each.status for each in results),
             "checks": [to_table(each) for each in results],
         }
         typer.echo(to_json(said, indent=1))
         return statuses
     console = Console(highlight=False)
+    said_by: dict[str, str] = {}
     for each in results:
-        _print_line(console, each)
+        _print_line(console, each, said_by.setdefault(_said(each), each.name))
     for each in results:
         if each.status == "failed":
             _print_failed(console, each)
@@ -61,11 +64,15 @@ def check_and_print(target: str, *, causal: bool | None, as_json: bool) -> froze
     return statuses
 
 
-def _print_line(console: Console, checked: "Checked") -> None:
-    """Status, name and finding in three columns."""
-    said = checked.finding
-    if checked.status == "skipped":
-        said = f"{said} {checked.remedy}"
+def _said(checked: "Checked") -> str:
+    return (
+        f"{checked.finding} {checked.remedy}" if checked.status == "not looked" else checked.finding
+    )
+
+
+def _print_line(console: Console, checked: "Checked", said_by: str) -> None:
+    """Status, name and finding in three columns; what another check has said already is not said again."""
+    said = _said(checked) if said_by == checked.name else f"As {said_by}."
     first, *rest = textwrap.wrap(
         said, max(console.width - STATUS - NAME, 30), break_on_hyphens=False
     )

@@ -13,6 +13,7 @@ class FailOnCheck(StrEnum):
     """Which checks make `check` fail."""
 
     failed = "failed"
+    not_looked = "not-looked"
 
 
 class LogTo(StrEnum):
@@ -130,7 +131,10 @@ def check(
     ] = None,
     fail_on: Annotated[
         FailOnCheck | None,
-        typer.Option(help="Exit with code 3 if a check failed.", show_default=False),
+        typer.Option(
+            help="Exit with code 3 if a check failed; not-looked: also if one could not be made.",
+            show_default=False,
+        ),
     ] = None,
     json_output: Annotated[
         bool, typer.Option("--json", help="The checks as JSON on stdout.")
@@ -147,5 +151,6 @@ def check(
         from attnscope.cli.checking import check_and_print
 
         statuses = check_and_print(target, causal=causal, as_json=json_output)
-        if fail_on in statuses:
+        stops_at = {"failed"} if fail_on == FailOnCheck.failed else {"failed", "not looked"}
+        if fail_on is not None and stops_at & statuses:
             raise typer.Exit(FOUND)

@@ -48,7 +48,14 @@ def exits():
 def out_of_range():
     return model_of(), TOKENS + 1000
 
-def no_positions():
+class Nothing(torch.nn.Module):
+    def forward(self, x):
+        pass
+
+def no_output():
+    return Nothing(), torch.rand(2, 3, 4)
+
+def pooled():
     return torch.nn.Flatten(), torch.rand(2, 3, 4)
 """
 FORM = "Write module:factory or file.py:factory, where factory() returns (model, batch)."
@@ -78,12 +85,12 @@ def test_a_table_of_checks_at_80_columns_plain_in_a_pipe(folder, target):
     *said, last = done.stdout.splitlines()
     assert (
         said[0]
-        == "passed   future leak             Looks causal: none of 51 pairs of an output and"
+        == "passed      future leak              Looks causal: none of 51 pairs of an output"
     )
     assert max(map(len, said)) <= 80
     assert not [line for line in said if line != line.rstrip()], "trailing blanks"
     assert "\x1b" not in done.stdout
-    assert [line.split()[0] for line in said if line and line[0] != " "].count("passed") == 7
+    assert [line.split()[0] for line in said if line and line[0] != " "].count("passed") == 11
     assert last == "Next: attnscope watch train.py"
     assert "noise on stdout" in done.stderr and "noise" not in done.stdout
 
@@ -91,7 +98,7 @@ def test_a_table_of_checks_at_80_columns_plain_in_a_pipe(folder, target):
 def test_what_failed_is_shown_with_its_numbers_and_a_remedy(folder):
     done = check("program:broken")
     assert done.exit_code == 0
-    assert "failed   attention scale" in done.stdout
+    assert "failed      attention scale" in done.stdout
     after = done.stdout.partition("failed: attention scale\n")[2].splitlines()
     assert after[:2] == [
         "  layer     d_head  scale  1/sqrt(d_head)  q and k of length 1",
@@ -108,7 +115,7 @@ def test_json_is_strict_and_whole(folder):
     said = json.loads(check("program:broken", "--json").stdout, parse_constant=refuse)
     assert (said["target"], said["model"]) == ("program:broken", "Model")
     by_name = {each["name"]: each for each in said["checks"]}
-    assert len(by_name) == 8
+    assert len(by_name) == 12
     assert by_name["attention scale"]["status"] == "failed"
     assert by_name["attention scale"]["evidence"][0]["scale"] == pytest.approx(1.0)
     assert set(by_name["future leak"]) == {"name", "status", "finding", "evidence", "remedy"}
@@ -154,10 +161,7 @@ ERRORS = {
         "program:needs_more: the factory raised TypeError: needs_more() missing 1 required positional argument: 'size'. Make "
         "needs_more() work by itself first."
     ),
-    "program:no_positions": (
-        "the model returned (2, 12), but no floating tensor (2, 3, ...) with a row for each position of input (2, 3, 4). Give it "
-        "the arguments with which it returns all positions (nanoGPT: targets too; an encoder-decoder: decoder_input_ids)."
-    ),
+    "program:no_output": "the model returned None, but no floating tensor.",
     "unimportable:x": (
         "unimportable: importing it raised ModuleNotFoundError: No module named 'not_there_at_all' (unimportable.py, line 1). "
         "Make it importable by itself first."
