@@ -14,7 +14,8 @@ from attnscope.bench.timing import Ratio, interleave, ratio
 from attnscope.config import Config, apply_changes, members_of
 from attnscope.data import Corpus, open_data
 from attnscope.runs.writer import RunWriter
-from attnscope.train.loop import FLUSH_SECONDS, Part, train_step
+from attnscope.train.loop import FLUSH_SECONDS, train_step
+from attnscope.train.part import Part
 from attnscope.train.recording import Recorder
 
 THREADS = 2

@@ -1,10 +1,22 @@
 """Commands that measure attnscope: bench overhead, bench sweep, bench report."""
 
-from typing import Annotated
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
 from attnscope.cli.app import app, one_line_errors
+from attnscope.runs.layout import to_json
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from attnscope.bench.overhead import Overhead
+    from attnscope.bench.reports import ReportCost
+    from attnscope.bench.sweeps import SweepGain
+    from attnscope.bench.watching import WatchOverhead
 
 bench_app = typer.Typer(
     help="Measure what attnscope costs on this machine.",
@@ -33,12 +45,10 @@ def overhead(
     with one_line_errors(debug=debug):
         if watch:
             from attnscope.bench.watching import measure_watching
-            from attnscope.cli.tables import print_watch_overhead
 
             print_watch_overhead(measure_watching(rounds=rounds // 25), as_json=json_output)
             return
         from attnscope.bench.overhead import measure_overhead
-        from attnscope.cli.tables import print_overhead
 
         print_overhead(measure_overhead(rounds=rounds), as_json=json_output)
 
@@ -57,7 +67,6 @@ def bench_sweep(
     """
     with one_line_errors(debug=debug):
         from attnscope.bench.sweeps import measure_sweeps
-        from attnscope.cli.tables import print_sweep_gain
 
         print_sweep_gain(measure_sweeps(rounds=rounds), as_json=json_output)
 
@@ -75,6 +84,82 @@ def bench_report(
     """
     with one_line_errors(debug=debug):
         from attnscope.bench.reports import measure_reports
-        from attnscope.cli.tables import print_report_costs
 
         print_report_costs(measure_reports(), as_json=json_output)
+
+
+WORTH_IT = 1.2  # times as fast
+
+
+def print_overhead(found: "Overhead", *, as_json: bool) -> None:
+    """Print what `attnscope bench overhead` measured."""
+    if as_json:
+        typer.echo(to_json(asdict(found), indent=1))
+        return
+    for line in (
+        "Ratios of step times: median (middle half); d_model 128, 4 layers, seq_len 64, batch 16.",
+        f"recording on / off                    {found.recording}",
+        f"tokens/s, recording on / plain loop   {found.plain}",
+        f"plain loop / itself                   {found.plain_twice}",
+        f"16 tiny members at once / one by one  {found.ensemble}",
+        f"tables on disk                        {found.mb_per_1000_steps:.2f} MB per 1,000 steps",
+        f"tokens/s                              {found.recorded_tokens_s:,.0f} recorded, "
+        f"{found.plain_tokens_s:,.0f} plain",
+    ):
+        typer.echo(line)
+
+
+def print_watch_overhead(found: "WatchOverhead", *, as_json: bool) -> None:
+    """Print what `attnscope bench overhead --watch` measured."""
+    if as_json:
+        typer.echo(to_json(asdict(found), indent=1))
+        return
+    for line in (
+        "Ratios of step times: median (middle half); d_model 256, 4 layers, seq_len 256, batch 8, fused attention, AdamW.",
+        f"watched, every step / not watched        {found.every_step}",
+        f"watched, every {found.every} steps / not watched    {found.default}",
+        f"not watched / itself                     {found.unwatched}",
+        f"step without attnscope                   {found.step_ms:.0f} ms",
+    ):
+        typer.echo(line)
+
+
+def print_sweep_gain(found: "SweepGain", *, as_json: bool) -> None:
+    """Print what `attnscope bench sweep` measured."""
+    if as_json:
+        typer.echo(to_json(asdict(found), indent=1))
+        return
+    gains = found.large.median > WORTH_IT
+    for line in (
+        "Ratios of member-steps per second: median (middle half); d_model 32, 2 layers, seq_len 16.",
+        f"64 members at once / one by one            {found.loop}",
+        f"64 members at once / one by one, two jobs  {found.jobs}",
+        f"default model at once / one by one, {found.large_on:<6} {found.large}",
+        f"member-steps/s, 64 tiny members            {found.member_steps_s:,.0f}",
+        "The default model gains from being trained together."
+        if gains
+        else "The default model gains nothing from being trained together here: one member keeps the cores busy.",
+    ):
+        typer.echo(line)
+
+
+def print_report_costs(found: "Sequence[ReportCost]", *, as_json: bool) -> None:
+    """Print what `attnscope bench report` measured."""
+    if as_json:
+        typer.echo(to_json([asdict(each) for each in found], indent=1))
+        return
+    console = Console(highlight=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for title in ("run", "MB", "opened", "analysed", "reported"):
+        table.add_column(title, justify="left" if title == "run" else "right")
+    for each in found:
+        shape = each.shape
+        table.add_row(
+            f"{shape.n_members:,} x {shape.n_steps:,} steps x {shape.n_layers} x {shape.n_heads} heads",
+            f"{each.mb:.0f}",
+            *(
+                f"{cost.seconds:.1f} s, {cost.peak_bytes / 2**30:.2f} GiB"
+                for cost in (each.opened, each.analysed, each.reported)
+            ),
+        )
+    console.print(table)

@@ -23,8 +23,8 @@ from attnscope.report.numbers import number
 if TYPE_CHECKING:
     from attnscope.config import Config, Member
     from attnscope.signals.alarms import Event
+    from attnscope.train.block import Block
     from attnscope.train.loop import Progress
-    from attnscope.train.recording import Block
 
 BARS = "▁▂▃▄▅▆▇█"
 SPARKLINE_WIDTH = 32

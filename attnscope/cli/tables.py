@@ -17,17 +17,12 @@ from attnscope.runs.layout import to_json
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from attnscope.bench.overhead import Overhead
-    from attnscope.bench.reports import ReportCost
-    from attnscope.bench.sweeps import SweepGain
-    from attnscope.bench.watching import WatchOverhead
+    from attnscope.comparison.cells import Comparison
+    from attnscope.comparison.member import MemberRow
     from attnscope.report.blocks import Table as TableBlock
-    from attnscope.report.compare import Comparison
     from attnscope.report.contents import Contents
-    from attnscope.report.verdict import MemberRow
     from attnscope.runs.reader import Run
 
-WORTH_IT = 1.2  # times as fast
 MOST_MEMBERS = 40  # rows of a table on a terminal
 MOST_CELLS = 24
 TOO_WIDE = 1.6  # times the terminal: words would be broken beyond reading
@@ -86,7 +81,7 @@ def print_result(path: Path, *, as_json: bool) -> None:
 
 def print_comparison(console: Console, found: "Comparison", members: "Sequence[MemberRow]") -> None:
     """Print what single settings do, learning rates, and the cells, as far as a terminal holds them."""
-    from attnscope.report.sweeps import comparison_tables
+    from attnscope.report.comparison import comparison_tables
 
     left_out = False
     for table in comparison_tables(found, members):
@@ -237,80 +232,6 @@ def print_runs(folder: Path, *, as_json: bool) -> None:
     console.print(table)
     console.print()
     console.print(Text(f"Next: attnscope report {shlex.quote(str(found[-1].path))}"))
-
-
-def print_overhead(found: "Overhead", *, as_json: bool) -> None:
-    """Print what `attnscope bench overhead` measured."""
-    if as_json:
-        typer.echo(to_json(asdict(found), indent=1))
-        return
-    for line in (
-        "Ratios of step times: median (middle half); d_model 128, 4 layers, seq_len 64, batch 16.",
-        f"recording on / off                    {found.recording}",
-        f"tokens/s, recording on / plain loop   {found.plain}",
-        f"plain loop / itself                   {found.plain_twice}",
-        f"16 tiny members at once / one by one  {found.ensemble}",
-        f"tables on disk                        {found.mb_per_1000_steps:.2f} MB per 1,000 steps",
-        f"tokens/s                              {found.recorded_tokens_s:,.0f} recorded, "
-        f"{found.plain_tokens_s:,.0f} plain",
-    ):
-        typer.echo(line)
-
-
-def print_watch_overhead(found: "WatchOverhead", *, as_json: bool) -> None:
-    """Print what `attnscope bench overhead --watch` measured."""
-    if as_json:
-        typer.echo(to_json(asdict(found), indent=1))
-        return
-    for line in (
-        "Ratios of step times: median (middle half); d_model 256, 4 layers, seq_len 256, batch 8, fused attention, AdamW.",
-        f"watched, every step / not watched        {found.every_step}",
-        f"watched, every {found.every} steps / not watched    {found.default}",
-        f"not watched / itself                     {found.unwatched}",
-        f"step without attnscope                   {found.step_ms:.0f} ms",
-    ):
-        typer.echo(line)
-
-
-def print_sweep_gain(found: "SweepGain", *, as_json: bool) -> None:
-    """Print what `attnscope bench sweep` measured."""
-    if as_json:
-        typer.echo(to_json(asdict(found), indent=1))
-        return
-    gains = found.large.median > WORTH_IT
-    for line in (
-        "Ratios of member-steps per second: median (middle half); d_model 32, 2 layers, seq_len 16.",
-        f"64 members at once / one by one            {found.loop}",
-        f"64 members at once / one by one, two jobs  {found.jobs}",
-        f"default model at once / one by one, {found.large_on:<6} {found.large}",
-        f"member-steps/s, 64 tiny members            {found.member_steps_s:,.0f}",
-        "The default model gains from being trained together."
-        if gains
-        else "The default model gains nothing from being trained together here: one member keeps the cores busy.",
-    ):
-        typer.echo(line)
-
-
-def print_report_costs(found: "Sequence[ReportCost]", *, as_json: bool) -> None:
-    """Print what `attnscope bench report` measured."""
-    if as_json:
-        typer.echo(to_json([asdict(each) for each in found], indent=1))
-        return
-    console = Console(highlight=False)
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for title in ("run", "MB", "opened", "analysed", "reported"):
-        table.add_column(title, justify="left" if title == "run" else "right")
-    for each in found:
-        shape = each.shape
-        table.add_row(
-            f"{shape.n_members:,} x {shape.n_steps:,} steps x {shape.n_layers} x {shape.n_heads} heads",
-            f"{each.mb:.0f}",
-            *(
-                f"{cost.seconds:.1f} s, {cost.peak_bytes / 2**30:.2f} GiB"
-                for cost in (each.opened, each.analysed, each.reported)
-            ),
-        )
-    console.print(table)
 
 
 def _from_to(start: float | None, end: float | None) -> str:

@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass
 
 from attnscope.config import Config
-from attnscope.diagnose.by_member import configs_of
 from attnscope.diagnose.finding import Evidence
+from attnscope.runs.by_member import configs_of
 from attnscope.runs.reader import Run
 from attnscope.runs.watched import attention_layers
 

@@ -5,7 +5,9 @@ Shape key: N rows, M member in the order of run.json.
 
 import numpy as np
 
-from attnscope.diagnose.by_member import (
+from attnscope.diagnose.finding import MOST_EVIDENCE, Evidence, Finding, of_several
+from attnscope.diagnose.saturation import MEASURED, SATURATED_RATIO
+from attnscope.runs.by_member import (
     configs_of,
     diverged_at,
     first_measured,
@@ -13,8 +15,6 @@ from attnscope.diagnose.by_member import (
     members_of_rows,
     sorted_by_member,
 )
-from attnscope.diagnose.finding import MOST_EVIDENCE, Evidence, Finding, of_several
-from attnscope.diagnose.saturation import MEASURED, SATURATED_RATIO
 from attnscope.runs.reader import Run
 from attnscope.runs.watched import optimizers_of
 

@@ -3,8 +3,8 @@
 Shape key: N rows, M member in the order of run.json.
 """
 
-from attnscope.diagnose.by_member import NEVER, diverged_at, members_of_rows
 from attnscope.diagnose.finding import Evidence
+from attnscope.runs.by_member import NEVER, diverged_at, members_of_rows
 from attnscope.runs.reader import Run
 
 # Mean entropy_ratio at step 0. Measured on 12 shapes (no, pre and post norm; 2, 4 and 8 layers; d_head 16 to 64; seq_len 32

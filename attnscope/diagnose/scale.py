@@ -12,14 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnscope.diagnose.applied import Applied, odd_scales
-from attnscope.diagnose.by_member import (
+from attnscope.diagnose.finding import MOST_EVIDENCE, Evidence, Finding, of_several
+from attnscope.diagnose.saturation import early_signals
+from attnscope.runs.by_member import (
     configs_of,
     first_measured,
     mean_by_member,
     members_of_rows,
 )
-from attnscope.diagnose.finding import MOST_EVIDENCE, Evidence, Finding, of_several
-from attnscope.diagnose.saturation import early_signals
 from attnscope.runs.reader import MemberRecord, Run
 
 if TYPE_CHECKING:

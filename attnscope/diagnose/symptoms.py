@@ -11,9 +11,9 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from attnscope.diagnose.by_member import diverged_at, members_of_rows, sorted_by_member
 from attnscope.diagnose.finding import MOST_EVIDENCE, Evidence, Finding, of_several
 from attnscope.diagnose.saturation import early_signals
+from attnscope.runs.by_member import diverged_at, members_of_rows, sorted_by_member
 from attnscope.runs.divergence import IN_A_ROW, LEAST_RISE, NEARLY_ZERO, NOT_FINITE_IN_A_ROW
 from attnscope.runs.reader import MemberRecord, Run
 

@@ -16,10 +16,10 @@ from attnscope.report.document import document_of
 from attnscope.report.figures import draw_figures
 from attnscope.report.html import to_html
 from attnscope.report.markdown import to_markdown
-from attnscope.report.series import Tables
 from attnscope.runs.atomic import reason_of, remedy_of, replace_file
 from attnscope.runs.foreign import printable
 from attnscope.runs.reader import Run, report_dir
+from attnscope.runs.tables import Tables
 
 __all__ = ["write_comparison", "write_report"]
 

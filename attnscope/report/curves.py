@@ -9,16 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from attnscope.report.contents import Contents
-from attnscope.report.series import (
-    Array,
-    Tables,
-    distinct,
-    head_keys,
-    head_label,
-    heat_of,
-    rows_of_member,
-)
+from attnscope.report.series import Array, distinct, head_keys, head_label, heat_of
+from attnscope.runs.by_member import rows_of_member
 from attnscope.runs.layout import COLUMNS, to_json
+from attnscope.runs.tables import Tables
 
 PER_STEP = ("loss", "grad_norm")
 PER_HEAD = ("entropy_ratio", "max_prob", "max_logit", "softmax_gain", "logit_std")

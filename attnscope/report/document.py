@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from attnscope.comparison.member import Generation, Softmax
 from attnscope.diagnose import Evidence, Finding
 from attnscope.report.blocks import Block, Figure, Heading, Lines, Notes, Paragraph, Section, Table
-from attnscope.report.contents import Contents, Generation
+from attnscope.report.comparison import comparison_tables
+from attnscope.report.contents import Contents
 from attnscope.report.numbers import number
-from attnscope.report.sweeps import comparison_tables
-from attnscope.report.verdict import Softmax
 from attnscope.runs.layout import COLUMNS
 
 EVIDENCE = ("phase", "matrix", "loss_by_lr", "loss")  # figures that carry the verdict

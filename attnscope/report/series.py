@@ -6,10 +6,13 @@ Shape key: N records, S steps, P points of a figure, G lines of one member (laye
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+
+from attnscope.runs.by_member import rows_of_member
+from attnscope.runs.tables import Tables
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,22 +24,6 @@ CELLS = 300  # of a heat map, along the steps
 
 Array = NDArray[np.float64]
 Keys = NDArray[np.int32] | NDArray[np.int64]
-
-
-class Tables(Protocol):
-    """What was recorded: of one run, or of several that are compared."""
-
-    @property
-    def steps(self) -> "pd.DataFrame": ...
-
-    @property
-    def heads(self) -> "pd.DataFrame": ...
-
-    @property
-    def layers(self) -> "pd.DataFrame": ...
-
-    @property
-    def params(self) -> "pd.DataFrame": ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,12 +39,6 @@ class Heat:
     labels: tuple[str, ...]
     edges: Array
     values: Array
-
-
-def rows_of_member(table: "pd.DataFrame", name: str) -> NDArray[np.int64]:
-    """Where the rows of a member stand in a table, (N,)."""
-    code = table["member"].cat.categories.get_loc(name)
-    return np.flatnonzero(table["member"].cat.codes.to_numpy() == code)
 
 
 def curve_of(tables: Tables, name: str, column: str) -> tuple[Array, Array]:

@@ -8,11 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from attnscope.comparison.cells import Comparison, Subject, baseline_of, compare, subjects_of
+from attnscope.comparison.member import MemberRow
 from attnscope.errors import RunError
-from attnscope.report.compare import Comparison, Subject, baseline_of, compare, subjects_of
+from attnscope.report.comparison import sentence_on
 from attnscope.report.contents import Contents, contents
-from attnscope.report.sweeps import sentence_on
-from attnscope.report.verdict import MemberRow, verdict_of
+from attnscope.report.verdict import verdict_of
 from attnscope.runs.foreign import printable
 from attnscope.runs.reader import Run
 

@@ -6,66 +6,12 @@ the cause is for the reader to conclude.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
+from attnscope.comparison.member import MemberRow
 from attnscope.report.numbers import number
 
 MOST_NAMED = 4  # members that a sentence names one by one
 ALIKE = 0.05  # max_prob closer than that is called alike
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Softmax:
-    """A member's attention at one step: means over layers and heads, `max_logit` the largest; None = not measured."""
-
-    step: int | None = None
-    entropy: float | None = None
-    entropy_ratio: float | None = None
-    max_prob: float | None = None
-    logit_std: float | None = None
-    max_logit: float | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemberRow:
-    """One member of a run in the report.
-
-    Attributes:
-        name: of the member.
-        status: trained, stalled, diverged, interrupted, failed, killed or running.
-        step: where it diverged, or the last one recorded.
-        nonfinite_at: the first step whose loss is not finite.
-        first_loss: nats per token, as the two below.
-        best_loss: the smallest.
-        final_loss: mean over the last 20 steps.
-        val_loss: held-out, at the length it was trained with.
-        prefix_loss: held-out, where no token that is to be predicted is seen; None where it was not measured.
-        unigram: loss of predicting from token frequencies alone, on this member's data; None = unknown.
-        theory_std: scale * sqrt(d_head) of layer 0: logit_std where q and k have entries of mean 0 and variance 1; None =
-            unknown, or learned.
-        start: attention at the first step measured.
-        end: attention at the last step measured at which it was still finite.
-        settings: those in which members differ.
-        error: what ended its part, where that was an error.
-        is_falling: whether its loss still fell at the end; None = too short to tell.
-    """
-
-    name: str
-    status: str
-    step: int | None
-    nonfinite_at: int | None
-    first_loss: float | None
-    best_loss: float | None
-    final_loss: float | None
-    val_loss: float | None
-    prefix_loss: float | None
-    unigram: float | None
-    theory_std: float | None
-    start: Softmax
-    end: Softmax
-    settings: Mapping[str, str]
-    error: str | None = None
-    is_falling: bool | None = None
 
 
 def verdict_of(

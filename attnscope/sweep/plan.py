@@ -245,7 +245,8 @@ def _try(configs: Sequence[Config], threads: int) -> Trial:
 
     from attnscope.data import open_data
     from attnscope.signals.alarms import Alarms
-    from attnscope.train.loop import Part, train_part
+    from attnscope.train.loop import train_part
+    from attnscope.train.part import Part
     from attnscope.train.run import create_run
 
     torch.set_num_threads(threads)

@@ -9,11 +9,10 @@ Shape key: S steps of a block, C column, M member, L layer, H head, G group.
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from attnscope.config import Config
@@ -38,6 +37,7 @@ from attnscope.metrics.loss import TokenLosses, output_logit_max
 from attnscope.metrics.rows import Rows, Shelf, sample_rows
 from attnscope.model import AttentionInputs
 from attnscope.runs.writer import PartWriter
+from attnscope.train.block import Array, Block, tables_of
 from attnscope.train.step import Clipped, attention_call
 
 # The columns of the steps table that come from the device, in the order of `Recorder._on_host`.
@@ -59,35 +59,7 @@ LAYER_COLUMNS = ("activation_rms", "token_cosine")
 SAMPLES = 64  # different row samples, used in turn
 BLOCK_BYTES = 64 << 20  # of sampled queries and keys that wait for the end of their block
 
-Array = NDArray[Any]
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Block:
-    """A few steps of one part, on the host.
-
-    Attributes:
-        members: index within the part, (M,).
-        steps: (S,).
-        step_ms: (S,).
-        columns: column of the steps table to (S, M).
-        head_steps: the steps of which heads were measured.
-        heads: column of the heads table to (S, M, L, H) over head_steps.
-        layers: column of the layers table to (S, M, L) over head_steps.
-        params: column of the params table to (S, M, G) over head_steps.
-        groups: (layer, group name) along G.
-    """
-
-    members: Sequence[int]
-    steps: Array
-    step_ms: Array
-    columns: dict[str, Array]
-    head_steps: Array
-    heads: dict[str, Array]
-    layers: dict[str, Array]
-    params: dict[str, Array]
-    groups: tuple[tuple[int, str], ...]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -349,43 +321,3 @@ def _there(x: _T | None) -> _T:
     """What every whole step has."""
     assert x is not None
     return x
-
-
-def tables_of(block: Block, tokens_per_step: int) -> dict[str, dict[str, Array]]:
-    """Lay a block out as the columns of the four tables, one row per step, member and whatever the table is about."""
-    n_members = len(block.members)
-    steps = {
-        **_keys(block.steps, block.members, 1),
-        **{name: value.ravel() for name, value in block.columns.items()},
-        "tokens": np.repeat((block.steps + 1) * tokens_per_step, n_members),
-        "step_ms": np.repeat(block.step_ms, n_members),
-    }
-    if not len(block.head_steps):
-        return {"steps": steps}
-    n_layers, n_heads = block.heads["entropy"].shape[2:]
-    times = len(block.head_steps) * n_members
-    heads = {
-        **_keys(block.head_steps, block.members, n_layers * n_heads),
-        "layer": np.tile(np.repeat(np.arange(n_layers), n_heads), times),
-        "head": np.tile(np.arange(n_heads), times * n_layers),
-        **{name: value.ravel() for name, value in block.heads.items()},
-    }
-    layers = {
-        **_keys(block.head_steps, block.members, n_layers),
-        "layer": np.tile(np.arange(n_layers), times),
-        **{name: value.ravel() for name, value in block.layers.items()},
-    }
-    params = {
-        **_keys(block.head_steps, block.members, len(block.groups)),
-        "layer": np.tile([layer for layer, _ in block.groups], times),
-        "group": np.tile(np.array([group for _, group in block.groups], dtype=object), times),
-        **{name: value.ravel() for name, value in block.params.items()},
-    }
-    return {"steps": steps, "heads": heads, "layers": layers, "params": params}
-
-
-def _keys(steps: Array, members: Sequence[int], rows_each: int) -> dict[str, Array]:
-    return {
-        "step": np.repeat(steps, len(members) * rows_each),
-        "member": np.tile(np.repeat(np.array(members), rows_each), len(steps)),
-    }

@@ -22,7 +22,8 @@ from attnscope.runs.manifest import is_whole
 from attnscope.runs.reader import Run, open_run
 from attnscope.runs.writer import PartWriter, RunWriter
 from attnscope.signals.alarms import FED, Alarms
-from attnscope.train.loop import Part, Progress, device_of, train_part
+from attnscope.train.loop import Progress, train_part
+from attnscope.train.part import Part, device_of
 
 OnProgress = Callable[[int, Progress], None]
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from attnscope.errors import ConfigError
-from attnscope.watch.stopping import Condition, parse_condition
+from attnscope.signals.conditions import Condition, parse_condition
 from attnscope.watch.trackers import check_tracker
 
 EVERY = 10  # steps between those at which attention and parameters are measured

@@ -1,125 +1,17 @@
-"""Conditions at which a watched script is stopped: non-finite numbers, an explosion, or a column past a threshold.
+"""Stops a watched script where a condition is met (`attnscope.signals.conditions`).
 
 A condition is looked at after every step, which waits for the device: that is what stopping at the step costs.
 """
 
-import math
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import NoReturn
 
-import numpy as np
-from numpy.typing import NDArray
+from attnscope.signals.conditions import Condition
 
-from attnscope.errors import ConfigError
-from attnscope.runs.divergence import LossWatch
-from attnscope.runs.layout import COLUMNS, KEYS
-from attnscope.signals.alarms import FED
-
-NAMED = ("nonfinite", "explosion")
 STOPPED = 3  # exit code
-COMPARED = re.compile(r"(?P<column>\w+)\s*(?P<sign>[<>])\s*(?P<threshold>[-+.\w]+)")
-# What may be compared: every column with numbers, and the table it is first found in.
-TABLE_OF = {
-    name: table
-    for table in reversed(("steps", "heads", "params"))
-    for name, column in COLUMNS[table].items()
-    if name not in KEYS[table] and column.kind != "string"
-}
-
-Tables = Mapping[str, Mapping[str, NDArray[Any]]]
 
 
 class StoppedError(SystemExit):
     """Raised in the watched script where a condition is met; a script that catches every Exception does not catch it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Condition:
-    """When to stop: one of NAMED, or a column of a table above or below a threshold.
-
-    Attributes:
-        text: as it was typed.
-        column: None for one of NAMED.
-        sign: < or >.
-        threshold: in the unit of the column.
-    """
-
-    text: str
-    column: str | None = None
-    sign: str = ""
-    threshold: float = 0.0
-
-
-def parse_condition(text: str) -> Condition:
-    """Read nonfinite, explosion, or COLUMN>NUMBER.
-
-    Raises:
-        ConfigError: it is none of these.
-    """
-    if text in NAMED:
-        return Condition(text=text)
-    match = COMPARED.fullmatch(text.strip())
-    if match is None:
-        raise ConfigError(
-            f"--stop-on is {text!r}, but must be nonfinite, explosion, or a column and a threshold, as in max_logit>1e4."
-        )
-    if match["column"] not in TABLE_OF:
-        raise ConfigError(
-            f"--stop-on {text}: there is no column {match['column']}. Columns: {', '.join(sorted(TABLE_OF))}."
-        )
-    try:
-        threshold = float(match["threshold"])
-        if math.isnan(threshold):
-            raise ValueError
-    except ValueError:
-        raise ConfigError(
-            f"--stop-on {text}: {match['threshold']!r} is not a number. Write it as in max_logit>1e4."
-        ) from None
-    return Condition(text=text, column=match["column"], sign=match["sign"], threshold=threshold)
-
-
-class Stopper:
-    """Asks all conditions of each block of tables."""
-
-    def __init__(self, conditions: Sequence[Condition]) -> None:
-        self._conditions = tuple(conditions)
-        self._watch = LossWatch()
-
-    def met(self, tables: Tables) -> tuple[Condition, str] | None:
-        """The first condition that the newest records meet, and what met it; None if none does."""
-        losses = tables.get("losses") or {}
-        if losses:
-            self._watch.feed(*(losses[name] for name in FED))
-        for condition in self._conditions:
-            found = self._one(condition, tables)
-            if found is not None:
-                return condition, found
-        return None
-
-    def _one(self, condition: Condition, tables: Tables) -> str | None:
-        if condition.text == "explosion":
-            at = self._watch.diverged_at
-            return None if at is None else f"the loss diverged at step {at}: {self._watch.why}"
-        if condition.text == "nonfinite":
-            return _nonfinite(tables)
-        column = condition.column
-        assert column is not None
-        table = tables.get(TABLE_OF[column]) or {}
-        if not table:
-            return None
-        values = table[column].astype(np.float64)
-        bad = (
-            values > condition.threshold if condition.sign == ">" else values < condition.threshold
-        )
-        if not bad.any():
-            return None
-        worst = np.flatnonzero(bad)[0]
-        place = ", ".join(
-            f"{key} {table[key][worst]}" for key in KEYS[TABLE_OF[column]] if key != "member"
-        )
-        return f"{column} {values[worst]:.4g} at {place}"
 
 
 def stop(condition: Condition, found: str) -> NoReturn:
@@ -127,20 +19,3 @@ def stop(condition: Condition, found: str) -> NoReturn:
     error = StoppedError(STOPPED)
     error.add_note(f"attnscope: stopped on {condition.text}: {found}")
     raise error
-
-
-def _nonfinite(tables: Tables) -> str | None:
-    steps, losses, heads, params = (
-        tables.get(name) or {} for name in ("steps", "losses", "heads", "params")
-    )
-    for table, column in ((heads, "max_logit_bound"), (losses, "loss"), (steps, "grad_norm")):
-        if table:
-            bad = np.flatnonzero(np.isnan(table[column]) | np.isinf(table[column]))
-            if column == "max_logit_bound":  # unknown where q and k were not seen
-                bad = bad[~np.isfinite(table["max_logit"][bad])]
-            if len(bad):
-                return f"{column} is not finite at step {table['step'][bad[0]]}"
-    if params and (params["nonfinite"] > 0).any():
-        at = int(np.flatnonzero(params["nonfinite"] > 0)[0])
-        return f"the gradient of {params['group'][at]} is not finite at step {params['step'][at]}"
-    return None

@@ -20,6 +20,7 @@ from attnscope.capture.names import Modules, called_by_torch
 from attnscope.capture.patches import Patches
 from attnscope.capture.seen import Seen
 from attnscope.errors import RunError, RunWriteError
+from attnscope.signals.conditions import Stopper
 from attnscope.watch.finite import Finite, Outputs
 from attnscope.watch.guard import MOST_TEXT, Guard, one_line
 from attnscope.watch.layers import Layers
@@ -27,7 +28,7 @@ from attnscope.watch.recording import Recorder, Tables
 from attnscope.watch.settings import Settings
 from attnscope.watch.snapshots import Snapshots
 from attnscope.watch.steps import Steps
-from attnscope.watch.stopping import Stopper, stop
+from attnscope.watch.stopping import stop
 from attnscope.watch.training import Training
 
 if TYPE_CHECKING:

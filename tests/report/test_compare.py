@@ -6,11 +6,10 @@ from dataclasses import replace
 import pytest
 
 import attnscope
+from attnscope.comparison.cells import Subject, compare, outcome_text, subjects_of
+from attnscope.comparison.member import MemberRow, Softmax
 from attnscope.errors import RunError
-from attnscope.report.compare import Subject, compare, outcome_text, subjects_of
-from attnscope.report.contents import contents
-from attnscope.report.side_by_side import Chosen, side_by_side
-from attnscope.report.sweeps import (
+from attnscope.report.comparison import (
     cell_table,
     change_table,
     lr_table,
@@ -18,7 +17,8 @@ from attnscope.report.sweeps import (
     steps_text,
     with_interval,
 )
-from attnscope.report.verdict import MemberRow, Softmax
+from attnscope.report.contents import contents
+from attnscope.report.side_by_side import Chosen, side_by_side
 from attnscope.runs.reader import open_run
 
 ROW = MemberRow(

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from attnscope.report.statistics import FEWEST, capped_loss, lr_sensitivity, mean_interval
+from attnscope.comparison.statistics import FEWEST, capped_loss, lr_sensitivity, mean_interval
 
 
 def test_lr_sensitivity_by_hand():

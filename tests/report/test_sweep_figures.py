@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from matplotlib import rc_context
 
-from attnscope.report.compare import compare
+from attnscope.comparison.cells import compare
 from attnscope.report.figures.canvas import STYLE
 from attnscope.report.figures.sweeps import draw_loss_by_lr, draw_matrix, draw_phase
 from tests.report.test_compare import cell

@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 
+from attnscope.comparison.member import MemberRow, Softmax
 from attnscope.report.numbers import number
-from attnscope.report.verdict import MemberRow, Softmax, verdict_of
+from attnscope.report.verdict import verdict_of
 
 SHARP = Softmax(step=0, entropy=0.1, entropy_ratio=0.03, max_prob=0.96, logit_std=80, max_logit=986)
 FLAT = Softmax(step=0, entropy=0.9, entropy_ratio=0.4, max_prob=0.68, logit_std=10, max_logit=123)

@@ -6,8 +6,8 @@ import torch
 
 from attnscope.errors import ConfigError
 from attnscope.runs.reader import open_run
+from attnscope.signals.conditions import Stopper, parse_condition
 from attnscope.watch.attach import watch_model
-from attnscope.watch.stopping import Stopper, parse_condition
 from tests.watch.test_script import script, watch  # noqa: F401  (a fixture)
 from tests.watch.test_training import Small, plain_step
 

@@ -18,7 +18,7 @@ from attnscope.report.figures.gradients import (
 from attnscope.report.figures.logits import draw_logit_std, draw_max_logit
 from attnscope.report.figures.loss import draw_loss
 from attnscope.report.figures.sweeps import draw_loss_by_lr, draw_matrix, draw_phase
-from attnscope.report.series import Tables
+from attnscope.runs.tables import Tables
 
 __all__ = ["draw_figures"]
 

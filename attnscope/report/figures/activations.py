@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from attnscope.comparison.member import MemberRow
 from attnscope.report.blocks import Figure
 from attnscope.report.contents import Contents
 from attnscope.report.figures.canvas import (
@@ -19,8 +20,9 @@ from attnscope.report.figures.canvas import (
     plain_ticks,
     save,
 )
-from attnscope.report.series import Array, Tables, curve_of, finite_steps, rows_of_member, thinned
-from attnscope.report.verdict import MemberRow
+from attnscope.report.series import Array, curve_of, finite_steps, thinned
+from attnscope.runs.by_member import rows_of_member
+from attnscope.runs.tables import Tables
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

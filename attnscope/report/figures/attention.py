@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from attnscope.comparison.member import MemberRow
 from attnscope.report.blocks import Figure
 from attnscope.report.contents import Contents
 from attnscope.report.figures.canvas import (
@@ -11,8 +12,9 @@ from attnscope.report.figures.canvas import (
     save,
     shown_text,
 )
-from attnscope.report.series import Tables, heat, rows_of_member
-from attnscope.report.verdict import MemberRow
+from attnscope.report.series import heat
+from attnscope.runs.by_member import rows_of_member
+from attnscope.runs.tables import Tables
 
 # Dark is a saturated softmax in all three.
 COLUMNS = (("entropy_ratio", "viridis"), ("max_prob", "viridis_r"), ("softmax_gain", "viridis"))

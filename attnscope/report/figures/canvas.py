@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from attnscope.comparison.member import MemberRow
 from attnscope.report.blocks import Figure
 from attnscope.report.contents import Contents
 from attnscope.report.series import Array
-from attnscope.report.verdict import MemberRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

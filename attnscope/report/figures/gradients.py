@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from attnscope.comparison.member import MemberRow
 from attnscope.report.blocks import Figure
 from attnscope.report.contents import Contents
 from attnscope.report.figures.attention import chosen_members
@@ -19,8 +20,9 @@ from attnscope.report.figures.canvas import (
     shortened,
     shown_text,
 )
-from attnscope.report.series import Array, Tables, curve_of, heat_of, rows_of_member, thinned
-from attnscope.report.verdict import MemberRow
+from attnscope.report.series import Array, curve_of, heat_of, thinned
+from attnscope.runs.by_member import rows_of_member
+from attnscope.runs.tables import Tables
 
 COARSE = 150  # bins of a curve that is one of many
 GROUPS = ("embedding", "q", "k", "v", "o", "mlp_in", "mlp_out", "norm", "head")  # as data flows

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from attnscope.comparison.member import MemberRow
 from attnscope.report.blocks import Figure
 from attnscope.report.contents import Contents
 from attnscope.report.figures.canvas import (
@@ -18,8 +19,9 @@ from attnscope.report.figures.canvas import (
     save,
     shown_text,
 )
-from attnscope.report.series import Array, Tables, largest_per_step, rows_of_member, thinned
-from attnscope.report.verdict import MemberRow
+from attnscope.report.series import Array, largest_per_step, thinned
+from attnscope.runs.by_member import rows_of_member
+from attnscope.runs.tables import Tables
 
 # What the field has seen of the largest attention logit.
 THRESHOLDS = (

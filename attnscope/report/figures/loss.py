@@ -16,7 +16,8 @@ from attnscope.report.figures.canvas import (
     reference_lines,
     save,
 )
-from attnscope.report.series import Tables, curve_of, thinned
+from attnscope.report.series import curve_of, thinned
+from attnscope.runs.tables import Tables
 
 COARSE = 150  # bins of a curve that is one of many
 

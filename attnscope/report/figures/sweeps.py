@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from attnscope.comparison.cells import ENDED, LR, Cell, Comparison, Subject
 from attnscope.report.blocks import Figure
-from attnscope.report.compare import ENDED, LR, Cell, Comparison, Subject
 from attnscope.report.contents import Contents
 from attnscope.report.figures.canvas import (
     COLOURS,

@@ -94,3 +94,9 @@ def _changed(base: Config, changes: dict[str, object]) -> Config | None:
     except Exception:
         # The settings are anybody's, and checks meant for people's TOML need not expect what is in them.
         return None
+
+
+def rows_of_member(table: "pd.DataFrame", name: str) -> NDArray[np.int64]:
+    """Where the rows of a member stand in a table, (N,)."""
+    code = table["member"].cat.categories.get_loc(name)
+    return np.flatnonzero(table["member"].cat.codes.to_numpy() == code)

@@ -3,12 +3,12 @@
 import statistics
 from collections.abc import Sequence
 
+from attnscope.comparison.cells import EFFECTS, Cell, Comparison, SingleChange, outcome_text
+from attnscope.comparison.member import MemberRow
+from attnscope.comparison.statistics import FEWEST, LEVEL
 from attnscope.config import short_names
 from attnscope.report.blocks import Table
-from attnscope.report.compare import EFFECTS, Cell, Comparison, SingleChange, outcome_text
 from attnscope.report.numbers import number
-from attnscope.report.statistics import FEWEST, LEVEL
-from attnscope.report.verdict import MemberRow
 
 MOST_NAMED = 6  # changes in the sentence
 FEW = 4  # members that stand side by side, as columns

@@ -9,10 +9,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from attnscope.comparison.member import MemberRow
+from attnscope.comparison.statistics import capped_loss, lr_sensitivity, mean_interval
 from attnscope.config import SEED, SETTINGS, get_setting, short_names, value_text
 from attnscope.errors import RunError
-from attnscope.report.statistics import capped_loss, lr_sensitivity, mean_interval
-from attnscope.report.verdict import MemberRow
 from attnscope.runs.foreign import printable
 from attnscope.runs.layout import to_json
 from attnscope.runs.reader import Run

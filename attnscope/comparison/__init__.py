@@ -1,0 +1,4 @@
+"""What members of runs did, side by side: one member's row, cells of a sweep, effects, intervals.
+
+Reading order: member, statistics, cells.
+"""
