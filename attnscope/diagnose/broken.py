@@ -118,11 +118,13 @@ def nonfinite_loss_passed(run: Run) -> Finding | None:
     is_finite = bool(np.isfinite(norm_N[first]))
     others = int((codes_N[passed_K] == codes_N[first]).sum()) - 1
     more = "" if not others else f" (as {'is' if others == 1 else 'are'} {others} after it)"
+    is_last = step == run.members[int(codes_N[first])].last_step
     how = (
-        "its gradients and the weights stayed finite, and training went on"
+        "its gradients and the weights stayed finite"
         if is_finite
-        else "its gradients were not finite either, but the weights stayed so, and training went on"
+        else "its gradients were not finite either, but the weights stayed so"
     )
+    how += ", and it was the last" if is_last else ", and training went on"
     evidence = tuple(
         Evidence(
             member=run.entries[codes_N[k]].name,
