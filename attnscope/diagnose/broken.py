@@ -5,6 +5,7 @@ Shape key: N rows, M member in the order of run.json.
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,8 @@ from attnscope.runs.divergence import IN_A_ROW
 from attnscope.runs.foreign import printable
 from attnscope.runs.reader import Run
 from attnscope.signals.nonfinite import TENSORS
+
+MOST_HALVINGS = 16  # from the first scale of GradScaler, 2**16, to 1
 
 _PLACE = re.compile(r"layer (\d{1,4})(?: (.+))?")
 
@@ -115,11 +118,13 @@ def nonfinite_loss_passed(run: Run) -> Finding | None:
     is_finite = bool(np.isfinite(norm_N[first]))
     others = int((codes_N[passed_K] == codes_N[first]).sum()) - 1
     more = "" if not others else f" (as {'is' if others == 1 else 'are'} {others} after it)"
+    is_last = step == run.members[int(codes_N[first])].last_step
     how = (
-        "its gradients and the weights stayed finite, and training went on"
+        "its gradients and the weights stayed finite"
         if is_finite
-        else "its gradients were not finite either, but the weights stayed so, and training went on"
+        else "its gradients were not finite either, but the weights stayed so"
     )
+    how += ", and it was the last" if is_last else ", and training went on"
     evidence = tuple(
         Evidence(
             member=run.entries[codes_N[k]].name,
@@ -148,6 +153,56 @@ def nonfinite_loss_passed(run: Run) -> Finding | None:
             "forward pass, where loss scaling does not protect."
         ),
         source="the definition",
+    )
+
+
+def updates_skipped(run: Run) -> Finding | None:
+    """Loss scaling skips one update after the other.
+
+    What it looks at: `skipped_update` events of watched runs with the same number of updates before them.
+    Why it matters: each halves the scale; after MOST_HALVINGS in a row the gradient is not finite without any scale, and
+    nothing is learned, while the loss looks as before.
+    What to try: find what makes the gradient infinite, in the parameters named.
+    Source: torch.amp.GradScaler begins at 2**16.
+    """
+    table = run.events[run.events["kind"] == "skipped_update"]
+    first: dict[tuple[int, int], Break] = {}
+    counts: Counter[tuple[int, int]] = Counter()
+    for step, code, fields in zip(
+        table["step"], members_of_rows(table), table["fields"], strict=True
+    ):
+        if code < 0:
+            continue
+        layer, group = _place(fields)
+        name = run.entries[code].name
+        key = int(code), int(step)
+        counts[key] += 1
+        first.setdefault(
+            key, Break(step=int(step), member=name, tensor="gradient", layer=layer, group=group)
+        )
+    worst_first = [key for key, count in counts.most_common() if count > MOST_HALVINGS]
+    if not worst_first:
+        return None
+    members = {code for code, _ in worst_first}
+    names = [entry.name for m, entry in enumerate(run.entries) if m in members]
+    worst = first[worst_first[0]]
+    return Finding(
+        rule="updates_skipped",
+        title="Loss scaling skips one update after the other",
+        kind="symptom",
+        summary=(
+            f"{of_several(names, 'skip updates without end')}After {worst.step} updates of {worst.member}, "
+            f"{counts[worst_first[0]]} in a row were skipped: each time the gradient was not finite, and the loss scale was "
+            f"halved. More than {MOST_HALVINGS} halvings say that no scale helps."
+        ),
+        members=tuple(names),
+        evidence=tuple(first[key].evidence for key in worst_first[:MOST_EVIDENCE]),
+        evidence_left_out=max(0, len(worst_first) - MOST_EVIDENCE),
+        remedy=(
+            "Find the operation whose gradient is not finite (sqrt or log at 0, a division by 0, a norm of zeros), in or "
+            "after the parameters named; torch.autograd.detect_anomaly() names it."
+        ),
+        source="torch.amp.GradScaler begins at 2**16 and halves at each skipped update",
     )
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from attnscope.diagnose.broken import nonfinite, nonfinite_loss_passed
+from attnscope.diagnose.broken import nonfinite, nonfinite_loss_passed, updates_skipped
 from attnscope.diagnose.causes import clipping_always_on, saturated_at_start
 from attnscope.diagnose.finding import Finding, to_table
 from attnscope.diagnose.scale import applied_scale, unusual_scale
@@ -19,6 +19,7 @@ RULES: tuple[Rule, ...] = (
     unusual_scale,
     nonfinite,
     nonfinite_loss_passed,
+    updates_skipped,
     loss_explosion,
     loss_spike,
     stalled,

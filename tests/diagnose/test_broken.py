@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 
 from attnscope.diagnose import diagnose
-from attnscope.diagnose.broken import nonfinite, nonfinite_loss_passed
+from attnscope.diagnose.broken import (
+    MOST_HALVINGS,
+    nonfinite,
+    nonfinite_loss_passed,
+    updates_skipped,
+)
 from tests.diagnose.synthetic import run_of, steps_table
 
 NAN, INF = np.nan, np.inf
@@ -91,3 +96,17 @@ def test_a_member_that_failed_is_told_with_its_error(tmp_path):
     assert [f.summary for f in diagnose(nothing)] == [
         f"{name} failed before its first step: an error that it did not name"
     ]
+
+
+def test_a_loss_scale_that_halves_without_end_is_named_with_its_parameters(tmp_path):
+    where = {"why": "GradScaler found NaN or Inf in the gradient", "where": ["layer 0 qkv", "out"]}
+
+    def run(name, times):
+        events = [("skipped_update", 3, 0, where)] * times + [("skipped_update", 4, 0, where)]
+        return run_with(tmp_path / name, np.full(5, 4.0), events=events)
+
+    assert updates_skipped(run("a", MOST_HALVINGS)) is None, "as many as GradScaler may need"
+    finding = updates_skipped(run("b", MOST_HALVINGS + 1))
+    assert f"After 3 updates of {finding.members[0]}, 17 in a row were skipped" in finding.summary
+    (evidence,) = finding.evidence
+    assert (evidence.step, evidence.layer, evidence.group) == (3, 0, "qkv")

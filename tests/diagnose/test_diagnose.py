@@ -80,7 +80,8 @@ def test_five_hundred_members_are_diagnosed_quickly_and_in_few_words(tmp_path):
         {"arm": arms},
         steps=steps_table(losses, clip_factor=np.full((steps, n), 0.01)),
         heads=heads_table(n, range(0, steps, 10), n_layers=2, n_heads=2, entropy_ratio=0.05),
-        events=[("nonfinite", 150, i, {"tensor": "loss"}) for i in range(250)],
+        events=[("nonfinite", 150, i, {"tensor": "loss"}) for i in range(250)]
+        + [("skipped_update", 9, i, {}) for i in range(20) for _ in range(17)],
         end="failed",
         planned=steps,
     )
