@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnscope.watch.numbers import is_readable
 
-MOST_NUMBERS = 1 << 24  # logits whose log-partition is computed; of more, every n-th position is
+MOST_NUMBERS = 1 << 22  # logits whose log-partition is computed; of more, every n-th position is
 
 
 @dataclass(slots=True, kw_only=True)

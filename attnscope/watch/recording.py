@@ -38,7 +38,8 @@ WHY_EMPTY = {
 }
 
 Tables = dict[str, dict[str, Array]]
-# Called with steps and heads of each block that is on disk; returns what went wrong, to be recorded.
+# Called with steps and heads of each block that is on disk, and whether each loss was seen, as `loss_seen` among the steps;
+# returns what went wrong, to be recorded.
 OnBlock = Callable[[dict[str, Array], dict[str, Array]], str | None]
 # Called with what is measured or written, and a step: what fails inside the context is said, and goes no further.
 Measuring = Callable[[str, int], AbstractContextManager[None]]
@@ -170,7 +171,9 @@ class Recorder:
             self._alarm(block, tables["steps"], tables["heads"], measuring)
         if self._on_block is not None:
             with measuring("tracker", last):
-                failure = self._on_block(tables["steps"], tables["heads"])
+                seen = np.array([bool(step.losses) for step in block if step.counts])
+                steps = tables["steps"] | {"loss_seen": seen} if tables["steps"] else {}
+                failure = self._on_block(steps, tables["heads"])
                 if failure is not None:
                     self.event("tracker_failed", step=last, reason=failure)
         return tables

@@ -109,7 +109,8 @@ def moments_of(steps: Mapping[str, Array], heads: Mapping[str, Array]) -> list[M
     for at, step in enumerate(steps.get("step", ())):
         found = values.setdefault(int(step), {})
         for name in STEP_COLUMNS:
-            found[f"{PREFIX}/{name}"] = float(steps[name][at])
+            if name != "loss" or "loss_seen" not in steps or steps["loss_seen"][at]:
+                found[f"{PREFIX}/{name}"] = float(steps[name][at])
     is_measured_N = heads["rows"] > 0 if heads else np.zeros(0, dtype=bool)
     measured = {name: column_N[is_measured_N] for name, column_N in heads.items()}
     for step in np.unique(measured.get("step", np.zeros(0))):

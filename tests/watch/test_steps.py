@@ -1,5 +1,6 @@
 """What a step is: an update that had gradients, with the losses whose gradients it had."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,7 @@ from torch.optim import SGD, Adam
 
 from attnscope.runs.reader import open_run
 from attnscope.watch.attach import watch_model
+from attnscope.watch.trackers import moments_of
 from tests.watch.test_training import Small, X, loss_of, plain_step, sizes, train
 
 
@@ -240,6 +242,14 @@ def test_a_loss_that_is_not_a_number_is_no_loss_that_was_not_seen(tmp_path):
     run = train(tmp_path / "run", step, steps=4)
     assert run.ends[0]["losses_not_seen"] == 2
     assert (run.members[0].status, run.members[0].diverged_at) == ("diverged", 2)
+
+
+def test_a_tracker_is_not_told_of_a_loss_that_was_not_seen():
+    steps = {name: np.array([1.0, np.nan]) for name in ("loss", "grad_norm", "clip_factor")}
+    steps |= {"step": np.arange(2), "loss_seen": np.array([True, False])}
+    first, second = moments_of(steps, {})
+    assert first.values["attnscope/loss"] == 1
+    assert set(second.values) == {"attnscope/grad_norm", "attnscope/clip_factor"}
 
 
 def test_a_run_is_not_stopped_for_a_loss_that_was_not_seen(tmp_path):
