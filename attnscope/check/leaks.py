@@ -168,8 +168,8 @@ def batch_leak(case: Case, looked: Looked) -> Checked:
             f"for positions, q is {shape} for {n_batch} x {n_positions} positions"
         )
         remedy = (
-            "Say batch_first=True to torch's modules, which take (positions, batch, d) otherwise, or transpose around them. If the "
-            "first axis of this batch is that of positions, a causal or a padding mask tells."
+            "Say batch_first=True to torch's modules, which take (positions, batch, d) otherwise, or transpose around them. That the "
+            "first axis of a batch is meant to be that of positions is told by a causal mask, a padding mask or position embeddings."
         )
         rows = [
             {"layer": e.layer, "sequences": e.n_batch, "positions": e.n_queries} for e in over_batch

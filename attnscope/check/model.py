@@ -4,13 +4,15 @@ import torch
 from torch import nn
 
 from attnscope.check.attention import Looked, look
-from attnscope.check.case import Case, open_case
+from attnscope.check.batch import with_input
+from attnscope.check.case import NOISE, Case, change_BP, open_case
 from attnscope.check.dtypes import dtypes, registered_layers
 from attnscope.check.eager import eagerly
 from attnscope.check.future import future_leak
 from attnscope.check.leaks import batch_leak, padding_leak
 from attnscope.check.masks import masked_rows, softmax_axis
 from attnscope.check.modes import training_and_evaluation
+from attnscope.check.output import KINDS
 from attnscope.check.repeats import dropout_in_evaluation, repeatable_training
 from attnscope.check.result import Checked
 from attnscope.check.scale import attention_scale
@@ -66,14 +68,31 @@ def check_model(
 
 
 def _opened(model: nn.Module, batch: object) -> tuple[Case, Looked]:
-    """The case, with positions on the first axis of the input where attention says so."""
+    """The case, with positions on the first axis of the input where the model treats them so."""
     case = open_case(model, batch)
     looked = look(case)
-    # Nobody hides later sequences of a batch from earlier ones: an axis with a causal mask is that of positions.
-    if "causal" in {each.over_batch for each in looked.calls}:
-        case = open_case(model, batch, time_first=True)
-        looked = look(case)
+    over_batch = {each.over_batch for each in looked.calls} - {None}
+    if over_batch:
+        other = open_case(model, batch, time_first=True)
+        # Nobody hides later sequences of a batch from earlier ones: an axis with a causal mask is that of positions.
+        if "causal" in over_batch or _fits_better(case, other):
+            return other, look(other)
     return case, looked
+
+
+def _fits_better(case: Case, other: Case) -> bool:
+    """Whether the axes are told by the output, or because sequences can change places and positions cannot."""
+    if other.kind != case.kind or case.kind != "positions":
+        return KINDS.index(other.kind) < KINDS.index(case.kind)
+    return _can_change_places(other) and not _can_change_places(case)
+
+
+def _can_change_places(case: Case) -> bool:
+    """Whether sequences in another order give the same outputs in that order."""
+    if not case.usable("evaluation"):
+        return False
+    after = case.run(with_input(case.batch, case.batch.input.roll(1, 0)), "evaluation")
+    return float(change_BP(case.outputs["evaluation"].roll(1, 0), after).max()) <= NOISE
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

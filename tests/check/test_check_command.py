@@ -55,6 +55,11 @@ class Nothing(torch.nn.Module):
 def no_output():
     return Nothing(), torch.rand(2, 3, 4)
 
+def padded():
+    mask = torch.ones_like(TOKENS)
+    mask[0, 8:] = 0
+    return model_of(), (TOKENS, mask)
+
 def pooled():
     return torch.nn.Flatten(), torch.rand(2, 3, 4)
 """
@@ -130,6 +135,21 @@ def test_fail_on_gives_exit_code_3(folder, as_json):
     assert check("program:sound", "--causal", "--fail-on", "failed", *as_json).exit_code == 0
     assert check("program:sound", "--fail-on", "everything").exit_code == 2
     assert check().exit_code == 2
+
+
+def test_what_could_not_be_looked_at_is_said_carried_in_json_and_can_fail(folder):
+    done = check("program:pooled", "--fail-on", "failed")
+    assert done.exit_code == 0, done.stderr
+    assert "not looked  future leak              The output has no position axis" in done.stdout
+    assert "not looked  attention scale          As masked rows." in done.stdout
+    assert check("program:pooled", "--fail-on", "not-looked").exit_code == 3
+    assert check("program:broken", "--fail-on", "not-looked").exit_code == 3
+    assert check("program:padded", "--fail-on", "not-looked").exit_code == 0
+    said = json.loads(check("program:pooled", "--json").stdout)
+    by_name = {each["name"]: each for each in said["checks"]}
+    assert by_name["future leak"]["status"] == "not looked" and by_name["future leak"]["remedy"]
+    assert by_name["attention scale"]["finding"].startswith("No attention was seen")
+    assert said["counts"]["not looked"] == 7 and sum(said["counts"].values()) == 12
 
 
 ERRORS = {

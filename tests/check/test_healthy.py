@@ -159,6 +159,38 @@ def test_positions_on_the_first_axis_are_known_by_a_causal_mask():
     sound(model, batch, future_leak="passed", batch_leak="passed")
 
 
+class PositionsFirst(nn.Module):
+    """(T, B) in, (T, B, V) or what `pool` makes of it out."""
+
+    def __init__(self, pool=lambda y: y):
+        super().__init__()
+        self.embedding, self.positions = nn.Embedding(V, D), nn.Embedding(64, D)
+        self.encoder, self.head, self.pool = encoder(), nn.Linear(D, V), pool
+
+    def forward(self, x):
+        at = torch.arange(len(x))[:, None]
+        return self.head(self.pool(self.encoder(self.embedding(x) + self.positions(at))))
+
+
+@pytest.mark.parametrize("tokens", [TOKENS.T, TOKENS[:1].T], ids=["three", "one"])
+def test_positions_on_the_first_axis_are_known_by_their_embeddings(tokens):
+    expected = {
+        "future_leak": "stated",
+        "batch_leak": "passed" if tokens.shape[1] > 1 else "not_looked",
+    }
+    sound(built(PositionsFirst), tokens.contiguous(), **expected)
+
+
+@pytest.mark.parametrize("pool", [lambda y: y.mean(dim=0), lambda y: y[0]], ids=["mean", "first"])
+def test_positions_on_the_first_axis_are_known_by_pooled_outputs(pool):
+    sound(
+        built(PositionsFirst, pool),
+        TOKENS.T.contiguous(),
+        future_leak="not_looked",
+        batch_leak="passed",
+    )
+
+
 def test_an_encoder_decoder_with_every_mask():
     later = nn.Transformer.generate_square_subsequent_mask(12)
     added = torch.zeros(3, 12).masked_fill(MASK == 0, -torch.inf)
@@ -234,8 +266,14 @@ def test_masks_and_biases(kind, alibi, fused):
     found = sound(built(Decoder, core), TOKENS, future_leak=SAYS.get(kind, "passed"))
     if kind in ("prefix", "blocks"):
         assert "within blocks of positions" in found["future leak"].finding
-        assert checked(built(Decoder, core), TOKENS, causal=True)["future leak"].status == "failed"
-        assert checked(built(Decoder, core), TOKENS, causal=False)["future leak"].status == "passed"
+
+
+def test_a_prefix_is_no_leak_unless_the_model_is_meant_to_be_causal():
+    def core(_, q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=~HIDDEN["prefix"])
+
+    for causal, status in ((True, "failed"), (False, "passed"), (None, "stated")):
+        assert checked(built(Decoder, core), TOKENS, causal=causal)["future leak"].status == status
 
 
 def test_a_prefix_that_no_attention_shows():

@@ -1,6 +1,7 @@
 """A check leaves the model, the batch and random numbers exactly as they were, also after an exception."""
 
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -122,3 +123,28 @@ def test_training_goes_on_as_if_nothing_had_happened():
             optimizer.step()
         losses.append((loss.item(), torch.rand(2).tolist()))
     assert losses[0] == losses[1]
+
+
+def test_settings_of_torch_are_as_before():
+    import torch.nn.attention.flex_attention as flex
+
+    with warnings.catch_warnings():  # of PyTorch, which imports its compiler
+        warnings.simplefilter("ignore")
+        model = model_of(between=torch.compile(nn.LayerNorm(32), backend="eager"))
+        compiled = model.norm.flex = torch.compile(flex.flex_attention)
+    before = (
+        flex._validate_device,
+        flex.flex_attention,
+        torch.backends.mha.get_fastpath_enabled(),
+        list(warnings.filters),
+        repr(torch._dynamo.eval_frame._stance),
+    )
+    check_model(model, TOKENS)
+    assert model.norm.flex is compiled
+    assert before == (
+        flex._validate_device,
+        flex.flex_attention,
+        torch.backends.mha.get_fastpath_enabled(),
+        list(warnings.filters),
+        repr(torch._dynamo.eval_frame._stance),
+    )
