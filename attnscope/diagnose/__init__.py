@@ -1,6 +1,6 @@
-"""What went wrong in a run, and which of it is a cause. Reading order: finding, rules, causes, symptoms, by_member."""
+"""What went wrong in a run, and which of it is a cause. Reading order: findings (beside this folder), rules/, diagnosis."""
 
-from attnscope.diagnose.finding import Evidence, Finding
-from attnscope.diagnose.rules import RULES, diagnose, findings_json
+from attnscope.diagnose.diagnosis import RULES, diagnose, findings_json
+from attnscope.findings import Evidence, Finding
 
 __all__ = ["RULES", "Evidence", "Finding", "diagnose", "findings_json"]

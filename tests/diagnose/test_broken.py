@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from attnscope.diagnose import diagnose
-from attnscope.diagnose.broken import (
+from attnscope.diagnose.rules.nonfinite import (
     MOST_HALVINGS,
     nonfinite,
     nonfinite_loss_passed,

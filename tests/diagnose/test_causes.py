@@ -8,15 +8,10 @@ import pytest
 
 import attnscope
 from attnscope.diagnose import diagnose
-from attnscope.diagnose.causes import (
-    FEWEST_STEPS,
-    HARMLESS_FACTOR,
-    clipping_always_on,
-    saturated_at_start,
-)
-from attnscope.diagnose.finding import MOST_EVIDENCE
-from attnscope.diagnose.saturation import SATURATED_RATIO
-from attnscope.diagnose.scale import applied_scale, unusual_scale
+from attnscope.diagnose.rules.clipping import FEWEST_STEPS, HARMLESS_FACTOR, clipping_always_on
+from attnscope.diagnose.rules.saturation import SATURATED_RATIO, saturated_at_start
+from attnscope.diagnose.rules.scale import applied_scale, unusual_scale
+from attnscope.findings import MOST_EVIDENCE
 from tests.diagnose.synthetic import heads_table, run_of, steps_table
 
 SMALL = {

@@ -11,7 +11,7 @@ import pytest
 
 import attnscope
 from attnscope.diagnose import RULES, diagnose
-from attnscope.diagnose.finding import MOST_EVIDENCE, to_table
+from attnscope.findings import MOST_EVIDENCE, to_table
 from attnscope.runs.layout import to_json
 from attnscope.runs.reader import open_run
 from tests.diagnose.synthetic import heads_table, run_of, steps_table

@@ -7,14 +7,9 @@ import pytest
 
 import attnscope
 from attnscope.diagnose import diagnose
-from attnscope.diagnose.broken import nonfinite
-from attnscope.diagnose.symptoms import (
-    BACK_WITHIN,
-    WINDOW,
-    loss_explosion,
-    loss_spike,
-    stalled,
-)
+from attnscope.diagnose.rules.loss import loss_explosion, loss_spike, stalled
+from attnscope.diagnose.rules.nonfinite import nonfinite
+from attnscope.signals.spikes import BACK_WITHIN, WINDOW
 from tests.diagnose.synthetic import heads_table, run_of, steps_table
 
 TWINS = {

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnscope.diagnose.finding import MOST_EVIDENCE, Evidence, Finding, of_several
+from attnscope.findings import MOST_EVIDENCE, Evidence, Finding, of_several
 from attnscope.runs.by_member import members_of_rows, sorted_by_member
 from attnscope.runs.divergence import IN_A_ROW
 from attnscope.runs.foreign import printable

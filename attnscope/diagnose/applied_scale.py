@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from attnscope.config import Config
-from attnscope.diagnose.finding import Evidence
+from attnscope.findings import Evidence
 from attnscope.runs.by_member import configs_of
 from attnscope.runs.reader import Run
 from attnscope.runs.watched import attention_layers

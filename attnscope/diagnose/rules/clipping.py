@@ -1,18 +1,15 @@
-"""Rules for causes: settings, and states that training starts from.
+"""Rules of clipping: what it does to training where it never lets go.
 
 Shape key: N rows, M member in the order of run.json.
 """
 
 import numpy as np
 
-from attnscope.diagnose.finding import MOST_EVIDENCE, Evidence, Finding, of_several
-from attnscope.diagnose.saturation import MEASURED, SATURATED_RATIO
+from attnscope.findings import MOST_EVIDENCE, Evidence, Finding, of_several
 from attnscope.runs.by_member import (
     configs_of,
     diverged_at,
-    first_measured,
     mean_by_member,
-    members_of_rows,
     sorted_by_member,
 )
 from attnscope.runs.reader import Run
@@ -23,67 +20,6 @@ FEWEST_STEPS = 20  # with fewer there is no always
 # Median clip_factor. Measured with SGD, 200 steps, two seeds: at 0.58 to 0.62 the final loss is that without clipping (within
 # 0.04 nats), at 0.28 to 0.34 it is 0.7 to 1.0 higher, at 0.04 to 0.09 0.4 higher (pre norm), at 0.01 7 higher (no norm).
 HARMLESS_FACTOR = 0.5
-
-
-def saturated_at_start(run: Run) -> Finding | None:
-    """The softmax is close to one-hot before anything is learned.
-
-    What it looks at: entropy_ratio at each member's first measured step, mean over layers and heads.
-    Why it matters: the softmax's derivative vanishes where it is one-hot (softmax_gain near 0), so q and k get no
-    gradient that could undo it, and each query copies one arbitrary value vector.
-    What to try: 1/sqrt(d_head); smaller init.qk_gain or init.gain; normalization before attention; qk_norm.
-    Source: the threshold as MEASURED says; the mechanism: Vaswani et al. 2017, Zhai et al. 2023.
-    """
-    heads = first_measured(run.heads, len(run.entries))
-    codes_N = members_of_rows(heads)
-    ratio_N = heads["entropy_ratio"].to_numpy().astype(np.float64)
-    ratio_M = mean_by_member(codes_N, ratio_N, len(run.entries))
-    concerned = np.flatnonzero(ratio_M < SATURATED_RATIO)
-    if not len(concerned):
-        return None
-    names = [run.entries[m].name for m in concerned]
-    worst = int(concerned[ratio_M[concerned].argmin()])
-    mine_N = codes_N == worst
-    means = {
-        column: mean_by_member(
-            codes_N, heads[column].to_numpy().astype(np.float64), len(run.entries)
-        )
-        for column in ("max_prob", "softmax_gain")
-    }
-    step = int(heads["step"].to_numpy()[mine_N][0])
-    place_N = np.flatnonzero(np.isin(codes_N, concerned) & (ratio_N < SATURATED_RATIO))
-    place_N = place_N[np.argsort(ratio_N[place_N], kind="stable")]
-    evidence = tuple(
-        Evidence(
-            member=run.entries[codes_N[at]].name,
-            step=int(heads["step"].iloc[at]),
-            layer=int(heads["layer"].iloc[at]),
-            head=int(heads["head"].iloc[at]),
-            quantity="entropy_ratio",
-            value=float(ratio_N[at]),
-            threshold=SATURATED_RATIO,
-        )
-        for at in place_N[:MOST_EVIDENCE]
-    )
-    return Finding(
-        rule="saturated_at_start",
-        title="The softmax is saturated from the start",
-        kind="cause",
-        summary=(
-            f"{of_several(names, 'begin with nearly one-hot attention')}At step {step} the mean entropy of "
-            f"{run.entries[worst].name} is {ratio_M[worst]:.2g} of its maximum (below {SATURATED_RATIO}), the largest "
-            f"weight of a query {means['max_prob'][worst]:.2g} on average, and softmax_gain "
-            f"{means['softmax_gain'][worst]:.2g}."
-        ),
-        members=tuple(names),
-        evidence=evidence,
-        evidence_left_out=len(place_N) - len(evidence),
-        remedy=(
-            "Make the logits smaller: 1/sqrt(d_head) (attention.scale = inverse_sqrt), smaller initial weights "
-            "(init.qk_gain, init.gain), normalization before attention (model.norm = pre), or attention.qk_norm."
-        ),
-        source=MEASURED,
-    )
 
 
 def clipping_always_on(run: Run) -> Finding | None:

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Sequence
 
-from attnscope.diagnose.broken import nonfinite, nonfinite_loss_passed, updates_skipped
-from attnscope.diagnose.causes import clipping_always_on, saturated_at_start
-from attnscope.diagnose.finding import Finding, to_table
-from attnscope.diagnose.scale import applied_scale, unusual_scale
-from attnscope.diagnose.symptoms import failed, loss_explosion, loss_spike, stalled
+from attnscope.diagnose.rules.clipping import clipping_always_on
+from attnscope.diagnose.rules.loss import failed, loss_explosion, loss_spike, stalled
+from attnscope.diagnose.rules.nonfinite import nonfinite, nonfinite_loss_passed, updates_skipped
+from attnscope.diagnose.rules.saturation import saturated_at_start
+from attnscope.diagnose.rules.scale import applied_scale, unusual_scale
+from attnscope.findings import Finding, to_table
 from attnscope.runs.layout import to_json
 from attnscope.runs.reader import Run
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from attnscope.diagnose.applied import Applied, odd_scales
-from attnscope.diagnose.finding import MOST_EVIDENCE, Evidence, Finding, of_several
-from attnscope.diagnose.saturation import early_signals
+from attnscope.diagnose.applied_scale import Applied, odd_scales
+from attnscope.diagnose.rules.saturation import early_signals
+from attnscope.findings import MOST_EVIDENCE, Evidence, Finding, of_several
 from attnscope.runs.by_member import (
     configs_of,
     first_measured,
