@@ -14,6 +14,8 @@ from attnscope.bench.timing import Ratio, interleave, ratio
 from attnscope.config import Config, apply_changes, members_of
 from attnscope.data import Corpus, open_data
 from attnscope.runs.writer import RunWriter
+from attnscope.signals.alarms import Alarms
+from attnscope.signals.journal import Journal
 from attnscope.train.loop import FLUSH_SECONDS, train_step
 from attnscope.train.part import Part
 from attnscope.train.recording import Recorder
@@ -137,7 +139,8 @@ class _Loop:
                 environment={},
                 data={},
             ).part(0)
-            self._recorder = Recorder(writer, configs[0])
+            self._recorder = Recorder(configs[0])
+            self._journal = Journal(writer, Alarms())
             self._finish = lambda: writer.finish("finished")
 
     def step(self) -> None:
@@ -147,11 +150,15 @@ class _Loop:
         train_step(self.part, self.part.setup, self._data, self._recorder)
         self._waiting_s += time.perf_counter() - began
         if self._recorder and (self._waiting_s >= FLUSH_SECONDS or self._recorder.due(math.inf)):
-            self._recorder.flush(self.part.alive)
+            self._hand_over(self._recorder)
             self._waiting_s = 0.0
 
     def finish(self) -> None:
         """Write what is left."""
         if self._recorder:
-            self._recorder.flush(self.part.alive)
+            self._hand_over(self._recorder)
         self._finish()
+
+    def _hand_over(self, recorder: Recorder) -> None:
+        _, tables = recorder.flush(self.part.alive)
+        self._journal.add(tables)

@@ -22,7 +22,7 @@ from attnscope.report.numbers import number
 
 if TYPE_CHECKING:
     from attnscope.config import Config, Member
-    from attnscope.signals.alarms import Event
+    from attnscope.runs.events import Event
     from attnscope.train.block import Block
     from attnscope.train.loop import Progress
 

@@ -11,6 +11,7 @@ from zlib import crc32
 from attnscope.errors import RunError
 from attnscope.runs.atomic import reason_of
 from attnscope.runs.checksums import KEY, has_seal, hexadecimal, is_as_sealed
+from attnscope.runs.events import Event
 from attnscope.runs.foreign import is_folder, is_regular_file, printable, read_file
 from attnscope.runs.holder import Holder, in_words, writer_of
 from attnscope.runs.layout import (
@@ -70,16 +71,6 @@ class Part:
     writer: Holder | None = None
     written: Mapping[str, Written] = field(default_factory=dict)
     lost: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Event:
-    """One line of an events file."""
-
-    kind: str
-    step: int
-    member: int | None
-    fields: dict[str, Any]
 
 
 def find_part(run: Path, index: int) -> Part:

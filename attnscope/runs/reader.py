@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from attnscope.config import Config, nearest, parse_table
 from attnscope.errors import ConfigError, RunError, RunWriteError
 from attnscope.runs.atomic import reason_of, remedy_of
+from attnscope.runs.events import Event
 from attnscope.runs.foreign import is_folder, printable
 from attnscope.runs.holder import writer_of
 from attnscope.runs.layout import (
@@ -32,7 +33,6 @@ from attnscope.runs.layout import (
 from attnscope.runs.manifest import change_of, is_whole, read_manifest
 from attnscope.runs.outcome import outcome
 from attnscope.runs.parts import (
-    Event,
     Part,
     find_part,
     gaps_in,

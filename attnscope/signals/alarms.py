@@ -4,26 +4,16 @@ Shape key: N rows of a table, S steps.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 
 from attnscope.runs.divergence import LossWatch
+from attnscope.runs.events import Event
 from attnscope.signals.nonfinite import TENSORS, Array, Looked, Tables, looked_at
 
 FED = ("step", "loss", "grad_norm", "loss_scale")  # columns of steps that decide on divergence
 MOST_TIMES = 20  # that a tensor of a member is told to break
 MOST_PLACES = 20  # that an event names
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Event:
-    """One line of the events file."""
-
-    kind: str
-    step: int
-    member: int | None = None
-    fields: dict[str, object] = field(default_factory=dict)
 
 
 def place_of(layer: int, group: str | None) -> str:
@@ -47,9 +37,16 @@ class Alarms:
         self._is_broken: dict[tuple[int, str], bool] = {}
         self._times: dict[tuple[int, str], int] = {}
 
-    def look(self, tables: Tables) -> list[Event]:
-        """The events of a block, in the order of their steps, and of one step in the order in which it computes the tensors."""
-        found = [event for looked in looked_at(tables) for event in self._breaks(looked)]
+    def look(self, tables: Tables, more: Sequence[Looked] = ()) -> list[Event]:
+        """The events of a block, in the order of their steps, and of one step in the order in which it computes the tensors.
+
+        Args:
+            tables: of the block.
+            more: tensors that no table tells of, or tells of less well: they stand for what tables say of them.
+        """
+        better = {looked.tensor for looked in more}
+        every = [*more, *(looked for looked in looked_at(tables) if looked.tensor not in better)]
+        found = [event for looked in every for event in self._breaks(looked)]
         found.sort(key=lambda event: list(TENSORS).index(str(event.fields["tensor"])))
         steps = tables.get("steps") or {}
         if steps:
@@ -109,7 +106,9 @@ class Alarms:
             "tensor": looked.tensor,
             "direction": "backward" if looked.tensor == "gradient" else "forward",
         }
-        if looked.layer_N is not None:
+        if looked.where_N is not None:
+            fields["where"] = list(dict.fromkeys(looked.where_N[rows].tolist()))[:MOST_PLACES]
+        elif looked.layer_N is not None:
             layers = looked.layer_N[rows].tolist()
             groups = [None] * len(layers) if looked.group_N is None else looked.group_N[rows]
             places = (

@@ -32,6 +32,7 @@ class Looked:
         member_N: index within the part, (N,).
         layer_N: (N,); None where the tensor has no place.
         group_N: (N,); None where there are none.
+        where_N: places in words, (N,); None = layers and groups tell.
         broken_N: whether it has NaN or Inf, (N,).
     """
 
@@ -40,6 +41,7 @@ class Looked:
     member_N: Array
     layer_N: Array | None = None
     group_N: Array | None = None
+    where_N: Array | None = None
     broken_N: Array
 
 

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 from attnscope.data import Corpus
 from attnscope.errors import AttnscopeError
+from attnscope.runs.events import Event
 from attnscope.runs.writer import PartWriter
-from attnscope.signals.alarms import Alarms, Event
+from attnscope.signals.alarms import Alarms
+from attnscope.signals.journal import Journal
 from attnscope.train import evaluation
 from attnscope.train.block import Block
 from attnscope.train.part import Part
@@ -58,14 +60,12 @@ def train_part(
         RunWriteError: the record could not be written.
     """
     config = part.configs[0]
-    recorder = Recorder(writer, config) if writer else None
+    recorder = Recorder(config) if writer else None
+    journal = Journal(writer, alarms)
 
     def hand_over(*extra: Event) -> None:
         block, tables = recorder.flush(part.alive) if recorder else (None, {})
-        events = [*alarms.look(tables), *extra]
-        for event in events:
-            if writer:
-                writer.event(event.kind, step=event.step, member=event.member, **event.fields)
+        events = [*journal.add(tables), *extra]
         on_progress(Progress(steps_done=part.step, block=block, events=events))
 
     try:
@@ -82,7 +82,9 @@ def train_part(
                 part.drop(lost)
                 # Dated to the last step they took, so that a run resumed from here keeps the event.
                 gone = [Event(kind="dropped", step=part.step - 1, member=m) for m in dropped]
-                hand_over(*alarms.end(dropped), *gone)
+                ended = journal.end(dropped)
+                journal.note(gone)
+                hand_over(*ended, *gone)
             if recorder and recorder.due(FLUSH_SECONDS):
                 hand_over()
             every = config.train.checkpoint_every
@@ -90,7 +92,7 @@ def train_part(
                 hand_over()
                 part.save(writer)
         hand_over()
-        hand_over(*alarms.end(part.alive))
+        hand_over(*journal.end(part.alive))
     except AttnscopeError:
         raise
     except BaseException:
@@ -98,7 +100,9 @@ def train_part(
         hand_over()
         raise
     if part.setup is not None:
-        hand_over(*last_look(part, part.setup, data))
+        last = last_look(part, part.setup, data)
+        journal.note(last)
+        hand_over(*last)
     return "finished"
 
 

@@ -36,7 +36,6 @@ from attnscope.metrics.gradients import (
 from attnscope.metrics.loss import TokenLosses, output_logit_max
 from attnscope.metrics.rows import Rows, Shelf, sample_rows
 from attnscope.model import AttentionInputs
-from attnscope.runs.writer import PartWriter
 from attnscope.train.block import Array, Block, tables_of
 from attnscope.train.step import Clipped, attention_call
 
@@ -98,8 +97,7 @@ class Recorder:
     member axis, so `flush` comes before members leave.
     """
 
-    def __init__(self, writer: PartWriter, config: Config) -> None:
-        self._writer = writer
+    def __init__(self, config: Config) -> None:
         self._record = config.record
         self._n_layers = config.model.n_layers
         self._seq_len = config.model.seq_len
@@ -209,19 +207,13 @@ class Recorder:
         return self._shelf.nbytes > BLOCK_BYTES or self._block_ms >= 1000 * seconds
 
     def flush(self, members: Sequence[int]) -> tuple[Block | None, dict[str, dict[str, Array]]]:
-        """Write the block and forget it; it and its tables, None and none if it is empty.
-
-        Raises:
-            RunWriteError: the disk did not take it.
-        """
+        """Bring the block to the host and forget it; it and its tables, None and none if it is empty."""
         if not self._block:
             return None, {}
         seen, self._block, self._block_ms = self._block, [], 0.0
         block = self._on_host(seen, members)
         self._sheet = None  # members may leave now
         tables = tables_of(block, self._tokens_per_step)
-        for table, columns in tables.items():
-            self._writer.append(table, columns)
         return block, tables
 
     @torch.no_grad()

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from attnscope.capture.names import Modules
 from attnscope.capture.seen import scale_of
-from attnscope.runs.divergence import LossWatch
+from attnscope.runs.events import Event
 from attnscope.runs.writer import PartWriter
-from attnscope.signals.alarms import FED
+from attnscope.signals.alarms import Alarms, place_of
+from attnscope.signals.journal import Journal
+from attnscope.signals.nonfinite import Looked
 from attnscope.watch.step import Step
 from attnscope.watch.tables import Array, heads_of, params_of, seen_losses, steps_of
 
@@ -107,8 +109,7 @@ class Recorder:
         self._since = time.perf_counter()
         self._layers: dict[int, str] = {}
         self._undescribed: list[tuple[int, Layer]] = []
-        self._watch = LossWatch()
-        self._reported: set[str] = set()
+        self._journal = Journal(writer, Alarms(self._place))
         self._tokens = 0
         self._filled: set[str] = set()
         self.broken: str | None = None
@@ -161,29 +162,34 @@ class Recorder:
             tables["heads"] = heads_of([step for step in block if step.heads])
         with measuring("table params", last):
             tables["params"] = params_of([step for step in block if step.parameters])
-        for table, columns in tables.items():
-            if columns:  # what fails to be written fails for good
-                with measuring(f"table {table}", last):
-                    self._writer.append(table, columns)
-                self._filled.add(f"table {table}")
-        tables["losses"] = seen_losses(tables["steps"], block)
-        with measuring("alarms", last):
-            self._alarm(block, tables["steps"], tables["heads"], measuring)
+        self._filled |= {f"table {name}" for name, columns in tables.items() if columns}
+        seen = seen_losses(tables["steps"], block)
+        more: list[Looked] = []
+        with measuring("outputs of modules", last):
+            more.append(self._outputs_in(block))
+        with measuring("gradients", last):
+            more.append(_gradients_in(block))
+        events = self._journal.add(
+            tables,
+            looked_at={**tables, "steps": seen},
+            more=more,
+            trying=lambda what: measuring(what, last),
+        )
+        if events and self.broken is None:
+            self.broken = _in_words(events[0])
         if self._on_block is not None:
             with measuring("tracker", last):
-                seen = np.array([bool(step.losses) for step in block if step.counts])
-                steps = tables["steps"] | {"loss_seen": seen} if tables["steps"] else {}
+                is_seen = np.array([bool(step.losses) for step in block if step.counts])
+                steps = tables["steps"] | {"loss_seen": is_seen} if tables["steps"] else {}
                 failure = self._on_block(steps, tables["heads"])
                 if failure is not None:
                     self.event("tracker_failed", step=last, reason=failure)
-        return tables
+        return {**tables, "losses": seen}
 
     def finish(self, status: str, measuring: Measuring, *, step: int, **fields: object) -> None:
         """Write what is left and say how it ended, and what stayed empty."""
         self.flush(measuring)
-        self._watch.end()
-        for at, kind, said in self._divergence():
-            self.event(kind, step=at, **said)
+        self._journal.end([0])
         with measuring("event not_recorded", step):
             empty = {name: why for name, why in WHY_EMPTY.items() if name not in self._filled}
             if empty:
@@ -201,77 +207,46 @@ class Recorder:
         self._filled |= {"loss"} if any(step.losses for step in block) else set()
         self._filled |= {"tokens"} if self._tokens else set()
 
-    def _alarm(
-        self,
-        block: Sequence[Step],
-        steps: dict[str, Array],
-        heads: dict[str, Array],
-        measuring: Measuring,
-    ) -> None:
-        """The events of a block, in the order of their steps; of one step in the order in which it computes the tensors."""
-        found: list[tuple[int, str, dict[str, object]]] = []
-        if "activation" not in self._reported:
-            with measuring("outputs of modules", block[-1].number):
-                found += self._first_of(block, "activation", self._broken_outputs)
-        if heads:
-            bad = ~np.isfinite(heads["max_logit_bound"]) & ~np.isfinite(heads["max_logit"])
-            if bad.any():
-                first = int(heads["step"][bad][0])
-                layers = heads["layer"][bad & (heads["step"] == first)]
-                where = [self._layers[int(layer)] for layer in dict.fromkeys(layers)]
-                found += self._once(first, "attention logits", where)
-        if steps:
-            seen = seen_losses(steps, block)
-            bad = ~np.isfinite(seen["loss"])
-            if bad.any():
-                found += self._once(int(seen["step"][bad][0]), "loss", [])
-            self._watch.feed(*(seen[name] for name in FED))
-        if "gradient" not in self._reported:
-            with measuring("gradients", block[-1].number):
-                found += self._first_of(block, "gradient", broken_gradients)
-        found += self._divergence()
-        for step, kind, fields in sorted(found, key=lambda each: each[0]):
-            self.event(kind, step=step, **fields)
-            if self.broken is None:
-                said = "loss diverged" if kind == "diverged" else f"{fields['tensor']} not finite"
-                self.broken = f"{said} at step {step}"
+    def _place(self, layer: int, group: str | None) -> str:
+        """An attention layer by its module, a parameter by the layer and group that its name tells."""
+        return self._layers.get(layer, "") if group is None else place_of(layer, group)
 
-    def _divergence(self) -> list[tuple[int, str, dict[str, object]]]:
-        if self._watch.diverged_at is None or "diverged" in self._reported:
-            return []
-        self._reported.add("diverged")
-        return [(self._watch.diverged_at, "diverged", {"why": self._watch.why})]
-
-    def _first_of(
-        self, block: Sequence[Step], tensor: str, broken: Callable[[Step], list[str]]
-    ) -> list[tuple[int, str, dict[str, object]]]:
+    def _outputs_in(self, block: Sequence[Step]) -> Looked:
+        """Whether outputs were finite, and which module's was the first that was not: the rest of its pass is broken, too."""
+        where = []
         for step in block:
-            where = broken(step)
-            if where:
-                return self._once(step.number, tensor, where)
-        return []
+            broken = [] if step.outputs is None else step.outputs.broken()
+            first = (
+                "outside of modules" if module is None else self._modules.name_of(module)
+                for module in broken[:1]
+            )
+            where.append(list(first))
+        return _looked("activation", block, where)
 
-    def _once(
-        self, step: int, tensor: str, where: Sequence[str]
-    ) -> list[tuple[int, str, dict[str, object]]]:
-        if tensor in self._reported:
-            return []
-        self._reported.add(tensor)
-        fields: dict[str, object] = {
-            "tensor": tensor,
-            "direction": "backward" if tensor == "gradient" else "forward",
-        }
-        if where:
-            fields["where"] = list(dict.fromkeys(where))[:MOST_PLACES]
-        return [(step, "nonfinite", fields)]
 
-    def _broken_outputs(self, step: Step) -> list[str]:
-        """Where it began: the rest of a forward pass is broken, too."""
-        broken = [] if step.outputs is None else step.outputs.broken()
-        return [
-            "outside of modules" if module is None else self._modules.name_of(module)
-            for module in broken[:1]
-        ]
+def _gradients_in(block: Sequence[Step]) -> Looked:
+    return _looked("gradient", block, [broken_gradients(step) for step in block])
+
+
+def _looked(tensor: str, block: Sequence[Step], where: Sequence[Sequence[str]]) -> Looked:
+    """One row for each place of a step at which a tensor is broken, and one for a step at which it is sound."""
+    rows = [
+        (step.number, place)
+        for step, places in zip(block, where, strict=True)
+        for place in (places or [""])
+    ]
+    return Looked(
+        tensor=tensor,
+        step_N=np.array([step for step, _ in rows]),
+        member_N=np.zeros(len(rows), dtype=np.int64),
+        where_N=np.array([place for _, place in rows], dtype=object),
+        broken_N=np.array([place != "" for _, place in rows]),
+    )
+
+
+def _in_words(event: Event) -> str:
+    said = "loss diverged" if event.kind == "diverged" else f"{event.fields['tensor']} not finite"
+    return f"{said} at step {event.step}"
 
 
 def as_plain(value: object, deep: int = MOST_DEEP) -> object:

@@ -59,7 +59,7 @@ def seen_losses(steps: dict[str, Array], block: Sequence[Step]) -> dict[str, Arr
     if not steps:
         return {}
     seen = np.array([bool(step.losses) for step in block if step.counts])
-    return {name: steps[name][seen] for name in FED}
+    return {name: steps[name][seen] for name in ("member", *FED)}
 
 
 def heads_of(block: Sequence[Step]) -> dict[str, Array]:

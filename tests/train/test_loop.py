@@ -45,7 +45,7 @@ EVERYTHING = pytest.mark.parametrize(
 )
 
 
-def losses_of(config, *, writer=None, steps=None):
+def losses_of(config, *, records=False, steps=None):
     """Train without a run directory: the loss of every step, (S, M)."""
     members = members_of(parse_table(config))
     part = loop.Part(
@@ -53,7 +53,7 @@ def losses_of(config, *, writer=None, steps=None):
         vocab_size=_data(members[0].config).vocab_size,
     )
     data = _data(members[0].config)
-    recorder = Recorder(writer, members[0].config) if writer else None
+    recorder = Recorder(members[0].config) if records else None
     losses = []
     original = loop.run_step
 
@@ -74,21 +74,11 @@ def _data(config):
     return open_data(config.data, seq_len=config.model.seq_len)
 
 
-class Nowhere:
-    """A writer that keeps the tables in memory."""
-
-    def __init__(self):
-        self.tables = {}
-
-    def append(self, table, columns):
-        self.tables.setdefault(table, []).append(columns)
-
-
 @pytest.mark.parametrize("rows", [1, 8, "all"])
 @EVERYTHING
 def test_the_recorder_never_changes_training(rows, changes):
     config = small(**changes, train={"steps": 6, "seed": 3}, record={"rows": rows})
-    with_recorder = losses_of(config, writer=Nowhere())
+    with_recorder = losses_of(config, records=True)
     assert torch.equal(with_recorder, losses_of(config))
 
 
@@ -232,7 +222,7 @@ def test_no_host_sync_inside_the_step(changes):
     members = members_of(parse_table(small(**changes)))
     data = _data(members[0].config)
     part = loop.Part([member.config for member in members], vocab_size=data.vocab_size)
-    recorder = Recorder(Nowhere(), members[0].config)
+    recorder = Recorder(members[0].config)
     batch = data.train_batch(0)
     with HostReads() as reads:
         recorder.begin(0, batch, part.setup.grouping)
@@ -251,13 +241,12 @@ def test_a_step_that_was_broken_off_leaves_no_half_row():
     members = members_of(parse_table(small()))
     data = _data(members[0].config)
     part = loop.Part([members[0].config], vocab_size=data.vocab_size)
-    writer = Nowhere()
-    recorder = Recorder(writer, members[0].config)
+    recorder = Recorder(members[0].config)
     loop.train_step(part, part.setup, data, recorder)
     recorder.begin(1, data.train_batch(1), part.setup.grouping)  # and never ends
-    block, _ = recorder.flush([0])
+    block, tables = recorder.flush([0])
     assert block.steps.tolist() == [0]
-    assert writer.tables["steps"][0]["step"].tolist() == [0]
+    assert tables["steps"]["step"].tolist() == [0]
 
 
 def test_records_of_a_crash_are_kept(tmp_path, monkeypatch):
@@ -325,13 +314,12 @@ def test_the_layers_table_is_the_residual_stream_after_each_layer():
             passed.append(x_MND.detach().clone())
             super().residual(layer, x_MND)
 
-    writer = Nowhere()
-    recorder = Keeping(writer, members[0].config)
+    recorder = Keeping(members[0].config)
     loop.train_step(part, part.setup, data, recorder)
-    recorder.flush([0, 1])
-    table = pd.DataFrame(writer.tables["layers"][0]).set_index(["member", "layer"])
+    _, tables = recorder.flush([0, 1])
+    table = pd.DataFrame(tables["layers"]).set_index(["member", "layer"])
     assert len(table) == 4 and len(passed) == 2
-    steps = pd.DataFrame(writer.tables["steps"][0]).set_index("member")
+    steps = pd.DataFrame(tables["steps"]).set_index("member")
     for layer, x_MND in enumerate(passed):
         for m, x_ND in enumerate(x_MND):
             row = table.loc[m, layer]
@@ -417,16 +405,14 @@ def test_a_run_on_disk_is_small():
     members = members_of(parse_table(config))
     data = _data(members[0].config)
     part = loop.Part([members[0].config], vocab_size=data.vocab_size)
-    writer = Nowhere()
-    recorder = Recorder(writer, members[0].config)
+    recorder = Recorder(members[0].config)
     for _ in range(20):
         loop.train_step(part, part.setup, data, recorder)
-    recorder.flush([0])
+    _, tables = recorder.flush([0])
     from attnscope.runs.streams import encode_batch, encode_schema
 
     size = sum(
-        len(encode_schema(table)) + sum(len(encode_batch(table, each)) for each in batches)
-        for table, batches in writer.tables.items()
+        len(encode_schema(table)) + len(encode_batch(table, each)) for table, each in tables.items()
     )
     assert size / 20 * 1000 < 3_000_000
 
