@@ -85,6 +85,9 @@ def test_attention_over_the_batch_is_named(pool):
     )
     said = only("batch leak", checked(model, FLOATS[:1]))
     assert "it takes the 1 sequence for positions" in said
+    square = torch.randn(6, 6, D, generator=torch.Generator().manual_seed(1))
+    found = checked(model, square)["batch leak"]  # where no shape tells
+    assert found.status == "failed" and "batch_first=True" in found.remedy
 
 
 # -- masks that are functions --
