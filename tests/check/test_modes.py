@@ -138,3 +138,6 @@ def test_layers_in_a_list_are_not_registered():
     assert said.startswith(
         "The parameters of 2 of 2 attention calls are not among those of the model"
     )
+    for layer in layers:
+        layer.requires_grad_(False)  # as of a teacher
+    assert not failed(checked(model))
