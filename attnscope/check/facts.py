@@ -55,7 +55,7 @@ class Attention:
         rows: queries of all heads and sequences.
         empty_rows: those that see no key.
         empty_real_rows: of them, those at positions that are not padded.
-        is_registered: whether the module's parameters are among those of the model; True where it has none.
+        is_registered: whether the module's parameters that are trained are among those of the model; True where it has none.
     """
 
     layer: str
@@ -126,7 +126,8 @@ def attention_of(
         everything_BTS = torch.ones_like(visible_BHTS[:, 0])
         over_batch = _direction(visible_BHTS, everything_BTS)[0]
     scale = _scale(seen) if torch.is_grad_enabled() else None
-    own = () if module is None else tuple(module.parameters())
+    # What shall not be trained (a teacher) may be held where no optimizer finds it.
+    own = [] if module is None else [p for p in module.parameters() if p.requires_grad]
     return Attention(
         layer=name,
         backend=seen.backend,

@@ -73,7 +73,9 @@ def future_leak(case: Case, looked: Looked, *, causal: bool | None) -> Checked:
         rows = (
             "one number or vector" if case.kind == "whole" else f"{shape[0]} rows, one a sequence"
         )
-        return not_looked(NAME, f"The output has no position axis ({rows}).", without)
+        layers = [each for each in looked.calls if each.direction is not None]
+        finding = f"The output has no position axis ({rows})."
+        return not_looked(NAME, finding, without, _layer_rows(layers))
     if n_positions < 2:
         return not_looked(NAME, "The batch has a single position.", "Give longer sequences.")
     if not case.usable("evaluation"):

@@ -157,7 +157,7 @@ def batch_leak(case: Case, looked: Looked) -> Checked:
     over_batch = [each for each in looked.calls if each.over_batch is not None]
     remedy = (
         "Keep sequences apart: no statistics over the batch (LayerNorm instead of BatchNorm), view and reshape that keep the first "
-        "axis."
+        "axis, batch_first=True in torch's modules."
     )
     why = ""
     if over_batch:

@@ -42,9 +42,8 @@ def padding_of(name: str, x: Tensor, given: Mapping[str, Any]) -> tuple[str | No
         lengths = given.get(lengths_name)
         if _are_lengths(lengths, x):
             assert isinstance(lengths, Tensor)
-            return lengths_name, torch.arange(x.shape[1], device=x.device) < lengths.to(x.device)[
-                :, None
-            ]
+            at_T = torch.arange(x.shape[1], device=x.device)
+            return lengths_name, at_T < lengths.to(x.device)[:, None]
     return None, everything
 
 

@@ -74,6 +74,8 @@ def _mistake(each: Attention, measured: list[Attention]) -> str:
         "sqrt(d_head)": math.sqrt(d_head),
         "1/sqrt(d_model)": (each.n_heads * d_head) ** -0.5,
         "1/sqrt(n_heads)": each.n_heads**-0.5,
+        "1/sqrt of the number of keys": each.n_keys**-0.5,
+        "1/d_model": 1 / (each.n_heads * d_head),
     }
     for words, value in known.items():
         if _is_near(scale, value):

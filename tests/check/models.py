@@ -11,6 +11,12 @@ TOKENS = torch.randint(0, V, (3, 12), generator=torch.Generator().manual_seed(1)
 FLOATS = torch.randn(3, 12, D, generator=torch.Generator().manual_seed(1))
 
 
+PADDED = torch.ones_like(TOKENS)
+PADDED[:, 9:] = 0
+PADDED[0, 7:] = 0
+LATER = torch.ones(12, 12, dtype=torch.bool).triu(1)
+
+
 class Attention(nn.Module):
     """`hidden`: the first diagonal that is hidden, None = none; `drop`: dropout that no mode switches off."""
 
@@ -86,6 +92,44 @@ class Model(nn.Module):
         return self.head(x)
 
 
+class By(nn.Module):
+    """Attention whose core is given: core(self, q, k, v, padding) -> (B, H, T, K)."""
+
+    def __init__(self, core):
+        super().__init__()
+        self.n_head, self.core = H, core
+        self.qkv, self.out = nn.Linear(D, 3 * D), nn.Linear(D, D)
+
+    def forward(self, x, padding=None):
+        q, k, v = (y.unflatten(-1, (H, K)).transpose(1, 2) for y in self.qkv(x).chunk(3, dim=-1))
+        return self.out(self.core(self, q, k, v, padding).transpose(1, 2).flatten(2))
+
+
+class Pooled(nn.Module):
+    """The first position of another model, as a classifier returns it."""
+
+    def __init__(self, model, pool=lambda y, _: y[:, 0]):
+        super().__init__()
+        self.model, self.pool = model, pool
+
+    def forward(self, tokens, attention_mask=None):
+        return self.pool(self.model(tokens, attention_mask), attention_mask)
+
+
+def by_hand(q, k, v, hidden, fill=-torch.inf):
+    return (q @ k.mT * K**-0.5).masked_fill(hidden, fill).softmax(dim=-1) @ v
+
+
+class Encoder(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, x, attention_mask=None):
+        hidden = None if attention_mask is None else attention_mask == 0
+        return self.encoder(x, src_key_padding_mask=hidden)
+
+
 def model_of(*layers, **more):
     torch.manual_seed(0)
     return Model(*(layers or (Attention(), Attention())), **more)
@@ -103,3 +147,21 @@ def checked(model, batch=TOKENS, **more):
 
 def statuses(model, batch=TOKENS, **more):
     return {name: each.status for name, each in checked(model, batch, **more).items()}
+
+
+def failed(found):
+    return [name for name, each in found.items() if each.status == "failed"]
+
+
+def only(name, found):
+    assert failed(found) == [name], {each: found[each].finding for each in failed(found)}
+    return found[name].finding
+
+
+def sound(model, batch, **expected):
+    """No check failed, and these have these statuses."""
+    found = checked(model, batch)
+    assert {name: each.finding for name, each in found.items() if each.status == "failed"} == {}
+    got = {name: found[name.replace("_", " ")].status for name in expected}
+    assert got == {name: status.replace("_", " ") for name, status in expected.items()}
+    return found

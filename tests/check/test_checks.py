@@ -271,7 +271,7 @@ def test_outputs_that_are_not_finite_without_any_masked_row():
 @pytest.mark.parametrize(
     ("scale", "words"),
     [(1.0, "1 (no scale at all)"), (1 / K, "0.125 (1/d_head, unlike 1 other call)"), (D**-0.5, "0.177 (1/sqrt(d_model))"),
-     (0.2, "0.2 (unlike 1 other call), which")],
+     (12**-0.5, "0.289 (1/sqrt of the number of keys)"), (0.2, "0.2 (unlike 1 other call), which")],
 )  # fmt: skip
 def test_a_wrong_scale_is_said_in_words(scale, words, fused):
     model = model_of(Attention(fused=fused), Attention(fused=fused, scale=scale))

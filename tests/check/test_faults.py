@@ -10,52 +10,30 @@ from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from attnscope.check.masks import wrong_axes
-from tests.check.models import FLOATS, TOKENS, Attention, D, H, K, V, built, checked, model_of
+from tests.check.models import (
+    FLOATS,
+    LATER,
+    PADDED,
+    TOKENS,
+    Attention,
+    By,
+    D,
+    Encoder,
+    H,
+    K,
+    Pooled,
+    V,
+    built,
+    by_hand,
+    checked,
+    failed,
+    model_of,
+    only,
+)
 
-PADDED = torch.ones_like(TOKENS)
-PADDED[:, 9:] = 0
-PADDED[0, 7:] = 0
 with warnings.catch_warnings():  # of PyTorch, which imports its compiler
     warnings.simplefilter("ignore")
     COMPILED = torch.compile(flex_attention)
-LATER = torch.ones(12, 12, dtype=torch.bool).triu(1)
-
-
-class By(nn.Module):
-    """Attention whose core is given: core(self, q, k, v, padding) -> (B, H, T, K)."""
-
-    def __init__(self, core):
-        super().__init__()
-        self.n_head, self.core = H, core
-        self.qkv, self.out = nn.Linear(D, 3 * D), nn.Linear(D, D)
-
-    def forward(self, x, padding=None):
-        q, k, v = (y.unflatten(-1, (H, K)).transpose(1, 2) for y in self.qkv(x).chunk(3, dim=-1))
-        return self.out(self.core(self, q, k, v, padding).transpose(1, 2).flatten(2))
-
-
-class Pooled(nn.Module):
-    """The first position of another model, as a classifier returns it."""
-
-    def __init__(self, model, pool=lambda y, _: y[:, 0]):
-        super().__init__()
-        self.model, self.pool = model, pool
-
-    def forward(self, tokens, attention_mask=None):
-        return self.pool(self.model(tokens, attention_mask), attention_mask)
-
-
-def by_hand(q, k, v, hidden, fill=-torch.inf):
-    return (q @ k.mT * K**-0.5).masked_fill(hidden, fill).softmax(dim=-1) @ v
-
-
-def failed(found):
-    return [name for name, each in found.items() if each.status == "failed"]
-
-
-def only(name, found):
-    assert failed(found) == [name], {each: found[each].finding for each in failed(found)}
-    return found[name].finding
 
 
 # -- outputs without positions --
@@ -107,16 +85,9 @@ def test_attention_over_the_batch_is_named(pool):
     )
     said = only("batch leak", checked(model, FLOATS[:1]))
     assert "it takes the 1 sequence for positions" in said
-
-
-class Encoder(nn.Module):
-    def __init__(self, layer):
-        super().__init__()
-        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-
-    def forward(self, x, attention_mask=None):
-        hidden = None if attention_mask is None else attention_mask == 0
-        return self.encoder(x, src_key_padding_mask=hidden)
+    square = torch.randn(6, 6, D, generator=torch.Generator().manual_seed(1))
+    found = checked(model, square)["batch leak"]  # where no shape tells
+    assert found.status == "failed" and "batch_first=True" in found.remedy
 
 
 # -- masks that are functions --
@@ -242,202 +213,6 @@ def test_room_in_a_cache_is_nothing_to_see():
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
     assert not failed(checked(model_of(By(core))))
-
-
-# -- training and evaluation --
-
-
-def in_modes(training, evaluation):
-    return By(lambda self, *given: (training if self.training else evaluation)(self, *given))
-
-
-def sdpa(scale=None, is_causal=True, dropout=0.1):
-    def core(self, q, k, v, _):
-        p = dropout if self.training else 0.0
-        return F.scaled_dot_product_attention(
-            q, k, v, is_causal=is_causal, scale=scale, dropout_p=p
-        )
-
-    return core
-
-
-@pytest.mark.parametrize(
-    ("evaluation", "words"),
-    [
-        (sdpa(scale=1.0), "scale of layers.0 is 1 in evaluation and 0.354 in training"),
-        (lambda _, q, k, v, __: (q @ k.mT).masked_fill(LATER, -torch.inf).softmax(-1) @ v, "scale of layers.0 is 1 in"),
-        (sdpa(is_causal=False), "visible pairs of layers.0 is 1,728 in evaluation and 936 in training"),
-        (lambda _, q, k, v, __: by_hand(q, k, v, LATER.mT), "mask of layers.0 is in the logits, 936 pairs in evaluation"),
-    ],
-    ids=["scale", "eager without scale", "is_causal", "other way round"],
-)  # fmt: skip
-def test_a_path_of_evaluation_that_computes_something_else(evaluation, words):
-    model = model_of(in_modes(sdpa(), evaluation), By(sdpa()))
-    found = checked(model)
-    assert "training and evaluation" in failed(found)
-    assert words in found["training and evaluation"].finding
-    assert "layers.1" not in found["training and evaluation"].finding
-
-
-def test_layers_that_evaluation_leaves_out():
-    class Skipped(Attention):
-        def forward(self, x, padding=None):
-            return super().forward(x, padding) if self.training else x
-
-    said = only("training and evaluation", checked(model_of(Attention(), Skipped())))
-    assert said == "1 attention call in evaluation and 2 in training, without anything random."
-
-
-def test_dropout_and_backends_may_differ():
-    eager = By(lambda self, q, k, v, _: F.dropout((q @ k.mT * K**-0.5).masked_fill(LATER, -torch.inf).softmax(-1), 0.2, self.training) @ v)  # fmt: skip
-    model = model_of(eager, in_modes(eager.core, sdpa()), Attention(fused=True))
-    found = checked(model)
-    assert not failed(found)
-    assert found["training and evaluation"].status == "passed"
-    layer = nn.TransformerEncoderLayer(D, H, 64, batch_first=True, dropout=0.3)
-    assert checked(built(Encoder, layer), FLOATS)["training and evaluation"].status == "passed"
-
-
-def test_layers_that_are_dropped_at_random_are_no_fault():
-    class Dropped(Attention):
-        def forward(self, x, padding=None):
-            y = super().forward(x, padding)
-            return torch.zeros_like(y) if self.training and torch.rand(()) < 0.5 else y
-
-    found = checked(model_of(Dropped(), Dropped(), Dropped()))
-    assert not failed(found) and found["training and evaluation"].status == "stated"
-
-
-def test_what_else_differs_in_training_is_stated_with_its_place():
-    class Halved(nn.Module):
-        def forward(self, x):
-            return x / 2 if self.training else x
-
-    found = checked(model_of(between=Halved()))["training and evaluation"]
-    assert found.status == "stated" and "first in norm (2 attention calls" in found.finding
-
-
-# -- dtypes, layers that nobody knows --
-
-
-def test_a_layer_of_another_dtype_than_its_twins():
-    class Cast(nn.Module):
-        def __init__(self, dtype):
-            super().__init__()
-            self.inner = Attention().to(dtype)
-
-        def forward(self, x, padding=None):
-            return self.inner(x.to(self.inner.out.weight.dtype), padding).to(x.dtype)
-
-    model = model_of(*map(Cast, (torch.float32, torch.bfloat16, torch.float32)))
-    said = only("dtypes", checked(model))
-    assert said.startswith("4 parameters have another dtype than the same part of other layers: layers.1.inner.qkv.weight is bfloat16")  # fmt: skip
-
-    class Alone(Attention):
-        def forward(self, x, padding=None):
-            with torch.autocast("cpu", torch.bfloat16):
-                return super().forward(x, padding).to(x.dtype)
-
-    said = only("dtypes", checked(model_of(Attention(), Alone(), Attention())))
-    assert said.startswith("1 attention call has another dtype than the same part of other layers: layers.1 is bfloat16, float32")  # fmt: skip
-
-
-def test_norms_of_another_dtype_are_stated():
-    model = model_of(Attention(), Attention()).bfloat16()
-    model.embedding.float(), model.positions.float()
-    model.norm.float().register_forward_hook(lambda _, __, out: out.bfloat16())
-    model.head.float().register_forward_pre_hook(lambda _, args: args[0].float())
-    found = checked(model)["dtypes"]
-    assert found.status == "stated" and "8 bfloat16" in found.finding and "float32" in found.finding
-
-
-def test_layers_in_a_list_are_not_registered():
-    model = model_of()
-    layers = [Attention(), Attention()]
-    del model.layers
-    model.layers = layers
-    said = only("registered layers", checked(model))
-    assert said.startswith(
-        "The parameters of 2 of 2 attention calls are not among those of the model"
-    )
-
-
-# -- padding masks the wrong way round --
-
-
-def inverted(kind):
-    def fused(_, q, k, v, padding):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=padding[:, None, None])
-
-    def eager(_, q, k, v, padding):
-        return by_hand(q, k, v, ~padding[:, None, None])
-
-    def flex(_, q, k, v, padding):
-        return flex_attention(
-            q, k, v, score_mod=lambda z, b, h, i, j: torch.where(padding[b, j], z, -math.inf)
-        )
-
-    return By({"fused": fused, "eager": eager, "flex": flex}[kind])
-
-
-@pytest.mark.parametrize("kind", ["fused", "eager", "flex"])
-@pytest.mark.parametrize("wrap", [lambda m: m, Pooled], ids=["positions", "pooled"])
-@pytest.mark.parametrize("side", ["right", "left"])
-def test_an_inverted_padding_mask_is_named(kind, wrap, side):
-    mask = PADDED if side == "right" else PADDED.flip(1)
-    found = checked(wrap(model_of(inverted(kind), inverted(kind))), (TOKENS, mask))
-    said = only("padding leak", found)
-    assert said.startswith(
-        "The padding mask is inverted: real keys are hidden and padded keys are seen in "
-    )
-    assert "layers.0" in said and "layers.1" in said
-    assert "~mask" in found["padding leak"].remedy
-
-
-def test_a_mask_that_is_inverted_in_some_layers():
-    model = model_of(Attention(hidden=None), inverted("fused"), Attention(hidden=None))
-    said = only("padding leak", checked(model, (TOKENS, PADDED)))
-    assert said == (
-        "The padding mask is inverted in 1 of 3 attention calls: real keys are hidden and padded keys are seen in layers.1."
-    )
-
-
-@pytest.mark.parametrize("pool", [None, lambda y, _: y[:, 0]], ids=["positions", "pooled"])
-def test_an_inverted_mask_is_named_where_no_attention_is_seen(pool):
-    class Mean(nn.Module):
-        """Means over what is not hidden, of a mask that is the wrong way round."""
-
-        def forward(self, x, padding):
-            p = padding.float()[:, None].expand(-1, x.shape[1], -1)
-            return p / p.sum(dim=-1, keepdim=True) @ x
-
-    model = model_of(Mean(), Mean())
-    found = checked(model if pool is None else Pooled(model, pool), (TOKENS, PADDED))
-    assert found["softmax axis"].status == "not looked"
-    assert only("padding leak", found).startswith("The padding mask is inverted: real tokens are hidden and padding is seen.")  # fmt: skip
-
-
-def test_rows_that_are_all_masked_are_said():
-    found = checked(model_of(inverted("eager")), (TOKENS, torch.ones_like(TOKENS)))["masked rows"]
-    assert found.status == "failed"
-    assert found.finding.startswith("Every query row is fully masked: 144 of 144 query rows in 1 attention call see no key, and outputs are NaN")  # fmt: skip
-    assert "the wrong way round" in found.remedy
-
-
-def test_the_mask_of_an_encoder_that_its_decoder_hears():
-    mask, later = PADDED == 0, nn.Transformer.generate_square_subsequent_mask(10)
-    model = built(nn.Transformer, D, H, 1, 1, 64, batch_first=True)
-    batch = {
-        "src": FLOATS,
-        "tgt": FLOATS[:, :10] * 2,
-        "tgt_mask": later,
-        "src_key_padding_mask": mask,
-    }
-    found = checked(model, {**batch, "memory_key_padding_mask": mask})
-    assert not failed(found) and found["padding leak"].status == "passed"
-    assert "change 30 of 30 outputs" in only("padding leak", checked(model, batch))
-    found = checked(model, {**batch, "memory_key_padding_mask": ~mask})
-    assert "inverted in 1 of 2 attention calls: real keys are hidden and padded keys are seen in decoder.layers.0.multihead_attn" in only("padding leak", found)  # fmt: skip
 
 
 # -- softmax over the wrong axis --
