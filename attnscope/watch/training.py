@@ -126,8 +126,8 @@ class Training:
 
     def _backward(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not in_backward():  # in which checkpointing differentiates what it has computed again
+            args, kwargs = _kept(args, kwargs, "tensors")
             with self._told.trying("loss"):
-                args, kwargs = _kept(args, kwargs, "tensors")
                 self._losses(*args, **kwargs)
         return original(*args, **kwargs)
 
