@@ -53,7 +53,8 @@ class Layers:
         self._patterns = tuple(patterns)
         self._on_layer = on_layer
         self._on_event = on_event
-        # Module to number of heads to name; None where nobody asked for it. By identity: modules may call themselves equal.
+        # Module to number of heads to name, once that is given; None where nobody asked for it. By identity: modules may call
+        # themselves equal.
         self._names_of = WeakIdKeyDictionary()
         self._names_outside: dict[int, str | None] = {}
         self._numbers: dict[str, int] = {}
@@ -103,6 +104,7 @@ class Layers:
         layer = self._numbers.get(name)
         if layer is None:
             layer = self._numbers[name] = len(self._numbers)
+            self._names_by_heads(module)[seen.q.shape[1]] = name
             self._roots_of[name] = "" if module is None else self._root_of(module)
             self._on_layer(
                 step.number,
@@ -157,17 +159,24 @@ class Layers:
 
     def _name_of(self, module: nn.Module | None, n_heads: int) -> str | None:
         """The layer's name, the same at every call; None where nobody asked for it."""
-        mine = self._names_outside if module is None else self._names_of.setdefault(module, {})
-        if n_heads in mine and (mine[n_heads] is None or mine[n_heads] in self._numbers):
-            return mine[
-                n_heads
-            ]  # else nothing of it could be measured, and another may have the name
+        mine = self._names_by_heads(module)
+        if n_heads in mine:
+            return mine[n_heads]
         path = self._path_of(module)
-        others = any(each in self._numbers for each in mine.values())
-        name = self._new_name(module, path, n_heads, has_others=others)
-        asked_by = (path, name) if module is None or not self._patterns else (path, name, f"{self._root_of(module)}.{path}")  # fmt: skip
-        mine[n_heads] = name if self._wants(*asked_by) else None
-        return mine[n_heads]
+        name = self._new_name(module, path, n_heads, has_others=any(mine.values()))
+        asked_by = [path, name]
+        if module is not None and self._patterns:
+            asked_by.append(f"{self._root_of(module)}.{path}")
+        if self._wants(*asked_by):
+            return name
+        mine[n_heads] = None
+        return None
+
+    def _names_by_heads(self, module: nn.Module | None) -> dict[int, str | None]:
+        if module is None:
+            return self._names_outside
+        found: dict[int, str | None] = self._names_of.setdefault(module, {})
+        return found
 
     def _new_name(
         self, module: nn.Module | None, path: str, n_heads: int, *, has_others: bool

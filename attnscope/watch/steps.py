@@ -112,6 +112,7 @@ class Steps:
         self.stepped = False
         self.updates = 0
         self.without_gradient = 0
+        self._moved_nothing = ""  # the class of an optimizer that has stepped without gradients
         self._lacks_gradient = False
         self.updates_itself: bool | None = None  # a script without optimizers: each loss is a step
         self.repeats = False
@@ -299,6 +300,12 @@ class Steps:
             now.outputs = self._take_outputs()
         if now.updated and not now.losses:
             self._lacks_loss(now)
+        if self._moved_nothing and not now.updated and not self._lacks_gradient:
+            self._lacks_gradient = True
+            self._guard.event(
+                "step_without_gradient", step=now.number, optimizer=self._moved_nothing
+            )
+        self._moved_nothing = ""
         self._recorder.add(now)
         self.stepped = False
         self._open.clear()
@@ -323,11 +330,7 @@ class Steps:
             return
         self._see_lrs(optimizer)
         self.stepped = True
-        if not self._lacks_gradient:
-            self._lacks_gradient = True
-            self._guard.event(
-                "step_without_gradient", step=now.number, optimizer=type(optimizer).__name__
-            )
+        self._moved_nothing = type(optimizer).__name__
 
     def _see_lrs(self, optimizer: torch.optim.Optimizer) -> None:
         for group in optimizer.param_groups:

@@ -159,6 +159,21 @@ def test_modules_that_call_themselves_equal_are_two_layers(tmp_path):
     assert len(layers_of(run)) == 2
 
 
+def test_a_layer_whose_first_call_could_not_be_measured_does_not_join_another(tmp_path):
+    first, second = Attention(), Attention()
+    with watch_model(path=tmp_path / "run") as watcher:
+        first.to("meta")
+        with pytest.raises(RuntimeError):  # of .item(), after the attention
+            first(X.to("meta"))
+        loss_of(second).backward()
+        first.to_empty(device="cpu")
+        nn.init.normal_(first.qkv.weight)
+        nn.init.zeros_(first.qkv.bias)
+        loss_of(first).backward()
+    assert watcher.unmeasured == 1
+    assert watcher.layers == ("Attention", "Attention (2)")
+
+
 def test_layers_are_asked_for_by_path_or_by_name(tmp_path):
     models = Generator(), Critic()
     for pattern, names in [("block.*", 2), ("Critic.*", 1), ("nothing", 0)]:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.optim import SGD, Adam
+from torch.utils.checkpoint import checkpoint
 
 from attnscope.runs.reader import open_run
 from attnscope.watch.attach import watch_model
@@ -294,6 +295,45 @@ def test_training_whose_gradients_are_zeroed_too_early_is_recorded_as_it_is(tmp_
     assert run.steps["loss"].tolist() == pytest.approx([loss] * 3)
     assert run.steps["grad_norm"].isna().all()
     assert len(events(run, "step_without_gradient")) == 1
+
+
+def test_an_optimizer_of_frozen_parameters_beside_another_is_no_fault(tmp_path):
+    frozen = SGD([nn.Parameter(torch.ones(2))], lr=0.1)
+
+    def step(model, optimizer):
+        optimizer.zero_grad()
+        loss_of(model).backward()
+        frozen.step()
+        optimizer.step()
+
+    run = train(tmp_path / "run", step)
+    plain = train(tmp_path / "plain", plain_step)
+    columns = ["step", "loss", "grad_norm", "lr"]
+    assert run.steps[columns].equals(plain.steps[columns]) and run.params.equals(plain.params)
+    assert not events(run, "step_without_gradient")
+
+
+@pytest.mark.parametrize("checkpointed", [True, False])
+def test_a_closure_or_reentrant_checkpointing_changes_no_record(tmp_path, checkpointed):
+    def with_closure(model, optimizer):
+        def closure():
+            optimizer.zero_grad()
+            loss = loss_of(model)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+    def with_checkpoint(model, optimizer):
+        optimizer.zero_grad()
+        x = X.clone().requires_grad_()
+        checkpoint(model, x, use_reentrant=True).square().mean().backward()
+        optimizer.step()
+
+    run = train(tmp_path / "run", with_checkpoint if checkpointed else with_closure)
+    plain = train(tmp_path / "plain", plain_step)
+    assert run.steps["loss"].equals(plain.steps["loss"]) and run.params.equals(plain.params)
+    assert run.heads.equals(plain.heads)
 
 
 class Lookahead(torch.optim.Optimizer):
