@@ -9,9 +9,8 @@ autograd, with the tensors of the script; one that has kernels of its own (bmm, 
 chosen. Modes and tensor subclasses that look at operators see the same ones with and without us.
 """
 
-import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -182,31 +181,31 @@ def _is_differentiated(x: Tensor) -> bool:
     return not torch._C._functorch.is_functorch_wrapped_tensor(_unwrapped(x))
 
 
-@contextlib.contextmanager
-def unobserved() -> Iterator[None]:
-    """For our own arithmetic: no mode, subclass, profiler or transform of the script sees it."""
-    is_profiled = torch._C._autograd._profiler_enabled()
-    if is_profiled:
-        torch._C._autograd._enable_record_function(False)
-    try:
-        # A subclass keeps its own dispatch: the numbers of a DTensor are nowhere else.
-        with torch._C.DisableTorchFunction(), _modes_aside(), _transforms_aside():
-            yield
-    finally:
-        if is_profiled:
+class Unobserved:
+    """A context for our own arithmetic: no mode, default device, profiler or transform of the script's sees it.
+
+    A subclass of tensors keeps its own dispatch: the numbers of a DTensor are nowhere else.
+    """
+
+    __slots__ = ("_guards", "_is_profiled")
+
+    def __enter__(self) -> None:
+        self._is_profiled = torch._C._autograd._profiler_enabled()
+        if self._is_profiled:
+            torch._C._autograd._enable_record_function(False)
+        guards: list[Any] = [torch._C.DisableTorchFunction()]
+        if torch._C._len_torch_dispatch_stack():
+            guards.append(_disable_current_modes())
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+            guards.append(temporarily_clear_interpreter_stack())
+        for guard in guards:
+            guard.__enter__()
+        self._guards = guards
+
+    def __exit__(self, *_: object) -> None:
+        for guard in reversed(self._guards):
+            guard.__exit__(None, None, None)
+        if self._is_profiled:
             torch._C._autograd._enable_record_function(True)
-
-
-def _modes_aside() -> contextlib.AbstractContextManager[object]:
-    return _disable_current_modes() if torch._C._len_torch_dispatch_stack() else _NOTHING
-
-
-def _transforms_aside() -> contextlib.AbstractContextManager[Any]:
-    if torch._C._functorch.peek_interpreter_stack() is None:
-        return _NOTHING
-    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-
-    return temporarily_clear_interpreter_stack()
-
-
-_NOTHING = contextlib.nullcontext()

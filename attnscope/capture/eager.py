@@ -4,6 +4,7 @@ Fused attention is seen at its call, hand-written attention at its softmax once 
 (`by_hand`). Calls in a backward pass are recomputations of checkpointed forward passes and are not counted again.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from attnscope.capture.by_hand import ByHand, Softmax
-from attnscope.capture.dispatch import outside, unobserved, why_unseen
+from attnscope.capture.dispatch import Unobserved, outside, why_unseen
 from attnscope.capture.fused import seen_fused, seen_native, seen_native_layer
 from attnscope.capture.kernels import watch_kernels
 from attnscope.capture.names import module_of_call
@@ -36,7 +37,7 @@ class Capture:
     ) -> None:
         self._on_attention = on_attention
         self._on_unmeasured = on_unmeasured
-        self._by_hand = ByHand(self._found)
+        self._local = threading.local()
         listen = patches.listen
         listen("scaled_dot_product_attention", self._fused)
         for kernel in KERNELS_OF_SDPA:
@@ -49,6 +50,14 @@ class Capture:
         listen("_native_multi_head_attention", self._native)
         listen("_transformer_encoder_layer_fwd", self._native_layer)
         watch_kernels(patches, self._look)
+
+    @property
+    def _by_hand(self) -> ByHand:
+        """Of this thread: what two of them compute has nothing to do with each other."""
+        found: ByHand | None = getattr(self._local, "by_hand", None)
+        if found is None:
+            found = self._local.by_hand = ByHand(self._found)
+        return found
 
     def forget(self) -> None:
         """A forward pass is over: say which softmaxes may have been attention, and let go of the script's tensors."""
@@ -129,7 +138,7 @@ class Capture:
     ) -> None:
         """Hand on what is seen; whatever goes wrong in looking is said, and the script goes on."""
         try:
-            with unobserved():
+            with Unobserved():
                 self._on_attention(module, see())
         except NotMeasuredError as error:
             reason = str(error)
@@ -144,7 +153,7 @@ class Capture:
         self, module: nn.Module | None, backend: str, tensors: Sequence[Any], reason: str
     ) -> None:
         plain = [x for x in tensors if isinstance(x, Tensor) and why_unseen(x) is None]
-        with unobserved():
+        with Unobserved():
             self._on_unmeasured(module, backend, [list(x.shape) for x in plain], reason)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnscope.capture.dispatch import outside, unobserved, why_unseen
+from attnscope.capture.dispatch import Unobserved, outside, why_unseen
 from attnscope.capture.eager import in_backward
 from attnscope.capture.names import module_of_call
 from attnscope.capture.patches import Patches
@@ -81,7 +81,7 @@ class Finite:
     def _look(self, _args: tuple[Any, ...], _kwargs: dict[str, Any], out: Any) -> None:
         if torch.is_grad_enabled() and why_unseen(out) is None and not in_backward():
             module = module_of_call()
-            with unobserved():
+            with Unobserved():
                 self._on_call(module)
                 self._add(module, outside(out).detach())
 

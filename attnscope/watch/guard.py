@@ -6,7 +6,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
-from attnscope.capture.dispatch import unobserved
+from attnscope.capture.dispatch import Unobserved
 from attnscope.errors import RunWriteError
 from attnscope.watch.numbers import UnreadableError
 
@@ -102,7 +102,7 @@ class _Measuring:
         self._step = step
 
     def __enter__(self) -> None:
-        self._aside = unobserved()
+        self._aside = Unobserved()
         self._aside.__enter__()
 
     def __exit__(

@@ -7,7 +7,6 @@ Shape key: C total, H head.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -18,7 +17,6 @@ from attnscope.capture.names import Modules, root_of
 from attnscope.capture.seen import Seen, measure
 from attnscope.metrics.totals import TOTALS
 from attnscope.watch.guard import one_line
-from attnscope.watch.numbers import unwrapped as without_transforms
 from attnscope.watch.recording import Layer
 from attnscope.watch.snapshots import unwrapped
 from attnscope.watch.step import Step
@@ -95,7 +93,6 @@ class Layers:
             return
         self.calls += 1
         try:
-            seen = _readable(seen)
             measured = measure(seen, rows=self._rows, seed=step.number % SAMPLES)
         except Exception as error:
             shapes = [list(x.shape) for x in (seen.q, seen.k) if x is not None]
@@ -222,17 +219,3 @@ def _purpose(module: nn.Module | None) -> int:
     if not module.training:
         return EVALUATES
     return TRAINS if has_gradients else MAY_TRAIN
-
-
-def _readable(seen: Seen) -> Seen:
-    """The call with numbers that can be read.
-
-    Raises:
-        UnreadableError: it has none.
-    """
-    given = (seen.k, seen.z, seen.visible, seen.bias)
-    q = without_transforms(seen.q)
-    k, z, visible, bias = (None if x is None else without_transforms(x) for x in given)
-    if q is seen.q and all(a is b for a, b in zip((k, z, visible, bias), given, strict=True)):
-        return seen
-    return replace(seen, q=q, k=k, z=z, visible=visible, bias=bias)

@@ -1,8 +1,6 @@
 """Whether a tensor of the script's has numbers that can be read, and why not."""
 
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -23,39 +21,6 @@ def why_without_numbers(x: Tensor) -> str | None:
     if fake is not None and isinstance(x, fake):
         return "it is a fake tensor and has no numbers"
     return None
-
-
-def unwrapped(x: Tensor) -> Tensor:
-    """What torch.func.grad differentiates, as it is outside of the transform.
-
-    Raises:
-        UnreadableError: vmap runs over it, or it has no numbers.
-    """
-    functorch = torch._C._functorch
-    while functorch.is_gradtrackingtensor(x):
-        x = functorch.get_unwrapped(x)
-    if functorch.is_batchedtensor(x):
-        raise UnreadableError("torch.vmap runs over it: its calls are not those of single examples")
-    why = why_without_numbers(x)
-    if why is not None:
-        raise UnreadableError(why)
-    return x
-
-
-@contextmanager
-def outside_of_modes() -> Iterator[None]:
-    """What is computed inside is ours: no transform of torch.func, default device or mode of the script's sees it."""
-    with ExitStack() as stack:
-        stack.enter_context(torch._C.DisableTorchFunction())
-        if torch._C._len_torch_dispatch_stack():
-            from torch.utils._python_dispatch import _disable_current_modes
-
-            stack.enter_context(_disable_current_modes())
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-
-            stack.enter_context(temporarily_clear_interpreter_stack())
-        yield
 
 
 @torch.no_grad()

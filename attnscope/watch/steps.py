@@ -26,7 +26,6 @@ from attnscope.watch.numbers import (
     UnreadableError,
     copy_of_scalar,
     device_name,
-    outside_of_modes,
     why_without_numbers,
 )
 from attnscope.watch.output import see_cross_entropy
@@ -56,7 +55,7 @@ def _guarded(
         def guarded(self: "Steps", *args: _P.args, **kwargs: _P.kwargs) -> None:
             if self.is_on:
                 measuring = self._guard.measuring(what, self.now.number)
-                with self.lock, measuring, outside_of_modes():
+                with self.lock, measuring:
                     method(self, *args, **kwargs)
 
         return cast("Callable[Concatenate[Steps, _P], None]", guarded)

@@ -248,7 +248,8 @@ class Watcher:
 
     def _on_forward(self, _module: nn.Module | None) -> None:
         """Something is computed: the step before is over, if there was one."""
-        self._steps.computed()
+        if self._steps.stepped:
+            self._steps.computed()
         if self._snapshots is not None:
             with self._steps.trying("snapshot"):
                 self._snapshots.attach()
