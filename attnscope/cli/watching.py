@@ -127,6 +127,8 @@ def _say_what_was_seen(ended: "Ended", where: Path) -> None:
         lines.append(
             f"NO ATTENTION LAYER MATCHES --layers. Seen: {', '.join(watcher.left_out[:MOST_NAMES])}"
         )
+    elif watcher.unmeasured:
+        lines.append("NO ATTENTION WAS MEASURED, though some was seen:")
     else:
         lines.append(
             "NO ATTENTION WAS SEEN. Looked for: F.scaled_dot_product_attention, nn.MultiheadAttention, and matmul, bmm or "
@@ -153,10 +155,9 @@ def _say_what_was_seen(ended: "Ended", where: Path) -> None:
         )
     if watcher.failure is not None:
         lines.append(f"error: {watcher.failure}")
-    if watcher.unmeasured:
-        lines.append(
-            f"{watcher.unmeasured} kinds of calls could not be measured: see the events of the run"
-        )
+    for reason, of in list(watcher.reasons.items())[:MOST_NAMES]:
+        more = f" and {len(of) - 1} more" if len(of) > 1 else ""
+        lines.append(f"calls not measured, of {of[0]}{more}: {reason}")
     lines += [f"not measured: {said}" for said in watcher.failed[:MOST_NAMES]]
     for line in lines:
         note(f"attnscope: {printable(line, MOST_TEXT)}")

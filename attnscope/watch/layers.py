@@ -59,7 +59,7 @@ class Layers:
         self._roots = WeakIdKeyDictionary()
         self._roots_of: dict[str, str] = {}  # name to the class of the model it is in
         self._left_out: dict[str, None] = {}
-        self._unmeasured: set[tuple[object, ...]] = set()
+        self._unmeasured: dict[tuple[str, str, str], None] = {}  # name, backend and reason
         self.calls = 0
 
     @property
@@ -71,6 +71,14 @@ class Layers:
     def left_out(self) -> tuple[str, ...]:
         """Names of the layers that no pattern matches."""
         return tuple(self._left_out)
+
+    @property
+    def reasons(self) -> dict[str, tuple[str, ...]]:
+        """Why calls could not be measured, to the names of the layers that made them."""
+        found: dict[str, list[str]] = {}
+        for name, _, reason in self._unmeasured:
+            found.setdefault(reason, []).append(name)
+        return {reason: tuple(dict.fromkeys(names)) for reason, names in found.items()}
 
     @property
     def n_unmeasured(self) -> int:
@@ -141,7 +149,7 @@ class Layers:
             return
         if module is not None and not self._wants(name):
             return
-        self._unmeasured.add(key)
+        self._unmeasured[key] = None
         self._on_event(
             "not_measured",
             step=step.number,

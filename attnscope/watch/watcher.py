@@ -240,6 +240,11 @@ class Watcher:
         return self._layers.n_unmeasured
 
     @property
+    def reasons(self) -> dict[str, tuple[str, ...]]:
+        """Why calls could not be measured, to the names of the layers that made them."""
+        return self._layers.reasons
+
+    @property
     def failed(self) -> tuple[str, ...]:
         """What else could not be measured, and why, a line each."""
         return self._guard.said

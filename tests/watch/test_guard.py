@@ -70,7 +70,9 @@ def test_one_thing_that_fails_costs_the_others_nothing(
         assert run.steps[columns].equals(plain.steps[columns])
     assert lost == "heads" or run.heads.equals(plain.heads)
     assert lost in ("params", "grad_norm") or run.params.equals(plain.params)
-    assert bool(run.lost) == (lost == "steps"), "a table that is not there is missed when the run is read"
+    assert bool(run.lost) == (lost == "steps"), (
+        "a table that is not there is missed when the run is read"
+    )
 
 
 def test_a_failure_that_comes_again_is_said_once_and_counted(tmp_path, monkeypatch):

@@ -235,3 +235,33 @@ def test_ctrl_c_is_the_scripts_and_the_record_is_kept(script):
     assert "KeyboardInterrupt" in err and "attnscope: next: attnscope report runs/r" in err
     found = open_run(script.parent / "runs" / "r")
     assert found.status == "interrupted" and found.steps["step"].max() >= 30
+
+
+def test_attention_that_was_seen_and_could_not_be_measured_is_said_with_its_reason(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(
+        """
+import torch
+from torch import nn
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        return ((q @ k.mT).softmax(dim=2) @ v).sum()
+
+
+model = Attention()
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+model(torch.randn(2, 5, 16)).backward()
+optimizer.step()
+"""
+    )
+    done = watch("train.py", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "NO ATTENTION WAS MEASURED, though some was seen" in done.stderr
+    assert "calls not measured, of Attention: softmax over the queries' axis" in done.stderr
