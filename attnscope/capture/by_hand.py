@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from attnscope.capture.names import batch_and_heads
 from attnscope.capture.products import Operand, Product
-from attnscope.capture.seen import NotMeasuredError, Seen, factor_of_both
+from attnscope.capture.seen import Computed, NotMeasuredError, Seen, factor_of_both
 
 KEPT = 6  # products; scores, and perhaps relative positions, stand between q kᵀ and its softmax
 WAITING = 4  # softmaxes; attention may subtract one from another
@@ -156,20 +156,15 @@ def seen_by_hand(
     found = _queries_and_keys(products, z, (axes[0] - n_axes, axes[1] - n_axes))
     d_head = None if found is None else found[1].x.shape[found[1].summed]
     grid = batch_and_heads(z.shape[:-2], module, d_head)
-    q, k = z.new_empty(*grid, z.shape[-2], 0), None
+    q = k = None
     if found is not None:
         product, left, right = found
         q = product.rows(left).reshape(*grid, z.shape[-2], -1)
         k = product.rows(right).reshape(*grid, z.shape[-1], -1)
         factor = factor_of_both(left.x, right.x) if factor is None else factor
     return Seen(
-        q=q,
-        k=k,
-        z=z.reshape(*grid, *z.shape[-2:]),
-        scale=None,
+        logits=Computed(z=z.reshape(*grid, *z.shape[-2:]), q=q, k=k),
         factor=factor,
-        visible=None,
-        bias=None,
         mask="in the logits",
         backend="eager",
     )

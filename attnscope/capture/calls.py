@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from attnscope.capture.eager import Capture
 from attnscope.capture.names import Modules
 from attnscope.capture.patches import Patches
-from attnscope.capture.seen import Seen, fit_scale, scale_of, visible_logits
+from attnscope.capture.seen import (
+    Computed,
+    Modified,
+    Scaled,
+    Seen,
+    fit_scale,
+    scale_of,
+    visible_logits,
+)
 
 # Called with the name of the module that made the call, the module (None outside of modules), and what was seen.
 OnCall = Callable[[str, nn.Module | None, Seen], None]
@@ -58,26 +66,23 @@ def attention_calls(model: nn.Module, on_call: OnCall) -> Iterator[list[str]]:
 @torch.no_grad()
 def visible_keys(seen: Seen) -> Tensor:
     """Which keys each query sees, boolean (B, H, T, S)."""
-    n_batch, n_heads, n_queries, _ = seen.q.shape
-    if seen.modify is not None:
-        return modified_logits(seen)[2]
-    if seen.z is not None:
-        raw = None if seen.k is None else seen.q.float() @ seen.k.float().mT
-        return visible_logits(seen.z, raw)
-    assert seen.k is not None
-    grid = (n_batch, n_heads, n_queries, seen.k.shape[-2])
-    if seen.visible is None:
-        return torch.ones(grid, dtype=torch.bool, device=seen.q.device)
-    return seen.visible.expand(grid)
+    match seen.logits:
+        case Modified() as logits:
+            return modified_logits(logits)[2]
+        case Computed() as logits:
+            return visible_logits(logits.z, logits.raw())
+        case Scaled() as logits:
+            if logits.visible is None:
+                return torch.ones(seen.shape, dtype=torch.bool, device=logits.q.device)
+            return logits.visible.expand(seen.shape)
 
 
 @torch.no_grad()
-def modified_logits(seen: Seen) -> tuple[Tensor, Tensor, Tensor]:
+def modified_logits(logits: Modified) -> tuple[Tensor, Tensor, Tensor]:
     """Of a call in which a function decides: q kᵀ, the logits, and which keys each query sees, (B, H, T, S) each."""
-    assert seen.k is not None and seen.modify is not None
-    raw = seen.q.float() @ seen.k.float().mT
+    raw = logits.q.float() @ logits.k.float().mT
     at = (torch.arange(n, device=raw.device) for n in raw.shape[:3])
-    z, visible = seen.modify(raw * (1.0 if seen.scale is None else seen.scale), *at)
+    z, visible = logits.modify(raw * logits.scale, *at)
     everything = torch.ones((), dtype=torch.bool, device=raw.device)
     return raw, z.expand_as(raw), (everything if visible is None else visible).expand_as(raw)
 
@@ -88,8 +93,7 @@ def applied_scale(seen: Seen) -> float | None:
 
     Of a call made without gradients, what q and k were multiplied by before cannot be seen.
     """
-    scale = seen.scale
-    if seen.z is not None and seen.k is not None:
-        raw = seen.q.float() @ seen.k.float().mT
-        scale = scale_of(tuple(fit_scale(raw, seen.z.float(), visible_keys(seen)).tolist()))
+    scale, logits = seen.scale, seen.logits
+    if isinstance(logits, Computed) and (raw := logits.raw()) is not None:
+        scale = scale_of(tuple(fit_scale(raw, logits.z.float(), visible_keys(seen)).tolist()))
     return None if scale is None or seen.factor is None else scale * seen.factor

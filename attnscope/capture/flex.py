@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnscope.capture.seen import NotMeasuredError, Seen, visible_logits
+from attnscope.capture.seen import Modified, NotMeasuredError, Seen, visible_logits
 
 Mod = Callable[..., Tensor]  # score_mod(score, b, h, q, k) or mask_mod(b, h, q, k), for one logit
 
@@ -51,17 +51,16 @@ def flex_call(
 
     mods = {"mask_mod": mask_mod, "score_mod": score_mod}
     return Seen(
-        q=q,
-        k=shared_keys(k.expand(len(q), *k.shape[1:]), q),
-        z=None,
-        scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
+        logits=Modified(
+            q=q,
+            k=shared_keys(k.expand(len(q), *k.shape[1:]), q),
+            scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
+            modify=modify,
+            most=inf if score_mod is None else nan,
+        ),
         factor=factor,
-        visible=None,
-        bias=None,
         mask=" and ".join(name for name, mod in mods.items() if mod is not None) or "none",
         backend=backend,
-        modify=modify,
-        most=inf if score_mod is None else nan,
     )
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnscope.capture.names import batch_and_heads
-from attnscope.capture.seen import NotMeasuredError, Seen, factor_of_both, split_mask
+from attnscope.capture.seen import NotMeasuredError, Scaled, Seen, factor_of_both, split_mask
 
 
 def seen_fused(
@@ -55,14 +55,10 @@ def seen_fused(
     elif is_causal:
         visible = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
         mask = "causal"
+    applied = query.shape[-1] ** -0.5 if scale is None else float(scale)
     return Seen(
-        q=q,
-        k=k,
-        z=None,
-        scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
+        logits=Scaled(q=q, k=k, scale=applied, visible=visible, bias=bias),
         factor=factor_of_both(query, key) if factor is None else factor,
-        visible=visible,
-        bias=bias,
         mask=mask,
         backend="sdpa",
     )
@@ -104,8 +100,11 @@ def seen_native(
         hidden = hidden[:, None, None, :]
     visible, bias, kind = (None, None, "none") if hidden is None else split_mask(~hidden.bool())
     return Seen(
-        q=q, k=k, z=None, scale=q.shape[-1] ** -0.5, factor=1.0, visible=visible, bias=bias, mask=kind, backend="fast path",
-    )  # fmt: skip
+        logits=Scaled(q=q, k=k, scale=q.shape[-1] ** -0.5, visible=visible, bias=bias),
+        factor=1.0,
+        mask=kind,
+        backend="fast path",
+    )
 
 
 def seen_native_layer(

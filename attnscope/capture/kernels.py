@@ -25,7 +25,9 @@ from attnscope.capture.flex import flex_call, shared_keys
 from attnscope.capture.imports import when_imported
 from attnscope.capture.patches import Patches
 from attnscope.capture.seen import (
+    Modified,
     NotMeasuredError,
+    Scaled,
     Seen,
     factor_of_both,
     split_mask,
@@ -157,18 +159,15 @@ def seen_flash(given: Given) -> Seen:
         "soft-cap": softcap > 0,
         "alibi": slopes is not None,
     }
+    keys, applied = shared_keys(k, q), q.shape[-1] ** -0.5 if scale is None else float(scale)
+    most = nan if slopes is not None else softcap if softcap > 0 else inf
     return Seen(
-        q=q,
-        k=shared_keys(k, q),
-        z=None,
-        scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
+        logits=Modified(q=q, k=keys, scale=applied, modify=modify, most=most)
+        if any(parts.values())
+        else Scaled(q=q, k=keys, scale=applied),
         factor=factor_of_both(from_q, from_k),
-        visible=None,
-        bias=None,
         mask=", ".join(name for name, is_there in parts.items() if is_there) or "none",
         backend="flash-attn",
-        modify=modify if any(parts.values()) else None,
-        most=nan if slopes is not None else softcap if softcap > 0 else inf,
     )
 
 
@@ -233,14 +232,10 @@ def seen_xformers(given: Given) -> Seen:
         mask = kind
     elif bias is not None:
         raise NotMeasuredError(f"attn_bias is a {kind}, which has no materialize()")
+    applied = q.shape[-1] ** -0.5 if scale is None else float(scale)
     return Seen(
-        q=q,
-        k=k,
-        z=None,
-        scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
+        logits=Scaled(q=q, k=k, scale=applied, visible=visible, bias=added),
         factor=factor_of_both(given["query"], given["key"]),
-        visible=visible,
-        bias=added,
         mask=mask,
         backend="xformers",
     )

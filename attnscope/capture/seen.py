@@ -6,7 +6,7 @@ Shape key: B batch, H head, T query position, S key position, R sampled query po
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import inf
+from math import inf, nan
 from typing import Any, TypeGuard
 
 import torch
@@ -42,34 +42,116 @@ class NotMeasuredError(Exception):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Scaled:
+    """Logits that a call computes itself: scale q kᵀ + bias, where keys are visible.
+
+    Attributes:
+        q: (B, H, T, K).
+        k: (B, H, S, K).
+        scale: what the call multiplies q kᵀ by.
+        visible: boolean, broadcastable to (B, H, T, S); None = everything.
+        bias: added to the scaled logits, broadcastable to the same; None = nothing.
+    """
+
+    q: Tensor
+    k: Tensor
+    scale: float
+    visible: Tensor | None = None
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Modified:
+    """Logits that a function of positions makes of scale q kᵀ.
+
+    Attributes:
+        q: (B, H, T, K).
+        k: (B, H, S, K).
+        scale: what the call multiplies q kᵀ by.
+        modify: the function, which decides on masks, too.
+        most: no logit after it is larger than this, nor than scale ‖q‖ ‖k‖; NaN = that is not known.
+    """
+
+    q: Tensor
+    k: Tensor
+    scale: float
+    modify: Modify
+    most: float = inf
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Computed:
+    """Logits that the code computed before its softmax, masked and scaled, or not.
+
+    Attributes:
+        z: (B, H, T, S).
+        q: (B, H, T, K); None where the product q kᵀ was not seen.
+        k: (B, H, S, K); None with q.
+    """
+
+    z: Tensor
+    q: Tensor | None = None
+    k: Tensor | None = None
+
+    def raw(self) -> Tensor | None:
+        """Q kᵀ in float32, (B, H, T, S)."""
+        return None if self.q is None or self.k is None else self.q.float() @ self.k.float().mT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
     """An attention call.
 
     Attributes:
-        q: (B, H, T, K).
-        k: (B, H, S, K); None where the product q kᵀ was not seen.
-        z: attention logits, masked, (B, H, T, S), where the code computed them; None = they are scale q kᵀ.
-        scale: what the call multiplied q kᵀ by; None where `z` must tell.
+        logits: what its softmax was given, or is.
         factor: what q and k were multiplied by before, q (scale) kᵀ; None where it cannot be seen.
-        visible: boolean, broadcastable to (B, H, T, S); None = everything.
-        bias: added to the scaled logits; None = nothing.
         mask: in a word or a few.
         backend: sdpa, eager, fast path, flex, flash-attn, xformers, compiled sdpa, compiled eager, compiled flex.
-        modify: what stands in place of `visible` and `bias` where a function decides; None = those do.
-        most: no logit after `modify` is larger than this, nor than scale ‖q‖ ‖k‖; NaN = that is not known.
     """
 
-    q: Tensor
-    k: Tensor | None
-    z: Tensor | None
-    scale: float | None
+    logits: Scaled | Modified | Computed
     factor: float | None
-    visible: Tensor | None
-    bias: Tensor | None
     mask: str
     backend: str
-    modify: Modify | None = None
-    most: float = inf
+
+    @property
+    def q(self) -> Tensor | None:
+        """(B, H, T, K); None where it was not seen."""
+        return self.logits.q
+
+    @property
+    def k(self) -> Tensor | None:
+        """(B, H, S, K); None where it was not seen."""
+        return self.logits.k
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """B, H, T, S."""
+        if isinstance(self.logits, Computed):
+            n_batch, n_heads, n_queries, n_keys = self.logits.z.shape
+        else:
+            n_batch, n_heads, n_queries, _ = self.logits.q.shape
+            n_keys = self.logits.k.shape[-2]
+        return n_batch, n_heads, n_queries, n_keys
+
+    @property
+    def d_head(self) -> int | None:
+        """K; None where q was not seen."""
+        return None if self.logits.q is None else self.logits.q.shape[-1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the queries, or of the logits where those were not seen."""
+        return (
+            self.logits.z
+            if isinstance(self.logits, Computed) and self.logits.q is None
+            else self.logits.q
+        ).dtype  # type: ignore[union-attr]
+
+    @property
+    def scale(self) -> float | None:
+        """What the call multiplies q kᵀ by; None where the logits must tell."""
+        return None if isinstance(self.logits, Computed) else self.logits.scale
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,67 +177,43 @@ class Measured:
 @torch.no_grad()
 def measure(seen: Seen, *, rows: int | str, seed: int) -> Measured:
     """Statistics of a call over sampled rows or all of them, in float32 whatever autocast says."""
-    with torch.autocast(seen.q.device.type, enabled=False):
-        return _measure(seen, rows=rows, seed=seed)
-
-
-def _measure(seen: Seen, *, rows: int | str, seed: int) -> Measured:
-    n_batch, _, n_queries, _ = seen.q.shape
-    sample = (
-        None
-        if isinstance(rows, str)
-        else sample_rows(
-            n_batch=n_batch, n_queries=n_queries, rows=rows, seed=seed, device=seen.q.device
+    n_batch, _, n_queries, _ = seen.shape
+    logits = seen.logits
+    device = logits.z.device if isinstance(logits, Computed) else logits.q.device
+    sample = None
+    if not isinstance(rows, str):
+        sample = sample_rows(
+            n_batch=n_batch, n_queries=n_queries, rows=rows, seed=seed, device=device
         )
+    with torch.autocast(device.type, enabled=False):
+        match logits:
+            case Scaled():
+                return Measured(totals=_totals_scaled(logits, sample), fit=None)
+            case Modified():
+                return Measured(totals=_totals_modified(logits, sample), fit=None)
+            case Computed():
+                return _measure_computed(logits, sample)
+
+
+def _totals_scaled(logits: Scaled, sample: Rows | None) -> dict[str, Tensor]:
+    call = Call(
+        q=logits.q.detach(),
+        k=logits.k.detach(),
+        attn_scale=torch.tensor(logits.scale, device=logits.q.device),
+        visible=logits.visible,
+        bias=None if logits.bias is None else logits.bias.detach(),
+        softcap=0.0,
     )
-    fit = None
-    if seen.modify is not None:
-        found = _totals_modified(seen, seen.modify, sample)
-    elif seen.z is None:
-        assert seen.k is not None and seen.scale is not None
-        call = Call(
-            q=seen.q.detach(),
-            k=seen.k.detach(),
-            attn_scale=torch.tensor(seen.scale, device=seen.q.device),
-            visible=seen.visible,
-            bias=None if seen.bias is None else seen.bias.detach(),
-            softcap=0.0,
-        )
-        found = totals_of_all(call) if sample is None else totals_of(rows_of(call, sample))
-    else:
-        call = Call(
-            q=seen.q.detach(),
-            k=(seen.q if seen.k is None else seen.k).detach(),
-            attn_scale=torch.ones((), device=seen.q.device),
-            visible=None,
-            bias=seen.z.detach(),  # cut like a bias
-            softcap=0.0,
-        )
-        if sample is not None:
-            cut = rows_of(call, sample)
-            call, q_norm, k_norm = cut.call, cut.q_norm, cut.k_norm
-        else:
-            q_norm, k_norm = largest_norm(call.q), largest_norm(call.k)
-        assert call.bias is not None
-        z = call.bias.float()
-        raw = None if seen.k is None else call.q.float() @ call.k.float().mT
-        visible = visible_logits(z, raw)
-        bound = torch.full_like(q_norm, float("nan"))
-        if raw is not None:
-            fit = fit_scale(raw, z, visible)
-            bound = (fit[0].abs() * q_norm * k_norm).where(fit[1] < FIT_WITHIN, bound)
-        found = totals_of_logits(z, visible, bound)
-    return Measured(totals=found, fit=fit)
+    return totals_of_all(call) if sample is None else totals_of(rows_of(call, sample))
 
 
-def _totals_modified(seen: Seen, modify: Modify, sample: Rows | None) -> dict[str, Tensor]:
+def _totals_modified(logits: Modified, sample: Rows | None) -> dict[str, Tensor]:
     """Only the logits of sampled rows exist at once; where all rows are asked for, those of one head."""
-    assert seen.k is not None and seen.scale is not None
-    q, k = seen.q.detach(), seen.k.detach()
+    q, k = logits.q.detach(), logits.k.detach()
     n_batch, n_heads, n_queries, _ = q.shape
     b, h, i = (torch.arange(n, device=q.device) for n in (n_batch, n_heads, n_queries))
-    bound = abs(seen.scale) * largest_norm(q) * largest_norm(k)
-    bound = torch.minimum(bound, torch.full_like(bound, seen.most))
+    bound = abs(logits.scale) * largest_norm(q) * largest_norm(k)
+    bound = torch.minimum(bound, torch.full_like(bound, logits.most))
     parts = [slice(n, n + 1) for n in range(n_heads)]
     if sample is not None:
         scale = torch.ones((), device=q.device)
@@ -166,12 +224,34 @@ def _totals_modified(seen: Seen, modify: Modify, sample: Rows | None) -> dict[st
     dtype = wide(q.dtype)
     found = []
     for part in parts:
-        raw = q[:, part].to(dtype) @ k[:, part].to(dtype).mT * seen.scale
-        z, visible = modify(raw, b, h[part], i)
+        raw = q[:, part].to(dtype) @ k[:, part].to(dtype).mT * logits.scale
+        z, visible = logits.modify(raw, b, h[part], i)
         if visible is None:
             visible = torch.ones(1, dtype=torch.bool, device=z.device)
         found.append(totals_of_logits(z, visible.expand(z.shape), bound[part]))
     return {name: torch.cat([each[name] for each in found]) for name in TOTALS}
+
+
+def _measure_computed(logits: Computed, sample: Rows | None) -> Measured:
+    whole = logits.z.detach()
+    nothing = whole.new_zeros(*whole.shape[:-1], 1)
+    q = nothing if logits.q is None else logits.q.detach()
+    k = nothing if logits.k is None else logits.k.detach()
+    one = torch.ones((), device=whole.device)
+    # Logits are cut like a bias.
+    call = Call(q=q, k=k, attn_scale=one, visible=None, bias=whole, softcap=0.0)
+    q_norm, k_norm = largest_norm(q), largest_norm(k)
+    if sample is not None:
+        call = rows_of(call, sample).call
+    assert call.bias is not None
+    z, fit = call.bias.float(), None
+    bound = torch.full_like(q_norm, nan)
+    raw = None if logits.q is None else call.q.float() @ call.k.float().mT
+    visible = visible_logits(z, raw)
+    if raw is not None:
+        fit = fit_scale(raw, z, visible)
+        bound = (fit[0].abs() * q_norm * k_norm).where(fit[1] < FIT_WITHIN, bound)
+    return Measured(totals=totals_of_logits(z, visible, bound), fit=fit)
 
 
 def visible_logits(z: Tensor, raw: Tensor | None) -> Tensor:

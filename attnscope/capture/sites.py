@@ -36,7 +36,7 @@ from attnscope.capture.graphs import (
 )
 from attnscope.capture.names import module_with_id
 from attnscope.capture.products import Product, einsum_product, matrix_product
-from attnscope.capture.seen import NotMeasuredError, Seen, split_mask
+from attnscope.capture.seen import NotMeasuredError, Scaled, Seen, split_mask
 
 _ROOT = re.compile(r"([LG])\['(\w+)'\]")  # a local or global name of the frame that Dynamo compiles
 _STEP = re.compile(r"\.([^.\[\]]+)|\[(?:['\"]([^'\"]*)['\"]|(\d+))\]")
@@ -139,13 +139,8 @@ def _seen_projected(given: dict[str, Tensor], n_heads: int, *, causal: bool) -> 
             bias = added if bias is None else bias + added
         kinds.append(kind)
     return Seen(
-        q=q,
-        k=k,
-        z=None,
-        scale=q.shape[-1] ** -0.5,
+        logits=Scaled(q=q, k=k, scale=q.shape[-1] ** -0.5, visible=visible, bias=bias),
         factor=1.0,
-        visible=visible,
-        bias=bias,
         mask="causal" if causal else " and ".join(dict.fromkeys(kinds)) or "none",
         backend=PROJECTED,
     )

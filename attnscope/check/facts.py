@@ -3,15 +3,17 @@
 Shape key: B batch, H head, T query position, S key position, K d_head.
 """
 
+import math
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from attnscope.capture.calls import applied_scale, modified_logits, visible_keys
 from attnscope.capture.names import n_heads_of
-from attnscope.capture.seen import Seen, fit_scale, scale_of
+from attnscope.capture.seen import Computed, Modified, Seen, fit_scale, scale_of
 from attnscope.check.batch import Batch
 from attnscope.check.case import Case
 from attnscope.check.sight import Direction, direction_of, sight_of
@@ -33,7 +35,7 @@ class Attention:
         n_batch: B.
         n_heads: of q.
         n_kv_heads: of k.
-        d_head: of q.
+        d_head: of q; 0 where q was not seen.
         said_heads: how many heads the module says it has.
         d_model: width of the module's input.
         n_queries: T.
@@ -103,9 +105,8 @@ def attention_of(
         registered: ids of the model's parameters.
     """
     seen, n_heads = _of_some_heads(whole)
-    n_batch, _, n_queries, d_head = seen.q.shape
-    keys = seen.q if seen.k is None else seen.k
-    n_keys = _n_keys(seen)
+    n_batch, _, n_queries, n_keys = seen.shape
+    q, k = seen.q, seen.k
     visible_BHTS = visible_keys(seen)
     empty_BHT = ~visible_BHTS.any(dim=-1)
     batch = case.batch
@@ -132,21 +133,21 @@ def attention_of(
         layer=name,
         backend=seen.backend,
         mask=seen.mask,
-        dtype=str(seen.q.dtype).removeprefix("torch."),
+        dtype=str(seen.dtype).removeprefix("torch."),
         n_batch=n_batch,
         n_heads=n_heads,
-        n_kv_heads=n_heads if keys.shape[1] == seen.q.shape[1] else keys.shape[1],
-        d_head=d_head,
+        n_kv_heads=n_heads if k is None or k.shape[1] == seen.shape[1] else k.shape[1],
+        d_head=seen.d_head or 0,
         said_heads=n_heads_of(module),
         d_model=None,
         n_queries=n_queries,
         n_keys=n_keys,
         scale=scale,
         before=None if scale is None else seen.factor,
-        is_cosine=_is_cosine(seen.q, keys, seen.factor),
-        rms=(_rms(seen.q), _rms(keys)),
+        is_cosine=q is not None and k is not None and _is_cosine(q, k, seen.factor),
+        rms=(math.nan, math.nan) if q is None or k is None else (_rms(q), _rms(k)),
         is_top_left=_is_top_left(seen, n_queries, n_keys),
-        repeated=_repeated(keys, n_queries) if n_keys > n_queries > 1 else 1,
+        repeated=_repeated(k, n_queries) if k is not None and n_keys > n_queries > 1 else 1,
         direction=direction,
         over_batch=over_batch,
         farthest=farthest,
@@ -154,7 +155,7 @@ def attention_of(
         is_inverted=_is_inverted(visible_BHTS, batch),
         pairs=int(visible_BHTS.sum()),
         pattern=zlib.crc32(visible_BHTS.cpu().numpy().tobytes()),
-        keys_sum=_sum(keys),
+        keys_sum=0.0 if k is None else _sum(k),
         rows=empty_BHT.numel(),
         empty_rows=int(empty_BHT.sum()),
         empty_real_rows=int(empty_real.sum()),
@@ -164,24 +165,17 @@ def attention_of(
 
 def _of_some_heads(seen: Seen) -> tuple[Seen, int]:
     """The call without most of its heads if it is very large, and how many it has."""
-    n_batch, n_heads, n_queries, _ = seen.q.shape
-    most = max(MOST_LOGITS // (n_batch * n_queries * _n_keys(seen)), 1)
+    n_batch, n_heads, n_queries, n_keys = seen.shape
+    most = max(MOST_LOGITS // (n_batch * n_queries * n_keys), 1)
     if most >= n_heads:
         return seen, n_heads
 
-    def cut(x: Tensor | None) -> Tensor | None:
-        return x[:, :most] if x is not None and x.dim() == 4 and x.shape[1] == n_heads else x
+    def cut(x: Any) -> Any:
+        is_of_heads = isinstance(x, Tensor) and x.dim() == 4 and x.shape[1] == n_heads
+        return x[:, :most] if is_of_heads else x
 
-    kept = replace(
-        seen, q=seen.q[:, :most], k=cut(seen.k), z=cut(seen.z), visible=cut(seen.visible), bias=cut(seen.bias)
-    )  # fmt: skip
-    return kept, n_heads
-
-
-def _n_keys(seen: Seen) -> int:
-    if seen.k is not None:
-        return seen.k.shape[-2]
-    return seen.q.shape[-2] if seen.z is None else seen.z.shape[-1]
+    parts = {each.name: cut(getattr(seen.logits, each.name)) for each in fields(seen.logits)}
+    return replace(seen, logits=replace(seen.logits, **parts)), n_heads
 
 
 def _direction(visible_BHTS: Tensor, pairs_BTS: Tensor) -> tuple[Direction, int]:
@@ -205,14 +199,15 @@ def _scale(seen: Seen) -> float | None:
     """As `applied_scale`, where a function of the logits has its say, too."""
     if seen.factor is None:
         return None
-    if seen.modify is not None:
-        raw, z, visible = modified_logits(seen)
-    elif seen.z is not None and seen.k is not None:
+    logits = seen.logits
+    if isinstance(logits, Modified):
+        raw, z, visible = modified_logits(logits)
+    elif isinstance(logits, Computed) and (product := logits.raw()) is not None:
         found = applied_scale(seen)
-        if found is not None or seen.z.shape[-2] != seen.z.shape[-1]:
+        if found is not None or seen.shape[-2] != seen.shape[-1]:
             return found
         # A mask that hides nothing spoils the fit: of the keys before each query it is none.
-        raw, z = seen.q.float() @ seen.k.float().mT, seen.z.float()
+        raw, z = product, logits.z.float()
         visible = visible_keys(seen).tril()
     else:
         return applied_scale(seen)

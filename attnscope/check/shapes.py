@@ -34,7 +34,7 @@ def head_shapes(case: Case, looked: Looked) -> Checked:
         )
         return failed(name, finding, evidence, remedy)
     shapes = sorted({(each.n_heads, each.d_head) for each in looked.calls})
-    in_words = ", ".join(f"{n_heads} x {d_head}" for n_heads, d_head in shapes)
+    in_words = ", ".join(f"{n_heads} x {d_head or '?'}" for n_heads, d_head in shapes)
     agree = (
         f"q and k of {many(len(looked.calls), 'attention call')} agree; heads x d_head: {in_words}"
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnscope.capture.calls import modified_logits
-from attnscope.capture.seen import Seen
+from attnscope.capture.seen import Computed, Modified, Scaled, Seen
 from attnscope.check.case import NOISE
 
 EXACT = 1e-4  # of the largest logit: logits that a number explains
@@ -41,7 +41,7 @@ def soft_mask(seen: Seen, visible_BHTS: Tensor, real_BT: Tensor) -> Soft | None:
 
     A bias of positions (ALiBi, T5) has other numbers at other distances, and is none.
     """
-    if seen.k is None:
+    if seen.q is None or seen.k is None:
         return None
     n = visible_BHTS.shape[-1]
     raw = seen.q.float() @ seen.k.float().mT
@@ -74,15 +74,15 @@ def soft_mask(seen: Seen, visible_BHTS: Tensor, real_BT: Tensor) -> Soft | None:
 
 def _logits(seen: Seen, raw: Tensor) -> tuple[Tensor, Tensor | None]:
     """Logits, and what was added to them where that is known."""
-    if seen.modify is not None:
-        return modified_logits(seen)[1], None
-    if seen.z is not None:
-        return seen.z.float(), None
-    z = raw * (seen.scale or 1.0)
-    if seen.bias is None:
-        return z, torch.zeros_like(z)
-    added = seen.bias.float().expand_as(z)
-    return z + added, added
+    match seen.logits:
+        case Modified() as logits:
+            return modified_logits(logits)[1], None
+        case Computed() as logits:
+            return logits.z.float(), None
+        case Scaled() as logits:
+            z = raw * logits.scale
+            added = torch.zeros_like(z) if logits.bias is None else logits.bias.float().expand_as(z)
+            return z + added, added
 
 
 def _filled(z: Tensor, raw: Tensor, where: Tensor, base: Tensor) -> tuple[str, float] | None:

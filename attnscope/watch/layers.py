@@ -87,7 +87,7 @@ class Layers:
 
     def see(self, step: Step, module: nn.Module | None, seen: Seen) -> None:
         """Measure a call and add it to the step."""
-        name = self._name_of(module, seen.q.shape[1])
+        name = self._name_of(module, seen.shape[1])
         if name is None:
             return
         if name not in self._numbers and len(self._numbers) >= MOST_LAYERS:
@@ -109,17 +109,17 @@ class Layers:
         layer = self._numbers.get(name)
         if layer is None:
             layer = self._numbers[name] = len(self._numbers)
-            self._names_by_heads(module)[seen.q.shape[1]] = name
+            self._names_by_heads(module)[seen.shape[1]] = name
             self._roots_of[name] = "" if module is None else self._root_of(module)
             self._on_layer(
                 step.number,
                 Layer(
                     number=layer,
                     name=name,
-                    n_heads=seen.q.shape[1],
-                    d_head=seen.q.shape[3],
+                    n_heads=seen.shape[1],
+                    d_head=seen.d_head,
                     mask=seen.mask,
-                    dtype=str(seen.q.dtype).removeprefix("torch."),
+                    dtype=str(seen.dtype).removeprefix("torch."),
                     backend=seen.backend,
                     scale=seen.scale,
                     factor=seen.factor,

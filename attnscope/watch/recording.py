@@ -55,7 +55,7 @@ class Layer:
         number: in the order of first calls; `layer` in the tables.
         name: path of its module.
         n_heads: query heads.
-        d_head: size of a query.
+        d_head: size of a query; None where it was not seen.
         mask: in words.
         dtype: of the queries.
         backend: sdpa, eager, fast path.
@@ -67,7 +67,7 @@ class Layer:
     number: int
     name: str
     n_heads: int
-    d_head: int
+    d_head: int | None
     mask: str
     dtype: str
     backend: str

@@ -89,10 +89,10 @@ def test_logits_queries_and_keys_are_found_however_it_is_written(way, square):
     q, k, v = tensors((B, H, T, K), (B, H, n_keys, K), (B, H, n_keys, K))
     seen, unseen = seen_in(lambda: way(q, k, v))
     assert unseen == []
-    assert [tuple(each.z.shape) for each in seen] == [(B, H, T, n_keys)]
-    torch.testing.assert_close(seen[0].z, (q @ k.mT * 0.5).detach())
+    assert [tuple(each.logits.z.shape) for each in seen] == [(B, H, T, n_keys)]
+    torch.testing.assert_close(seen[0].logits.z, (q @ k.mT * 0.5).detach())
     raw = seen[0].q @ seen[0].k.mT * (0.5 if way is not scaled_before else 1.0)
-    torch.testing.assert_close(seen[0].z, raw)
+    torch.testing.assert_close(seen[0].logits.z, raw)
     assert applied_scale(seen[0]) == pytest.approx(0.5)
 
 
@@ -104,8 +104,8 @@ def test_groups_of_heads_by_einsum():
         return torch.einsum("bhgij,bhjd->bhgid", w, v)
 
     seen, unseen = seen_in(forward, heads=6)
-    assert unseen == [] and [tuple(each.z.shape) for each in seen] == [(B, 6, T, S)]
-    torch.testing.assert_close(seen[0].q @ seen[0].k.mT, seen[0].z)
+    assert unseen == [] and [tuple(each.logits.z.shape) for each in seen] == [(B, 6, T, S)]
+    torch.testing.assert_close(seen[0].q @ seen[0].k.mT, seen[0].logits.z)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_sinks_beside_the_keys_are_part_of_the_logits():
         return z.softmax(-1)[..., :-1] @ v
 
     seen, unseen = seen_in(forward)
-    assert unseen == [] and [tuple(each.z.shape) for each in seen] == [(B, H, T, S + 1)]
+    assert unseen == [] and [tuple(each.logits.z.shape) for each in seen] == [(B, H, T, S + 1)]
     assert seen[0].k is None and applied_scale(seen[0]) is None
 
 
@@ -208,7 +208,7 @@ def test_two_softmaxes_whose_difference_weighs_values_are_two_calls():
 
     seen, unseen = seen_in(forward)
     assert unseen == [] and len(seen) == 2
-    torch.testing.assert_close(seen[1].z, (q2 @ k2.mT).detach())
+    torch.testing.assert_close(seen[1].logits.z, (q2 @ k2.mT).detach())
 
 
 def test_a_learned_temperature_leaves_the_scale_unknown():
