@@ -6,6 +6,7 @@ One watcher at a time: what it replaces in PyTorch belongs to the whole process.
 import atexit
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -192,7 +193,8 @@ class Watcher:
         elif isinstance(error, KeyboardInterrupt):
             self.stop("interrupted")
         else:
-            self.stop("failed", error=f"{type(error).__name__}: {error}"[:MOST_TEXT])
+            said = traceback.format_exception_only(error)[-1].strip()
+            self.stop("failed", error=said[:MOST_TEXT])
 
     @property
     def failure(self) -> RunWriteError | None:

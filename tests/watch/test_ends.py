@@ -12,6 +12,7 @@ from attnscope.cli.app import app
 from attnscope.diagnose import diagnose
 from attnscope.report.contents import contents
 from attnscope.runs.reader import list_runs, open_run
+from attnscope.watch.attach import watch_model
 from tests.watch.test_training import Small, loss_of, train
 
 
@@ -110,3 +111,9 @@ def test_a_loss_that_breaks_the_weights_diverges_where_it_did(tmp_path):
     short = train_classes(tmp_path / "short", (7,), breaks=True, steps=9)
     (at,) = short.events[short.events["kind"] == "diverged"]["step"]
     assert (at, short.members[0].diverged_at) == (7, 7), "known when the record ends"
+
+
+def test_an_error_without_words_is_named_by_its_class(tmp_path):
+    with pytest.raises(AssertionError), watch_model(path=tmp_path / "run"):
+        raise AssertionError
+    assert open_run(tmp_path / "run").ends[0]["error"] == "AssertionError"
