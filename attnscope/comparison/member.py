@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from attnscope.config import Config
 from attnscope.runs.by_member import configs_of, rows_of_member
-from attnscope.runs.reader import MemberRecord, Run
+from attnscope.runs.members import MemberRecord
+from attnscope.runs.reader import Run
 
 if TYPE_CHECKING:
     import pandas as pd

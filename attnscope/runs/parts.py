@@ -24,6 +24,7 @@ from attnscope.runs.layout import (
     MAX_TABLE_BYTES,
     PART,
     TABLE_FILE,
+    Manifest,
     part_folder,
     table_file,
     with_special,
@@ -33,8 +34,9 @@ from attnscope.runs.streams import Table, decode_table
 
 CHANGED = "was changed after it was written: its checksum is another"
 
-
 MOST_START_BYTES = 1 << 20  # of the first line of an events file
+MOST_ERROR = 300  # characters
+NEVER = 2**62  # a step that no later segment replaces
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +127,18 @@ def find_part(run: Path, index: int) -> Part:
         written=written,
         lost=lost,
     )
+
+
+def parts_of(path: Path, manifest: Manifest) -> tuple[Part, ...]:
+    """The parts of a run that have members."""
+    return tuple(find_part(path, index) for index in sorted({m.part for m in manifest.members}))
+
+
+def error_of(part: Part) -> str | None:
+    """What a part that failed died of, fit to show."""
+    if not part.end or part.end["status"] != "failed":
+        return None
+    return printable(part.end.get("error") or "an error that it did not name", MOST_ERROR)
 
 
 def files_in(table: Mapping[str, Any]) -> dict[str, Written]:
