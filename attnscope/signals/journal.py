@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 from attnscope.runs.events import Event
-from attnscope.runs.writer import PartWriter
+from attnscope.runs.part_writer import PartWriter
 from attnscope.signals.alarms import Alarms
 from attnscope.signals.nonfinite import Looked, Tables
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from attnscope.data import Corpus
 from attnscope.errors import AttnscopeError
 from attnscope.runs.events import Event
-from attnscope.runs.writer import PartWriter
+from attnscope.runs.part_writer import PartWriter
 from attnscope.signals.alarms import Alarms
 from attnscope.signals.journal import Journal
 from attnscope.train import evaluation

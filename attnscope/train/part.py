@@ -14,7 +14,7 @@ from attnscope.errors import ConfigError
 from attnscope.model import QKV, forward, initial_parameters
 from attnscope.runs.checkpoint import Checkpoint, save_checkpoint
 from attnscope.runs.divergence import NOT_FINITE_IN_A_ROW
-from attnscope.runs.writer import PartWriter
+from attnscope.runs.part_writer import PartWriter
 from attnscope.train.clipping import clip_state
 from attnscope.train.optimizer import optimizer_state
 from attnscope.train.step import Setup, all_finite, loss_scaling_state, set_up

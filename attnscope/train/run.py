@@ -19,8 +19,9 @@ from attnscope.runs.foreign import printable
 from attnscope.runs.holder import holding
 from attnscope.runs.layout import part_folder
 from attnscope.runs.manifest import is_whole
+from attnscope.runs.part_writer import PartWriter
 from attnscope.runs.reader import Run, open_run
-from attnscope.runs.writer import PartWriter, RunWriter
+from attnscope.runs.writer import RunWriter
 from attnscope.signals.alarms import FED, Alarms
 from attnscope.train.loop import Progress, train_part
 from attnscope.train.part import Part, device_of

@@ -12,7 +12,7 @@ from torch import Tensor
 from attnscope.capture.names import Modules
 from attnscope.capture.seen import scale_of
 from attnscope.runs.events import Event
-from attnscope.runs.writer import PartWriter
+from attnscope.runs.part_writer import PartWriter
 from attnscope.signals.alarms import Alarms, place_of
 from attnscope.signals.journal import Journal
 from attnscope.signals.nonfinite import Looked
