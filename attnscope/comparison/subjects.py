@@ -107,7 +107,7 @@ def subjects_of(run: Run, rows: Sequence[MemberRow]) -> tuple[Subject, ...]:
                 seed=shown(settings.get(SEED)),
                 data=to_json(
                     [
-                        _fingerprint(run, member.part),
+                        run.data_of(member.part).get("fingerprint"),
                         *(shown(settings.get(key)) for key in BATCHES),
                     ]
                 ),
@@ -126,9 +126,3 @@ def outcome_text(cell: Cell) -> str:
 def shown(value: object) -> str:
     """A setting as text fit to show."""
     return "-" if value is None else printable(value_text(value), 60)
-
-
-def _fingerprint(run: Run, part: int) -> object:
-    parts = run.data.get("parts")
-    other = parts.get(str(part)) if isinstance(parts, dict) else None
-    return other.get("fingerprint") if isinstance(other, dict) else run.data.get("fingerprint")

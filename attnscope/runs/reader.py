@@ -226,11 +226,15 @@ class Run:
         began = any(part.segments for part in self._parts) and "sweep" not in self._manifest.config
         return made_with if began and is_whole(made_with, 1, 2**15) else None
 
+    def data_of(self, part: int) -> Mapping[str, object]:
+        """What run.json says of the data of a part: fingerprint and reference."""
+        others = self.data.get("parts")
+        other = others.get(str(part)) if isinstance(others, dict) else None
+        return other if isinstance(other, dict) else self.data
+
     def unigram_of(self, part: int) -> float | None:
         """Unigram loss of what a part was trained on, nats per token; None = unknown."""
-        others = self.data.get("parts")
-        data = others.get(str(part)) if isinstance(others, dict) else None
-        reference = (data if isinstance(data, dict) else self.data).get("reference")
+        reference = self.data_of(part).get("reference")
         unigram = reference.get("unigram") if isinstance(reference, dict) else None
         return unigram if isinstance(unigram, float) else None
 

@@ -24,7 +24,7 @@ from attnscope.metrics.activations import (
     token_norms,
     token_total,
 )
-from attnscope.metrics.attention import STATISTICS, statistics_of, statistics_of_all
+from attnscope.metrics.attention import statistics_of, statistics_of_all
 from attnscope.metrics.gradients import (
     PARAMETER_STATISTICS,
     Grouping,
@@ -34,7 +34,8 @@ from attnscope.metrics.gradients import (
     parameter_stats,
 )
 from attnscope.metrics.loss import TokenLosses, output_logit_max
-from attnscope.metrics.rows import Rows, Shelf, sample_rows
+from attnscope.metrics.rows import SAMPLES, Rows, Shelf, sample_rows
+from attnscope.metrics.totals import HEAD_COLUMNS
 from attnscope.model import AttentionInputs
 from attnscope.train.block import Array, Block, tables_of
 from attnscope.train.step import Clipped, attention_call
@@ -52,10 +53,8 @@ STEP_COLUMNS = (
     "loss_scale",
     "val_loss",
 )
-HEAD_COLUMNS = (*STATISTICS, "rows", "rows_left_out")
 LAYER_COLUMNS = ("activation_rms", "token_cosine")
 
-SAMPLES = 64  # different row samples, used in turn
 BLOCK_BYTES = 64 << 20  # of sampled queries and keys that wait for the end of their block
 
 _T = TypeVar("_T")

@@ -21,6 +21,7 @@ from attnscope.capture.patches import Patches
 from attnscope.capture.seen import Seen
 from attnscope.errors import RunError, RunWriteError
 from attnscope.signals.conditions import Stopper
+from attnscope.signals.journal import FLUSH_SECONDS
 from attnscope.watch.finite import Finite, Outputs
 from attnscope.watch.guard import MOST_TEXT, Guard, one_line
 from attnscope.watch.layers import Layers
@@ -33,8 +34,6 @@ from attnscope.watch.training import Training
 
 if TYPE_CHECKING:
     from attnscope.capture.compiled import Probes
-
-FLUSH_SECONDS = 0.75  # a killed process loses at most this and the step it was in
 
 _watching: "Watcher | None" = None
 
