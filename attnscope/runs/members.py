@@ -15,8 +15,6 @@ from attnscope.runs.layout import MemberEntry
 from attnscope.runs.outcome import outcome
 from attnscope.runs.parts import NEVER, Part
 
-DECIDES = ("step", "loss", "grad_norm", "loss_scale")  # columns of the steps table
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemberRecord:
@@ -52,7 +50,7 @@ def member_record(
 
     Args:
         entry: of run.json.
-        steps: DECIDES of the member to columns, (S,).
+        steps: `divergence.FED` of the member to columns, (S,).
         end_status: of its part, from `end_status_of`.
         error: what its part died of.
         config: of run.json, as a table.

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from attnscope.config import Config, nearest, parse_table
 from attnscope.errors import ConfigError, RunError
 from attnscope.runs.atomic import reason_of, remedy_of
+from attnscope.runs.divergence import FED
 from attnscope.runs.events import Event
 from attnscope.runs.foreign import printable
 from attnscope.runs.holder import writer_of
@@ -30,7 +31,7 @@ from attnscope.runs.layout import (
 )
 from attnscope.runs.listing import runs_in
 from attnscope.runs.manifest import change_of, is_whole, read_manifest
-from attnscope.runs.members import DECIDES, MemberRecord, end_status_of, member_record
+from attnscope.runs.members import MemberRecord, end_status_of, member_record
 from attnscope.runs.parts import (
     NEVER,
     Part,
@@ -185,7 +186,7 @@ class Run:
         codes_N = self.steps["member"].cat.codes.to_numpy()
         order_N = np.argsort(codes_N, kind="stable")
         bounds = np.searchsorted(codes_N[order_N], np.arange(len(self._names) + 1))
-        columns = {name: self.steps[name].to_numpy()[order_N] for name in DECIDES}
+        columns = {name: self.steps[name].to_numpy()[order_N] for name in FED}
         ends = {
             part.index: end_status_of(part, run_status=self.status, is_held=self._is_held)
             for part in self._parts

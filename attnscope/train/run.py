@@ -11,7 +11,9 @@ import torch
 from attnscope.config import Config, DataConfig, Member, members_of
 from attnscope.data import Corpus, data_of
 from attnscope.errors import RunError
+from attnscope.model import QKV
 from attnscope.runs.checkpoint import Checkpoint, load_checkpoint
+from attnscope.runs.divergence import FED
 from attnscope.runs.environment import environment
 from attnscope.runs.foreign import printable
 from attnscope.runs.holder import holding
@@ -20,7 +22,7 @@ from attnscope.runs.manifest import is_whole
 from attnscope.runs.part_writer import PartWriter
 from attnscope.runs.reader import Run, open_run
 from attnscope.runs.writer import RunWriter
-from attnscope.signals.alarms import FED, Alarms
+from attnscope.signals.alarms import Alarms
 from attnscope.train.loop import Progress, train_part
 from attnscope.train.part import Part, device_of
 
@@ -267,6 +269,13 @@ def _check_fits(run: Run, checkpoint: Checkpoint, n_members: int) -> None:
         raise RunError(
             f"{run.path}: its checkpoint at step {checkpoint.step} does not fit the members of this run. Restore it, or "
             "delete it: the part is then trained again from its first step."
+        )
+    assert isinstance(names, list)
+    if apart := [name for name in QKV if name in names]:
+        raise RunError(
+            f"{run.path}: its checkpoint at step {checkpoint.step} has {', '.join(apart)} as parameters of their own, as old "
+            "versions of attnscope saved them, and cannot be gone on with. Delete it: the part is then trained again from its "
+            "first step."
         )
 
 

@@ -270,5 +270,5 @@ def broken_gradients(step: Step) -> list[str]:
         broken_P = (~norm_P.isfinite()).cpu().tolist()
         for (layer, group), broken in zip(places, broken_P, strict=True):
             if broken:
-                found.append(f"layer {layer} {group}" if layer >= 0 else group)
+                found.append(place_of(layer, group))
     return list(dict.fromkeys(found))
