@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from attnscope.runs.events import Event
 from attnscope.runs.layout import MemberEntry
 from attnscope.runs.outcome import outcome
-from attnscope.runs.parts import NEVER, Part
+from attnscope.runs.parts import NEVER, PartFiles
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +77,7 @@ def member_record(
     )
 
 
-def end_status_of(part: Part, *, run_status: str, is_held: bool) -> str | None:
+def end_status_of(part: PartFiles, *, run_status: str, is_held: bool) -> str | None:
     """What ended a part, for its members: of one that never began, what ended the run.
 
     Args:

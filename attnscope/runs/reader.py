@@ -34,7 +34,7 @@ from attnscope.runs.manifest import change_of, is_whole, read_manifest
 from attnscope.runs.members import MemberRecord, end_status_of, member_record
 from attnscope.runs.parts import (
     NEVER,
-    Part,
+    PartFiles,
     error_of,
     gaps_in,
     parts_of,
@@ -46,7 +46,7 @@ from attnscope.runs.parts import (
     without_steps,
     written_elsewhere,
 )
-from attnscope.runs.streams import Table, decode_table
+from attnscope.runs.streams import TableData, decode_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -91,7 +91,7 @@ class Run:
         self._notes = [note for part in self._parts for note in part.lost]
         self._notes += [note for note in [change_of(path)] if note]
         self._notes += strangers(path, [part.index for part in self._parts])
-        self._steps_tables: dict[tuple[int, int], Table] = {}
+        self._steps_tables: dict[tuple[int, int], TableData] = {}
         self._numbers: dict[int, dict[int, int]] = {}  # part, index -> place in run.json
         for number, entry in enumerate(manifest.members):
             self._numbers.setdefault(entry.part, {})[entry.index] = number
@@ -287,7 +287,7 @@ class Run:
                 columns[name] = np.concatenate(pieces)
         return pd.DataFrame(columns, copy=False)
 
-    def _chunk(self, table: Table, codes_N: NDArray[np.int32]) -> dict[str, Any]:
+    def _chunk(self, table: TableData, codes_N: NDArray[np.int32]) -> dict[str, Any]:
         """The columns of a table, with names instead of positions."""
         import pandas as pd
 
@@ -301,7 +301,7 @@ class Run:
         )
         return columns
 
-    def _table(self, part: Part, segment: int, table: str) -> Table:
+    def _table(self, part: PartFiles, segment: int, table: str) -> TableData:
         """One file, decoded. The steps stay at hand: they date all the others."""
         key = (part.index, segment)
         if table == "steps" and key in self._steps_tables:
@@ -312,7 +312,7 @@ class Run:
             self._steps_tables[key] = found
         return found
 
-    def _replaced_from(self, part: Part, found: Mapping[int, Table]) -> dict[int, int]:
+    def _replaced_from(self, part: PartFiles, found: Mapping[int, TableData]) -> dict[int, int]:
         """The step from which later segments replace the records of each segment.
 
         A segment begins at the step it says or at its first record, but replaces nothing until it has one.
@@ -327,7 +327,7 @@ class Run:
                 limit = min(limit, *firsts, *self._starts_in(part, segment))
         return ends
 
-    def _starts_in(self, part: Part, segment: int) -> list[int]:
+    def _starts_in(self, part: PartFiles, segment: int) -> list[int]:
         """Where a segment says that it begins."""
         events = self._events_in[part.index, segment]
         return [event.step for event in events if event.kind == "start"]

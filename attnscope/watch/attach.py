@@ -16,7 +16,7 @@ from attnscope.runs.environment import environment
 from attnscope.runs.layout import RUN_FILE, MemberEntry
 from attnscope.runs.writer import RunWriter, next_run_path
 from attnscope.watch.parameters import parameters_of
-from attnscope.watch.recording import Recorder
+from attnscope.watch.recording import WatchRecorder
 from attnscope.watch.settings import EVERY, ROWS, Settings
 from attnscope.watch.trackers import TrackerLog
 from attnscope.watch.watcher import Watcher, watching
@@ -118,7 +118,7 @@ def open_watcher(path: Path, settings: Settings, *, command: Sequence[str]) -> W
     log = TrackerLog(settings.log_to, path) if settings.log_to is not None and rank == 0 else None
     modules = Modules()
     part = RunWriter(path.absolute()).part(rank)  # the script may change its folder
-    watcher = Watcher(path, Recorder(part, modules, log), modules, settings)
+    watcher = Watcher(path, WatchRecorder(part, modules, log), modules, settings)
     watcher.start()
     return watcher
 

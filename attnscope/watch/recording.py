@@ -93,7 +93,7 @@ class Layer:
         }
 
 
-class Recorder:
+class WatchRecorder:
     """The block that is not on disk yet.
 
     Invariant: a block has whole steps only.

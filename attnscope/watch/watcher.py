@@ -25,7 +25,7 @@ from attnscope.signals.journal import FLUSH_SECONDS
 from attnscope.watch.finite import Finite, Outputs
 from attnscope.watch.guard import MOST_TEXT, Guard, one_line
 from attnscope.watch.layers import Layers
-from attnscope.watch.recording import Recorder, Tables
+from attnscope.watch.recording import Tables, WatchRecorder
 from attnscope.watch.settings import Settings
 from attnscope.watch.snapshots import Snapshots
 from attnscope.watch.steps import Steps
@@ -47,7 +47,7 @@ class Watcher:
     path: Path
 
     def __init__(
-        self, path: Path, recorder: Recorder, modules: Modules, settings: Settings
+        self, path: Path, recorder: WatchRecorder, modules: Modules, settings: Settings
     ) -> None:
         """Use `watch_model` or `watch_script`."""
         self.path = path

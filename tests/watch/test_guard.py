@@ -45,7 +45,7 @@ COLUMNS = ["step", "loss", "grad_norm", "lr"]
         ("attnscope.watch.recording.heads_of", "heads"),
         ("attnscope.watch.recording.params_of", "params"),
         ("attnscope.watch.recording.steps_of", "steps"),
-        ("attnscope.watch.recording.Recorder._alarm", "nothing"),
+        ("attnscope.signals.alarms.Alarms.look", "nothing"),
         ("attnscope.watch.recording.Layer.described", "names"),
         ("attnscope.watch.finite.Finite._add", "nothing"),
         ("attnscope.watch.finite.Outputs.broken", "nothing"),
