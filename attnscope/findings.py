@@ -68,6 +68,26 @@ def to_table(finding: Finding) -> dict[str, object]:
     return asdict(finding)
 
 
+def evidence_columns(evidence: Sequence[Evidence]) -> dict[str, tuple[str, ...]]:
+    """Title to texts, one per piece of evidence, without places in which nothing applies."""
+    places = ("step", "layer", "head", "group")
+    columns: dict[str, list[object]] = {"member": [each.member for each in evidence]}
+    for place in places:
+        found = [getattr(each, place) for each in evidence]
+        if any(value is not None for value in found):
+            columns[place] = found
+    columns["quantity"] = [each.quantity for each in evidence]
+    columns["value"] = [each.value for each in evidence]
+    columns["compared with"] = [each.threshold for each in evidence]
+    return {title: tuple(map(_shown, values)) for title, values in columns.items()}
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def named(members: Sequence[str]) -> str:
     """Names for a sentence: "a", "a, b and c", or "a, b, c and 497 more"."""
     if len(members) > MOST_NAMED:

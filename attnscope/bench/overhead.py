@@ -12,11 +12,11 @@ import torch
 from attnscope.bench.plain import PlainLoop
 from attnscope.bench.timing import Ratio, interleave, ratio
 from attnscope.config import Config, apply_changes, members_of
-from attnscope.data import Corpus, open_data
+from attnscope.data import Corpus, data_of
 from attnscope.runs.writer import RunWriter
 from attnscope.signals.alarms import Alarms
-from attnscope.signals.journal import Journal
-from attnscope.train.loop import FLUSH_SECONDS, train_step
+from attnscope.signals.journal import FLUSH_SECONDS, Journal
+from attnscope.train.loop import train_step
 from attnscope.train.part import Part
 from attnscope.train.recording import Recorder
 
@@ -72,7 +72,7 @@ def measure_overhead(*, rounds: int = 400) -> Overhead:
 
 def _measure(folder: Path, *, rounds: int) -> Overhead:
     config = apply_changes(Config(), SHAPE, where="bench")
-    data = open_data(config.data, seq_len=config.model.seq_len)
+    data = data_of(config)
     recorded = _Loop([config], data, folder / "recorded")
     silent = _Loop([config], data, None)
     weights = {name: value[0].detach() for name, value in silent.part.parameters.items()}
@@ -92,7 +92,7 @@ def _measure(folder: Path, *, rounds: int) -> Overhead:
     size = sum(path.stat().st_size for path in (folder / "recorded").rglob("*.arrow"))
 
     tiny = apply_changes(Config(), TINY, where="bench")
-    tiny_data = open_data(tiny.data, seq_len=tiny.model.seq_len)
+    tiny_data = data_of(tiny)
     seeds = [apply_changes(tiny, {"train.seed": seed}, where="bench") for seed in range(MEMBERS)]
     together = _Loop(seeds, tiny_data, folder / "together")
     alone = [_Loop([each], tiny_data, folder / f"alone-{i}") for i, each in enumerate(seeds)]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attnscope.metrics.attention import totals_of, totals_of_all, totals_of_logits
 from attnscope.metrics.rows import Call, Rows, largest_norm, rows_of, sample_rows, wide
-from attnscope.metrics.totals import COLUMNS, TOTALS, finish
+from attnscope.metrics.totals import HEAD_COLUMNS, TOTALS, finish
 
 # A float mask hides a key by -inf, by the smallest number of its dtype, or by something like -1e4 or -1e9.
 HIDDEN_BELOW = -9e3
@@ -169,9 +169,9 @@ class Measured:
 
     @property
     def columns_CH(self) -> Tensor:
-        """COLUMNS of the heads table, for this call alone."""
+        """HEAD_COLUMNS of the heads table, for this call alone."""
         found = finish(self.totals)
-        return torch.stack([found[name].float() for name in COLUMNS])
+        return torch.stack([found[name].float() for name in HEAD_COLUMNS])
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ from rich.console import Console
 from rich.table import Table
 
 from attnscope.cli.app import app, one_line_errors
-from attnscope.runs.layout import to_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -94,7 +93,7 @@ WORTH_IT = 1.2  # times as fast
 def print_overhead(found: "Overhead", *, as_json: bool) -> None:
     """Print what `attnscope bench overhead` measured."""
     if as_json:
-        typer.echo(to_json(asdict(found), indent=1))
+        _print_json(asdict(found))
         return
     for line in (
         "Ratios of step times: median (middle half); d_model 128, 4 layers, seq_len 64, batch 16.",
@@ -112,7 +111,7 @@ def print_overhead(found: "Overhead", *, as_json: bool) -> None:
 def print_watch_overhead(found: "WatchOverhead", *, as_json: bool) -> None:
     """Print what `attnscope bench overhead --watch` measured."""
     if as_json:
-        typer.echo(to_json(asdict(found), indent=1))
+        _print_json(asdict(found))
         return
     for line in (
         "Ratios of step times: median (middle half); d_model 256, 4 layers, seq_len 256, batch 8, fused attention, AdamW.",
@@ -127,7 +126,7 @@ def print_watch_overhead(found: "WatchOverhead", *, as_json: bool) -> None:
 def print_sweep_gain(found: "SweepGain", *, as_json: bool) -> None:
     """Print what `attnscope bench sweep` measured."""
     if as_json:
-        typer.echo(to_json(asdict(found), indent=1))
+        _print_json(asdict(found))
         return
     gains = found.large.median > WORTH_IT
     for line in (
@@ -146,7 +145,7 @@ def print_sweep_gain(found: "SweepGain", *, as_json: bool) -> None:
 def print_report_costs(found: "Sequence[ReportCost]", *, as_json: bool) -> None:
     """Print what `attnscope bench report` measured."""
     if as_json:
-        typer.echo(to_json([asdict(each) for each in found], indent=1))
+        _print_json([asdict(each) for each in found])
         return
     console = Console(highlight=False)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
@@ -163,3 +162,9 @@ def print_report_costs(found: "Sequence[ReportCost]", *, as_json: bool) -> None:
             ),
         )
     console.print(table)
+
+
+def _print_json(said: object) -> None:
+    from attnscope.runs.layout import to_json  # imports numpy
+
+    typer.echo(to_json(said, indent=1))

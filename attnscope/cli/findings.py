@@ -71,24 +71,20 @@ def _print_paragraph(console: Console, text: str, *, indent: int = 0, style: str
 
 
 def _table(evidence: "tuple[Evidence, ...]") -> Table:
-    """The evidence, without columns in which nothing applies."""
-    places = ("step", "layer", "head", "group")
-    used = [place for place in places if any(getattr(each, place) is not None for each in evidence)]
+    from attnscope.findings import evidence_columns
+
+    columns = evidence_columns(evidence)
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
-    table.add_column("member", overflow="fold")
-    for title in used:
-        table.add_column(title, justify="left" if title == "group" else "right", overflow="fold")
-    table.add_column("quantity", overflow="fold")
-    for title in ("value", "compared with"):
-        table.add_column(title, justify="right", no_wrap=True)
-    for each in evidence:
-        table.add_row(
-            Text(each.member),
-            *(Text(_shown(getattr(each, place))) for place in used),
-            Text(each.quantity),
-            Text(_shown(each.value)),
-            Text(_shown(each.threshold)),
+    for title in columns:
+        is_number = title in ("value", "compared with")
+        table.add_column(
+            title,
+            justify="left" if title in ("member", "group", "quantity") else "right",
+            no_wrap=is_number,
+            overflow="ellipsis" if is_number else "fold",
         )
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*map(Text, row))
     return table
 
 
@@ -101,9 +97,3 @@ def _looked_at(run: "Run", rules: list[str], found: int) -> str:
 
 def _many(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-def _shown(value: float | str | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -201,7 +201,7 @@ def _next_command(run: "Run", found: "Contents") -> str:
 def print_runs(folder: Path, *, as_json: bool) -> None:
     """Print one line per run in a folder."""
     from attnscope.errors import RunError
-    from attnscope.runs.reader import list_runs
+    from attnscope.runs.listing import list_runs
 
     if not folder.is_dir():
         raise RunError(f"{folder}: no such folder. Make a run first: attnscope train --no-scale")

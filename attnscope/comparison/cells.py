@@ -5,90 +5,17 @@ data, so that luck which both have cancels.
 """
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from attnscope.comparison.member import MemberRow
-from attnscope.comparison.statistics import capped_loss, lr_sensitivity, mean_interval
-from attnscope.config import SEED, SETTINGS, get_setting, short_names, value_text
+from attnscope.comparison.learning_rates import LrArm, lr_arms
+from attnscope.comparison.statistics import mean_interval
+from attnscope.comparison.subjects import ENDED, Cell, Subject, shown
+from attnscope.config import SEED, short_names
 from attnscope.errors import RunError
-from attnscope.runs.foreign import printable
-from attnscope.runs.layout import to_json
 from attnscope.runs.reader import Run
 
-LR = "optimizer.lr"
 CLIP, CLIP_MODE = "clip.threshold", "clip.mode"
-BATCHES = (
-    "data.seed",
-    "data.batch_size",
-    "data.objective",
-    "model.seq_len",
-)  # what batches hang on
-ENDED = ("trained", "stalled", "diverged")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Subject:
-    """A member to compare.
-
-    Attributes:
-        run: name of its run.
-        row: what the report says of it.
-        settings: setting to value, as texts fit to show, for every setting.
-        numbers: setting to value where that is a number, to sort and to draw by.
-        seed: train.seed as text.
-        data: fingerprint of what it was trained on and in which order; equal for equal batches.
-    """
-
-    run: str
-    row: MemberRow
-    settings: Mapping[str, str]
-    numbers: Mapping[str, float]
-    seed: str
-    data: str
-
-    @property
-    def loss(self) -> float | None:
-        """Final loss, or the first where that is lower or there is no other; nats per token."""
-        return capped_loss(self.row.first_loss, self.row.final_loss)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cell:
-    """Members that differ in nothing but their seed.
-
-    Attributes:
-        name: the values that tell it from others.
-        settings: the differing settings and their values.
-        subjects: at least one.
-    """
-
-    name: str
-    settings: Mapping[str, str]
-    subjects: tuple[Subject, ...]
-
-    @property
-    def outcomes(self) -> Counter[str]:
-        """Status to number of members."""
-        return Counter(subject.row.status for subject in self.subjects)
-
-    @property
-    def outcome(self) -> str:
-        """trained, stalled, diverged or another status where all agree, else mixed."""
-        return next(iter(self.outcomes)) if len(self.outcomes) == 1 else "mixed"
-
-    @property
-    def final_losses(self) -> tuple[float, ...]:
-        """Of the members that did not diverge."""
-        losses = [s.row.final_loss for s in self.subjects if s.row.status != "diverged"]
-        return tuple(loss for loss in losses if loss is not None and math.isfinite(loss))
-
-    @property
-    def diverged_at(self) -> tuple[int, ...]:
-        """Steps at which members diverged, ascending."""
-        steps = [s.row.step for s in self.subjects if s.row.status == "diverged"]
-        return tuple(sorted(step for step in steps if step is not None))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,29 +62,6 @@ EFFECTS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LrArm:
-    """One arm over its learning rates.
-
-    Attributes:
-        name: the values that tell it from other arms.
-        cells: learning rate to cell, ascending.
-        stable: the largest learning rate with which all members ended and up to which none diverged; None if there is none.
-        bracket: the next larger one, where members do diverge; None if none did.
-        best: the learning rate with the lowest mean loss.
-        sensitivity: `lr_sensitivity`, mean over seeds.
-        interval: of that mean.
-    """
-
-    name: str
-    cells: tuple[tuple[float, Cell], ...]
-    stable: float | None
-    bracket: float | None
-    best: float | None
-    sensitivity: float | None
-    interval: tuple[float, float] | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
     """Everything that a comparison says.
 
@@ -176,37 +80,6 @@ class Comparison:
     differences: tuple[Difference, ...]
     changes: tuple[SingleChange, ...]
     lr_arms: tuple[LrArm, ...]
-
-
-def subjects_of(run: Run, rows: Sequence[MemberRow]) -> tuple[Subject, ...]:
-    """The members of a run, with all their settings."""
-    try:
-        base = {key: get_setting(run.config, key) for key in SETTINGS}
-    except RunError:
-        base = {}  # of a later version: only what run.json says of each member
-    found = []
-    for member, row in zip(run.members, rows, strict=True):
-        settings = {**base, **{key: member.settings[key] for key in member.settings}}
-        found.append(
-            Subject(
-                run=run.name,
-                row=row,
-                settings={printable(key, 60): _shown(value) for key, value in settings.items()},
-                numbers={
-                    key: float(value)
-                    for key, value in settings.items()
-                    if isinstance(value, int | float) and not isinstance(value, bool)
-                },
-                seed=_shown(settings.get(SEED)),
-                data=to_json(
-                    [
-                        _fingerprint(run, member.part),
-                        *(_shown(settings.get(key)) for key in BATCHES),
-                    ]
-                ),
-            )
-        )
-    return tuple(found)
 
 
 def compare(
@@ -234,7 +107,7 @@ def compare(
             and (difference := _difference(cell, chosen)) is not None
         ),
         changes=_single_changes(cells, chosen),
-        lr_arms=_lr_arms(cells, axes),
+        lr_arms=lr_arms(cells, axes),
     )
 
 
@@ -244,14 +117,7 @@ def baseline_of(run: Run) -> dict[str, str] | None:
         sweep = run.config.sweep
     except RunError:
         return None
-    return {key: _shown(value) for key, value in sweep.baseline.items()} if sweep else None
-
-
-def outcome_text(cell: Cell) -> str:
-    """3 trained, or 2 trained, 1 diverged."""
-    known = [status for status in ENDED if status in cell.outcomes]
-    others = sorted(set(cell.outcomes) - set(ENDED))
-    return ", ".join(f"{cell.outcomes[status]} {status}" for status in [*known, *others])
+    return {key: shown(value) for key, value in sweep.baseline.items()} if sweep else None
 
 
 def _axes(subjects: Sequence[Subject]) -> dict[str, tuple[str, ...]]:
@@ -351,66 +217,3 @@ def effect_of(cell: Cell, baseline: Cell) -> str:
         return "breaks"
     more_train = after["trained"] / after.total() > before["trained"] / before.total()
     return "helps" if more_train or share_after < share_before else "does not help"
-
-
-def _lr_arms(cells: Sequence[Cell], axes: Mapping[str, Sequence[str]]) -> tuple[LrArm, ...]:
-    if LR not in axes:
-        return ()
-    others = [key for key in axes if key != LR]
-    words = short_names(axes)
-    grouped: dict[tuple[str, ...], dict[float, Cell]] = {}
-    for cell in cells:
-        lr = cell.subjects[0].numbers.get(LR)
-        if lr is not None:
-            grouped.setdefault(tuple(cell.settings[key] for key in others), {})[lr] = cell
-    arms = []
-    for values, found in grouped.items():
-        if len(found) < 2:
-            continue
-        by_lr = sorted(found.items())
-        broken = [lr for lr, cell in by_lr if cell.outcomes["diverged"]]
-        bracket = broken[0] if broken else None
-        # Nothing is known of a cell whose members were stopped before they were done.
-        known = [lr for lr, cell in by_lr if not set(cell.outcomes) - set(ENDED)]
-        below = [lr for lr in known if bracket is None or lr < bracket]
-        per_seed = _sensitivities(by_lr)
-        means = {lr: mean for lr, cell in by_lr if (mean := _mean_loss(cell)) is not None}
-        named = [f"{words[key]}={value}" for key, value in zip(others, values, strict=True)]
-        arms.append(
-            LrArm(
-                name=" ".join(named) or "all",
-                cells=tuple(by_lr),
-                stable=below[-1] if below else None,
-                bracket=bracket,
-                best=min(means, key=lambda lr: means[lr]) if means else None,
-                sensitivity=sum(per_seed) / len(per_seed) if per_seed else None,
-                interval=mean_interval(per_seed),
-            )
-        )
-    return tuple(arms)
-
-
-def _sensitivities(by_lr: Sequence[tuple[float, Cell]]) -> list[float]:
-    """LR sensitivity of each seed that was trained at every learning rate."""
-    losses: dict[tuple[str, str], list[float]] = {}
-    for _, cell in by_lr:
-        for subject in cell.subjects:
-            if subject.loss is not None:
-                losses.setdefault((subject.seed, subject.data), []).append(subject.loss)
-    found = [lr_sensitivity(each) for each in losses.values() if len(each) == len(by_lr)]
-    return [value for value in found if value is not None]
-
-
-def _mean_loss(cell: Cell) -> float | None:
-    losses = [subject.loss for subject in cell.subjects if subject.loss is not None]
-    return sum(losses) / len(losses) if losses else None
-
-
-def _fingerprint(run: Run, part: int) -> object:
-    parts = run.data.get("parts")
-    other = parts.get(str(part)) if isinstance(parts, dict) else None
-    return other.get("fingerprint") if isinstance(other, dict) else run.data.get("fingerprint")
-
-
-def _shown(value: object) -> str:
-    return "-" if value is None else printable(value_text(value), 60)

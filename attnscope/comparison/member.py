@@ -1,6 +1,5 @@
 """One member in numbers: how it ended, and what its attention was at its first and its last step."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -8,9 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from attnscope.config import Config
+from attnscope.config import Config, scale_of
 from attnscope.runs.by_member import configs_of, rows_of_member
-from attnscope.runs.reader import MemberRecord, Run
+from attnscope.runs.members import MemberRecord
+from attnscope.runs.reader import Run
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -145,9 +145,8 @@ def member_rows(
 def _theory_std(config: Config | None) -> float | None:
     if config is None:
         return None
-    rule, root = config.attention.scale, math.sqrt(config.d_head)
-    named = {"inverse_sqrt": 1.0, "depth": 1.0, "inverse": 1 / root, "none": root, "learned": None}
-    return named[rule] if isinstance(rule, str) else float(rule) * root
+    scale = scale_of(config.attention.scale, d_head=config.d_head)
+    return None if scale is None else scale / config.d_head**-0.5
 
 
 def _last_val_loss(run: Run, member: MemberRecord) -> float | None:

@@ -1,4 +1,4 @@
-"""What a run is asked to do. Reading order: schema (every setting), change, parse, sweep, together, members."""
+"""What a run is asked to do. Reading order: schema (every setting), scale, change, parse, sweep, together, members."""
 
 from attnscope.config.change import apply_changes, get_setting
 from attnscope.config.members import Member, members_of, with_control, without_control
@@ -10,6 +10,7 @@ from attnscope.config.parse import (
     to_table,
     to_toml,
 )
+from attnscope.config.scale import scale_of
 from attnscope.config.schema import (
     PER_MEMBER,
     SECTIONS,
@@ -48,6 +49,7 @@ __all__ = [
     "parse_table",
     "parse_toml",
     "parse_vary",
+    "scale_of",
     "short_names",
     "to_table",
     "to_toml",

@@ -99,23 +99,24 @@ def warnings_of(config: Config) -> tuple[str, ...]:
     model, attention, optimizer, init = (
         config.model, config.attention, config.optimizer, config.init,
     )  # fmt: skip
+    default = Config()
     gpt_like = ("normal", "gpt2")
     idle = [
-        (config.clip.mode == "none" and config.clip.threshold != "none",
+        (config.clip.mode == "none" and config.clip.threshold != default.clip.threshold,
          "clip.threshold has no effect with clip.mode = none"),
         (config.clip.mode in ("value", "adaptive") and config.clip.threshold == "none",
          f"clip.mode = {config.clip.mode} has no effect while clip.threshold is none"),
-        (optimizer.name == "adamw" and optimizer.momentum != 0.9,
+        (optimizer.name == "adamw" and optimizer.momentum != default.optimizer.momentum,
          "optimizer.momentum has no effect with adamw (use betas)"),
-        (optimizer.name == "sgd" and optimizer.betas != (0.9, 0.95),
+        (optimizer.name == "sgd" and optimizer.betas != default.optimizer.betas,
          "optimizer.betas has no effect with sgd (use momentum)"),
-        (optimizer.name == "sgd" and optimizer.eps != 1e-8,
+        (optimizer.name == "sgd" and optimizer.eps != default.optimizer.eps,
          "optimizer.eps has no effect with sgd"),
-        (init.scheme not in gpt_like and init.std != 0.02,
+        (init.scheme not in gpt_like and init.std != default.init.std,
          f"init.std has no effect with init.scheme = {init.scheme}"),
         (config.precision.loss_scaling and config.precision.dtype != "float16",
          f"precision.loss_scaling has no effect with dtype {config.precision.dtype}"),
-        (model.norm == "none" and model.norm_kind != "layernorm",
+        (model.norm == "none" and model.norm_kind != default.model.norm_kind,
          "model.norm_kind has no effect with model.norm = none"),
         (optimizer.lr == 0, "optimizer.lr is 0: nothing will be learned"),
         (optimizer.schedule == "constant" and optimizer.warmup_steps > config.train.steps,

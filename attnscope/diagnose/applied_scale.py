@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from attnscope.config import Config
+from attnscope.config import Config, scale_of
 from attnscope.findings import Evidence
 from attnscope.runs.by_member import configs_of
 from attnscope.runs.reader import Run
@@ -123,13 +123,10 @@ def _seen(run: Run) -> list[Applied]:
 def _odd_scale(config: Config) -> tuple[int, float] | None:
     """The layer in which the scale is furthest from 1/sqrt(d_head), and the scale there; None where it is that."""
     rule, d_head = config.attention.scale, config.d_head
-    if rule in ("inverse_sqrt", "learned") or d_head < 1:
+    if d_head < 1:
         return None
-    last = config.model.n_layers - 1
-    layer = last if rule == "depth" else 0
-    if isinstance(rule, str):
-        scale = {"none": 1.0, "inverse": 1 / d_head, "depth": d_head**-0.5 / (last + 1)}[rule]
-    else:
-        scale = float(rule)
-    close = math.isclose(scale, d_head**-0.5, rel_tol=SCALE_TOLERANCE)
-    return None if close else (layer, scale)
+    layer = config.model.n_layers - 1 if rule == "depth" else 0
+    scale = scale_of(rule, d_head=d_head, layer=layer)
+    if scale is None or math.isclose(scale, d_head**-0.5, rel_tol=SCALE_TOLERANCE):
+        return None
+    return layer, scale

@@ -23,7 +23,8 @@ from attnscope.export.scalars import TAG_LETTERS, Moment, scalars_of, start_of
 from attnscope.export.settings import Setting, outcome_of, settings_of
 from attnscope.runs.foreign import printable
 from attnscope.runs.layout import to_json
-from attnscope.runs.reader import MemberRecord, Run
+from attnscope.runs.members import MemberRecord
+from attnscope.runs.reader import Run
 
 DATABASE = "mlflow.db"
 RETRIES, FEW = "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2"  # unless it is set already

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from attnscope.export.folder import safe_names
 from attnscope.runs.layout import COLUMNS, KEYS
-from attnscope.runs.reader import MemberRecord, Run
+from attnscope.runs.members import MemberRecord
+from attnscope.runs.reader import Run
 
 if TYPE_CHECKING:
     import pandas as pd

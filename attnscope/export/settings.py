@@ -4,7 +4,8 @@ from attnscope.config import SETTINGS, get_setting
 from attnscope.errors import RunError
 from attnscope.runs.foreign import printable
 from attnscope.runs.layout import to_json
-from attnscope.runs.reader import MemberRecord, Run
+from attnscope.runs.members import MemberRecord
+from attnscope.runs.reader import Run
 
 LONGEST_TEXT = 500  # characters; trackers refuse or cut longer ones
 OUTCOME = (

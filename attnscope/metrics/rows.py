@@ -15,6 +15,7 @@ from torch import Tensor
 
 # Attention logits measured together: as many as the cache holds, twice as fast as a whole block of steps.
 LOGITS_AT_ONCE = 1 << 18
+SAMPLES = 64  # different row samples, used in turn
 PIECE_BYTES = (
     32 << 20
 )  # of queries, keys and norms that wait together, where few rows of large batches are looked at

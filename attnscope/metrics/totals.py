@@ -24,11 +24,12 @@ STATISTICS = (
     "softmax_gain",
     "sink",
 )
-COLUMNS = (*STATISTICS, "rows", "rows_left_out")
+# Of the heads table, besides its keys.
+HEAD_COLUMNS = (*STATISTICS, "rows", "rows_left_out")
 
 MAXIMA = ("max_logit", "max_logit_bound")
 # Of `logit_std` the sum of squares; of `logits_over_5` a count, of as many as `visible` says.
-TOTALS = (*COLUMNS, "visible")
+TOTALS = (*HEAD_COLUMNS, "visible")
 
 NOTHING = -torch.inf  # the largest of no values
 
@@ -60,7 +61,7 @@ def with_bound(totals: Mapping[str, Tensor], bound: Tensor) -> dict[str, Tensor]
 
 
 def finish(totals: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """COLUMNS to (..., H); a head without a measurable row has NaN."""
+    """HEAD_COLUMNS to (..., H); a head without a measurable row has NaN."""
     n_rows = totals["rows"]
     stats = {name: totals[name] / n_rows for name in STATISTICS if name not in MAXIMA}
     stats["logit_std"] = stats["logit_std"].sqrt()

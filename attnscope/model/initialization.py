@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Generator, Tensor
 
-from attnscope.config import Config
+from attnscope.config import Config, scale_of
 
 Shape = tuple[int, int]
 
@@ -136,21 +136,10 @@ def apart(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def attn_scales(members: Sequence[Config]) -> Tensor:
-    """What multiplies q.k in every layer, (M, L) float32, by the rule `attention.scale`.
-
-    inverse_sqrt: 1/√d_head (Vaswani et al. 2017) · none: 1 · inverse: 1/d_head (Yang et al. 2022, µP) · depth:
-    1/((layer + 1) √d_head) (Karamcheti et al. 2021, Mistral) · a number: itself · learned: 1, the parameter `scale`
-    takes its place.
-    """
+    """What multiplies q.k in every layer, (M, L) float32; 1 where it is learned: the parameter `scale` takes its place."""
     rows = []
     for config in members:
-        rule, d_head = config.attention.scale, config.d_head
-        for_layers: dict[str | float, list[float]] = {
-            "inverse_sqrt": [d_head**-0.5] * config.model.n_layers,
-            "none": [1.0] * config.model.n_layers,
-            "inverse": [1 / d_head] * config.model.n_layers,
-            "depth": [d_head**-0.5 / (layer + 1) for layer in range(config.model.n_layers)],
-            "learned": [1.0] * config.model.n_layers,
-        }
-        rows.append(for_layers.get(rule) or [float(rule)] * config.model.n_layers)
+        rule, layers = config.attention.scale, range(config.model.n_layers)
+        scales = [scale_of(rule, d_head=config.d_head, layer=layer) for layer in layers]
+        rows.append([1.0 if scale is None else scale for scale in scales])
     return torch.tensor(rows)

@@ -18,7 +18,8 @@ from attnscope.report.html import to_html
 from attnscope.report.markdown import to_markdown
 from attnscope.runs.atomic import reason_of, remedy_of, replace_file
 from attnscope.runs.foreign import printable
-from attnscope.runs.reader import Run, report_dir
+from attnscope.runs.reader import Run
+from attnscope.runs.report_folder import report_dir
 from attnscope.runs.tables import Tables
 
 __all__ = ["write_comparison", "write_report"]

@@ -3,9 +3,10 @@
 import statistics
 from collections.abc import Sequence
 
-from attnscope.comparison.cells import EFFECTS, Cell, Comparison, SingleChange, outcome_text
+from attnscope.comparison.cells import EFFECTS, Comparison, SingleChange
 from attnscope.comparison.member import MemberRow
 from attnscope.comparison.statistics import FEWEST, LEVEL
+from attnscope.comparison.subjects import Cell, outcome_text
 from attnscope.config import short_names
 from attnscope.report.blocks import Table
 from attnscope.report.numbers import number

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from attnscope.comparison.cells import Comparison, baseline_of, compare, subjects_of
+from attnscope.comparison.cells import Comparison, baseline_of, compare
 from attnscope.comparison.member import (
     Evaluation,
     Generation,
@@ -20,6 +20,7 @@ from attnscope.comparison.member import (
     member_rows,
     number_in,
 )
+from attnscope.comparison.subjects import subjects_of
 from attnscope.config import SETTINGS, get_setting
 from attnscope.diagnose import Finding, diagnose
 from attnscope.errors import RunError

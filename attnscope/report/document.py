@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from attnscope.comparison.member import Generation, Softmax
 from attnscope.diagnose import Evidence, Finding
+from attnscope.findings import evidence_columns
 from attnscope.report.blocks import Block, Figure, Heading, Lines, Notes, Paragraph, Section, Table
 from attnscope.report.comparison import comparison_tables
 from attnscope.report.contents import Contents
@@ -132,28 +133,15 @@ def _layers(found: Contents) -> list[Block]:
 
 
 def _evidence(evidence: Sequence[Evidence], left_out: int) -> Table:
-    """Without columns in which nothing applies."""
-    places = ("step", "layer", "head", "group")
-    used = [place for place in places if any(getattr(each, place) is not None for each in evidence)]
+    columns = evidence_columns(evidence)
+    words = {title: columns.pop(title) for title in ("member", "quantity")}
+    columns = words | columns
     return Table(
-        titles=("member", "quantity", *used, "value", "compared with"),
-        rows=tuple(
-            (
-                each.member,
-                each.quantity,
-                *(_place(getattr(each, place)) for place in used),
-                _value(each.value),
-                _value(each.threshold),
-            )
-            for each in evidence
-        ),
-        words=2,
+        titles=tuple(columns),
+        rows=tuple(zip(*columns.values(), strict=True)),
+        words=len(words),
         caption=f"and {left_out} more" if left_out else "",
     )
-
-
-def _place(value: int | str | None) -> str:
-    return "-" if value is None else str(value)
 
 
 def _value(value: float | None) -> str:

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from attnscope.comparison.cells import Comparison, Subject, baseline_of, compare, subjects_of
+from attnscope.comparison.cells import Comparison, baseline_of, compare
 from attnscope.comparison.member import MemberRow
+from attnscope.comparison.subjects import Subject, subjects_of
 from attnscope.errors import RunError
 from attnscope.report.comparison import sentence_on
 from attnscope.report.contents import Contents, contents

@@ -32,6 +32,8 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import ArrayLike, NDArray
 
+FED = ("step", "loss", "grad_norm", "loss_scale")  # columns of the steps table that decide
+
 EVIDENCE = 1000
 IN_A_ROW = 3
 WIDTHS = 2.0

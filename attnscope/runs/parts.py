@@ -24,17 +24,19 @@ from attnscope.runs.layout import (
     MAX_TABLE_BYTES,
     PART,
     TABLE_FILE,
+    Manifest,
     part_folder,
     table_file,
     with_special,
 )
 from attnscope.runs.manifest import is_whole, read_json
-from attnscope.runs.streams import Table, decode_table
+from attnscope.runs.streams import TableData, decode_table
 
 CHANGED = "was changed after it was written: its checksum is another"
 
-
 MOST_START_BYTES = 1 << 20  # of the first line of an events file
+MOST_ERROR = 300  # characters
+NEVER = 2**62  # a step that no later segment replaces
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +48,7 @@ class Written:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class PartFiles:
     """The files of one part.
 
     Attributes:
@@ -73,14 +75,14 @@ class Part:
     lost: tuple[str, ...] = ()
 
 
-def find_part(run: Path, index: int) -> Part:
+def find_part(run: Path, index: int) -> PartFiles:
     """Look into the folder of a part; one that is not there has not begun."""
     name = part_folder(index)
     path = run / name
     try:
         if not is_folder(path):
             path.lstat()
-            return Part(
+            return PartFiles(
                 index=index, path=path, lost=(f"{name}: is a link or no folder; not followed",)
             )
         entries = {entry.name: entry.lstat() for entry in path.iterdir()}
@@ -91,9 +93,11 @@ def find_part(run: Path, index: int) -> Part:
             if found.st_size or not stat.S_ISREG(found.st_mode)
         }
     except FileNotFoundError:
-        return Part(index=index, path=path)
+        return PartFiles(index=index, path=path)
     except OSError as error:
-        return Part(index=index, path=path, lost=(f"{name}: cannot be read: {reason_of(error)}",))
+        return PartFiles(
+            index=index, path=path, lost=(f"{name}: cannot be read: {reason_of(error)}",)
+        )
     found = [TABLE_FILE.fullmatch(entry) or EVENTS_FILE.fullmatch(entry) for entry in entries]
     segments = sorted({int(match["segment"]) for match in found if match})
     times = [entries[match.string].st_mtime for match in found if match]
@@ -114,7 +118,7 @@ def find_part(run: Path, index: int) -> Part:
         for entry, said in sorted(written.items())
         if entry not in entries
     )
-    return Part(
+    return PartFiles(
         index=index,
         path=path,
         files=frozenset(match.string for match in found if match),
@@ -125,6 +129,18 @@ def find_part(run: Path, index: int) -> Part:
         written=written,
         lost=lost,
     )
+
+
+def parts_of(path: Path, manifest: Manifest) -> tuple[PartFiles, ...]:
+    """The parts of a run that have members."""
+    return tuple(find_part(path, index) for index in sorted({m.part for m in manifest.members}))
+
+
+def error_of(part: PartFiles) -> str | None:
+    """What a part that failed died of, fit to show."""
+    if not part.end or part.end["status"] != "failed":
+        return None
+    return printable(part.end.get("error") or "an error that it did not name", MOST_ERROR)
 
 
 def files_in(table: Mapping[str, Any]) -> dict[str, Written]:
@@ -144,7 +160,7 @@ def files_as_json(files: Mapping[str, Written]) -> dict[str, object]:
     return {name: {"bytes": each.bytes, KEY: each.crc32} for name, each in files.items()}
 
 
-def files_as_found(part: Part) -> dict[str, Written]:
+def files_as_found(part: PartFiles) -> dict[str, Written]:
     """The files of a part that is gone on with: as they were written where that is known, else as they are now."""
     found = dict(part.written)
     for name in sorted(part.files - found.keys()):
@@ -167,7 +183,7 @@ def start_of(events: Path) -> dict[str, Any]:
     return {}
 
 
-def _with_what_was_written(part: Part, file: str, data: bytes, lost: list[str]) -> list[str]:
+def _with_what_was_written(part: PartFiles, file: str, data: bytes, lost: list[str]) -> list[str]:
     """What could not be read of a file, and in how far it is not what was written."""
     said = part.written.get(file)
     if said is None:
@@ -192,7 +208,7 @@ def strangers(run: Path, known: Iterable[int]) -> tuple[str, ...]:
     )
 
 
-def status_of(parts: Sequence[Part], writer: Holder | None) -> str:
+def status_of(parts: Sequence[PartFiles], writer: Holder | None) -> str:
     """finished, failed, interrupted, running or killed, of all parts together; `writer` is who writes the run now."""
     ends = {part.end["status"] if part.end else None for part in parts}
     if ends <= {"finished"}:
@@ -202,14 +218,14 @@ def status_of(parts: Sequence[Part], writer: Holder | None) -> str:
     return next((status for status in ("failed", "interrupted") if status in ends), "killed")
 
 
-def written_elsewhere(parts: Sequence[Part], writer: Holder | None) -> str:
+def written_elsewhere(parts: Sequence[PartFiles], writer: Holder | None) -> str:
     """Who writes a run on another machine, in words; empty if nobody does."""
     changed = max((part.changed for part in parts), default=0)
     found = [each for each in (writer, *(part.writer for part in parts)) if each is not None]
     return next((said for each in found if (said := in_words(each, changed))), "")
 
 
-def read_events(part: Part, segment: int) -> tuple[list[Event], list[str]]:
+def read_events(part: PartFiles, segment: int) -> tuple[list[Event], list[str]]:
     """The events of one segment, and one line for each thing that could not be read."""
     file = table_file("events", segment)
     if file not in part.files:
@@ -238,7 +254,7 @@ def read_events(part: Part, segment: int) -> tuple[list[Event], list[str]]:
     return events, [f"{name}: {note}" for note in _with_what_was_written(part, file, data, lost)]
 
 
-def read_table(part: Part, segment: int, table: str) -> Table:
+def read_table(part: PartFiles, segment: int, table: str) -> TableData:
     """One table of one segment, empty where there is no file; its `lost` names the file."""
     file = table_file(table, segment)
     name = f"{part.path.name}/{file}"
@@ -253,7 +269,7 @@ def read_table(part: Part, segment: int, table: str) -> Table:
     return replace(found, lost=tuple(f"{name}: {note}" for note in notes))
 
 
-def started_with(parts: Sequence[Part], index: int) -> dict[str, Any]:
+def started_with(parts: Sequence[PartFiles], index: int) -> dict[str, Any]:
     """How a part began, or another one where it did not: what the event `start` says besides its step."""
     for part in sorted(parts, key=lambda part: (part.index != index, part.index)):
         for segment in part.segments:
@@ -263,8 +279,8 @@ def started_with(parts: Sequence[Part], index: int) -> dict[str, Any]:
 
 
 def gaps_in(
-    part: Part,
-    steps: Mapping[int, Table],
+    part: PartFiles,
+    steps: Mapping[int, TableData],
     starts: Mapping[int, Sequence[int]],
     ends: Mapping[int, int],
 ) -> list[str]:
@@ -291,7 +307,7 @@ def gaps_in(
 
 
 def without_steps(
-    part: Part, table: str, found: Mapping[int, Table], steps: Mapping[int, Table]
+    part: PartFiles, table: str, found: Mapping[int, TableData], steps: Mapping[int, TableData]
 ) -> list[str]:
     """One line for each segment in which another table goes further than the steps, which are written first."""
     notes = []

@@ -7,10 +7,10 @@ written: show them through `attnscope.runs.foreign.printable`. Names, commands, 
 Shape key: N rows.
 """
 
-import stat
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,24 +18,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnscope.config import Config, nearest, parse_table
-from attnscope.errors import ConfigError, RunError, RunWriteError
+from attnscope.errors import ConfigError, RunError
 from attnscope.runs.atomic import reason_of, remedy_of
+from attnscope.runs.divergence import FED
 from attnscope.runs.events import Event
-from attnscope.runs.foreign import is_folder, printable
+from attnscope.runs.foreign import printable
 from attnscope.runs.holder import writer_of
 from attnscope.runs.layout import (
-    REPORT_FOLDER,
     RUN_FILE,
     Manifest,
-    MemberEntry,
     table_file,
 )
+from attnscope.runs.listing import runs_in
 from attnscope.runs.manifest import change_of, is_whole, read_manifest
-from attnscope.runs.outcome import outcome
+from attnscope.runs.members import MemberRecord, end_status_of, member_record
 from attnscope.runs.parts import (
-    Part,
-    find_part,
+    NEVER,
+    PartFiles,
+    error_of,
     gaps_in,
+    parts_of,
     read_events,
     read_table,
     started_with,
@@ -44,52 +46,10 @@ from attnscope.runs.parts import (
     without_steps,
     written_elsewhere,
 )
-from attnscope.runs.streams import Table, decode_table
+from attnscope.runs.streams import TableData, decode_table
 
 if TYPE_CHECKING:
     import pandas as pd
-
-MOST_ERROR = 300  # characters
-_NEVER = 2**62  # a step that no later segment replaces
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemberRecord:
-    """One member of a run and how it ended (`attnscope.runs.outcome.Outcome` says what the words mean)."""
-
-    name: str
-    part: int
-    index: int
-    settings: dict[str, object]
-    status: str
-    error: str | None
-    diverged_at: int | None
-    limit: float | None
-    nonfinite_at: int | None
-    first_loss: float | None
-    best_loss: float | None
-    final_loss: float | None
-    last_step: int | None
-    is_falling: bool | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunSummary:
-    """A line of `attnscope runs`.
-
-    `problem` says why a run cannot be opened; the rest is then empty. `writer` says who writes it on another machine, and
-    `error` why it failed.
-    """
-
-    path: Path
-    name: str
-    status: str
-    created: str = ""
-    members: tuple[str, ...] = ()
-    last_step: int | None = None
-    writer: str = ""
-    problem: str | None = None
-    error: str | None = None
 
 
 class Run:
@@ -123,7 +83,7 @@ class Run:
         self._manifest = manifest
         self.entries = manifest.members
         self._names = [entry.name for entry in manifest.members]
-        self._parts = _parts_of(path, manifest)
+        self._parts = parts_of(path, manifest)
         self._is_held = (holder := writer_of(path)) is not None
         self.status = status_of(self._parts, holder)
         self.writer = written_elsewhere(self._parts, holder)
@@ -131,7 +91,7 @@ class Run:
         self._notes = [note for part in self._parts for note in part.lost]
         self._notes += [note for note in [change_of(path)] if note]
         self._notes += strangers(path, [part.index for part in self._parts])
-        self._steps_tables: dict[tuple[int, int], Table] = {}
+        self._steps_tables: dict[tuple[int, int], TableData] = {}
         self._numbers: dict[int, dict[int, int]] = {}  # part, index -> place in run.json
         for number, entry in enumerate(manifest.members):
             self._numbers.setdefault(entry.part, {})[entry.index] = number
@@ -226,51 +186,25 @@ class Run:
         codes_N = self.steps["member"].cat.codes.to_numpy()
         order_N = np.argsort(codes_N, kind="stable")
         bounds = np.searchsorted(codes_N[order_N], np.arange(len(self._names) + 1))
-        steps_N = self.steps["step"].to_numpy()[order_N]
-        losses_N = self.steps["loss"].to_numpy()[order_N]
-        grad_norms_N = self.steps["grad_norm"].to_numpy()[order_N]
-        loss_scales_N = self.steps["loss_scale"].to_numpy()[order_N]
-        ends = {part.index: self._end_status(part) for part in self._parts}
-        errors = {part.index: _error_of(part) for part in self._parts}
-        records = []
-        for number, entry in enumerate(self._manifest.members):
-            mine = slice(bounds[number], bounds[number + 1])
-            end = outcome(
-                steps_N[mine],
-                losses_N[mine],
-                grad_norms=grad_norms_N[mine],
-                loss_scales=loss_scales_N[mine],
+        columns = {name: self.steps[name].to_numpy()[order_N] for name in FED}
+        ends = {
+            part.index: end_status_of(part, run_status=self.status, is_held=self._is_held)
+            for part in self._parts
+        }
+        errors = {part.index: error_of(part) for part in self._parts}
+        return tuple(
+            member_record(
+                entry,
+                {name: x_N[low:high] for name, x_N in columns.items()},
                 end_status=ends[entry.part],
                 error=errors[entry.part],
-                planned_steps=self._planned_steps(entry.settings),
+                config=self._manifest.config,
                 unigram=self.unigram_of(entry.part),
-                seen=self._losses_seen(entry, steps_N[mine], losses_N[mine]),
+                # The loss of watched code may not be seen.
+                seen_events=self._events_of(entry.part) if self.kind == "watch" else None,
             )
-            records.append(
-                MemberRecord(
-                    name=entry.name,
-                    part=entry.part,
-                    index=entry.index,
-                    settings=entry.settings,
-                    **asdict(end),
-                )
-            )
-        return tuple(records)
-
-    def _losses_seen(
-        self, entry: MemberEntry, steps_S: NDArray[Any], losses_S: NDArray[Any]
-    ) -> NDArray[Any] | None:
-        """Of watched code, whose loss may not be seen: a loss that is NaN, and that the recorder saw, is in the events."""
-        if self.kind != "watch":
-            return None
-        broken = [
-            event.step
-            for (part, _), events in self._events_in.items()
-            for event in events
-            if part == entry.part and event.kind == "nonfinite"
-            if event.member in (None, entry.index) and event.fields.get("tensor") == "loss"
-        ]
-        return ~np.isnan(losses_S) | (steps_S >= min(broken, default=_NEVER))
+            for entry, (low, high) in zip(self.entries, pairwise(bounds), strict=True)
+        )
 
     @property
     def lost(self) -> tuple[str, ...]:
@@ -293,11 +227,15 @@ class Run:
         began = any(part.segments for part in self._parts) and "sweep" not in self._manifest.config
         return made_with if began and is_whole(made_with, 1, 2**15) else None
 
+    def data_of(self, part: int) -> Mapping[str, object]:
+        """What run.json says of the data of a part: fingerprint and reference."""
+        others = self.data.get("parts")
+        other = others.get(str(part)) if isinstance(others, dict) else None
+        return other if isinstance(other, dict) else self.data
+
     def unigram_of(self, part: int) -> float | None:
         """Unigram loss of what a part was trained on, nats per token; None = unknown."""
-        others = self.data.get("parts")
-        data = others.get(str(part)) if isinstance(others, dict) else None
-        reference = (data if isinstance(data, dict) else self.data).get("reference")
+        reference = self.data_of(part).get("reference")
         unigram = reference.get("unigram") if isinstance(reference, dict) else None
         return unigram if isinstance(unigram, float) else None
 
@@ -349,7 +287,7 @@ class Run:
                 columns[name] = np.concatenate(pieces)
         return pd.DataFrame(columns, copy=False)
 
-    def _chunk(self, table: Table, codes_N: NDArray[np.int32]) -> dict[str, Any]:
+    def _chunk(self, table: TableData, codes_N: NDArray[np.int32]) -> dict[str, Any]:
         """The columns of a table, with names instead of positions."""
         import pandas as pd
 
@@ -363,7 +301,7 @@ class Run:
         )
         return columns
 
-    def _table(self, part: Part, segment: int, table: str) -> Table:
+    def _table(self, part: PartFiles, segment: int, table: str) -> TableData:
         """One file, decoded. The steps stay at hand: they date all the others."""
         key = (part.index, segment)
         if table == "steps" and key in self._steps_tables:
@@ -374,13 +312,13 @@ class Run:
             self._steps_tables[key] = found
         return found
 
-    def _replaced_from(self, part: Part, found: Mapping[int, Table]) -> dict[int, int]:
+    def _replaced_from(self, part: PartFiles, found: Mapping[int, TableData]) -> dict[int, int]:
         """The step from which later segments replace the records of each segment.
 
         A segment begins at the step it says or at its first record, but replaces nothing until it has one.
         """
         ends: dict[int, int] = {}
-        limit = _NEVER
+        limit = NEVER
         for segment in reversed(part.segments):
             ends[segment] = limit
             tables = [self._table(part, segment, "steps"), *filter(None, [found.get(segment)])]
@@ -389,10 +327,15 @@ class Run:
                 limit = min(limit, *firsts, *self._starts_in(part, segment))
         return ends
 
-    def _starts_in(self, part: Part, segment: int) -> list[int]:
+    def _starts_in(self, part: PartFiles, segment: int) -> list[int]:
         """Where a segment says that it begins."""
         events = self._events_in[part.index, segment]
         return [event.step for event in events if event.kind == "start"]
+
+    def _events_of(self, part: int) -> list[Event]:
+        return [
+            event for (of, _), found in self._events_in.items() if of == part for event in found
+        ]
 
     @cached_property
     def _events_in(self) -> dict[tuple[int, int], list[Event]]:
@@ -402,24 +345,6 @@ class Run:
                 found[part.index, segment], lost = read_events(part, segment)
                 self._notes += lost
         return found
-
-    def _end_status(self, part: Part) -> str | None:
-        """What ended a part, for its members: of one that never began, what ended the run."""
-        if part.end:
-            return str(part.end["status"])
-        if part.writer is not None or self._is_held:
-            return "running"
-        if part.segments:
-            return None
-        return {"killed": None, "running": None, "failed": "interrupted"}.get(
-            self.status, self.status
-        )
-
-    def _planned_steps(self, settings: Mapping[str, object]) -> int:
-        train = self._manifest.config.get("train")
-        planned = train.get("steps") if isinstance(train, dict) else None
-        planned = settings.get("train.steps", planned)
-        return planned if isinstance(planned, int) else _NEVER
 
 
 def open_run(path: str | Path, *, part: int | None = None) -> Run:
@@ -441,11 +366,11 @@ def open_run(path: str | Path, *, part: int | None = None) -> Run:
     if is_file:
         raise RunError(f"{shown} is a file, not a run directory. Give the folder with {RUN_FILE}.")
     if not is_dir:
-        beside = [printable(run.name) for run in _runs_in(path.parent)]
+        beside = [printable(run.name) for run in runs_in(path.parent)]
         hint = nearest(path.name, beside)
         raise RunError(f"{shown}: no such run.{hint} List them: attnscope runs")
     if not is_run:
-        inside = _runs_in(path)
+        inside = runs_in(path)
         hint = f" It holds runs, for example {printable(inside[0], 400)}." if inside else ""
         raise RunError(f"{shown} is not a run directory: it has no {RUN_FILE}.{hint}")
     manifest = read_manifest(path)
@@ -453,80 +378,3 @@ def open_run(path: str | Path, *, part: int | None = None) -> Run:
         members = tuple(entry for entry in manifest.members if entry.part == part)
         manifest = replace(manifest, members=members)
     return Run(path, manifest)
-
-
-def list_runs(folder: str | Path) -> list[RunSummary]:
-    """The runs in a folder by name, without reading their tables; one that cannot be opened says why."""
-    summaries = []
-    for path in _runs_in(Path(folder)):
-        name = printable(path.name)
-        try:
-            manifest = read_manifest(path)
-        except RunError as error:
-            summaries.append(
-                RunSummary(path=path, name=name, status="unreadable", problem=str(error))
-            )
-            continue
-        parts, holder = _parts_of(path, manifest), writer_of(path)
-        last = [part.end.get("last_step") for part in parts if part.end]
-        summaries.append(
-            RunSummary(
-                path=path,
-                name=name,
-                status=status_of(parts, holder),
-                writer=written_elsewhere(parts, holder),
-                created=manifest.created,
-                members=tuple(entry.name for entry in manifest.members),
-                last_step=max((step for step in last if isinstance(step, int)), default=None),
-                error=next(filter(None, map(_error_of, parts)), None),
-            )
-        )
-    return summaries
-
-
-def report_dir(run: Run) -> Path:
-    """The folder of a run's report, made if it is not there. Nothing in it leads out of the run.
-
-    Raises:
-        RunError: it, or something in it, is a link or no plain file.
-        RunWriteError: it cannot be made.
-    """
-    folder = run.path / REPORT_FOLDER
-    try:
-        if not is_folder(folder):
-            folder.mkdir()
-        for entry in sorted(folder.rglob("*")):
-            found = entry.lstat()
-            if not (is_folder(entry) or (stat.S_ISREG(found.st_mode) and found.st_nlink == 1)):
-                raise RunError(
-                    f"{printable(entry, 400)} could lead out of the run. Delete {printable(folder, 400)} "
-                    "and try again."
-                )
-    except FileExistsError:
-        raise RunError(
-            f"{printable(folder, 400)} is a link or a file. Delete it and try again."
-        ) from None
-    except OSError as error:
-        raise RunWriteError(
-            f"{printable(folder, 400)}: {reason_of(error)}. {remedy_of(error)} and try again."
-        ) from None
-    return folder
-
-
-def _parts_of(path: Path, manifest: Manifest) -> tuple[Part, ...]:
-    return tuple(find_part(path, index) for index in sorted({m.part for m in manifest.members}))
-
-
-def _error_of(part: Part) -> str | None:
-    """What a part that failed died of, fit to show."""
-    if not part.end or part.end["status"] != "failed":
-        return None
-    return printable(part.end.get("error") or "an error that it did not name", MOST_ERROR)
-
-
-def _runs_in(folder: Path) -> list[Path]:
-    try:
-        found = sorted(path.parent for path in folder.glob(f"*/{RUN_FILE}"))
-    except OSError:
-        return []
-    return [path for path in found if not path.name.startswith(".")]  # one that is being made

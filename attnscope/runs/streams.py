@@ -35,7 +35,7 @@ Array = NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Table:
+class TableData:
     """What one file holds.
 
     Attributes:
@@ -98,7 +98,7 @@ def _array(values: ArrayLike, kind: "pa.DataType") -> "pa.Array":
     return pa.Array.from_buffers(kind, len(found), [None, pa.py_buffer(found)])
 
 
-def decode_table(data: bytes, table: str) -> Table:
+def decode_table(data: bytes, table: str) -> TableData:
     """Read as much of a stream as there is. Never raises for what `data` holds."""
     import pyarrow as pa
 
@@ -274,7 +274,7 @@ def _number(form: str, data: "bytes | pa.Buffer", at: int) -> int:
     return number
 
 
-def _joined(batches: list["pa.RecordBatch"], table: str, lost: Sequence[str]) -> Table:
+def _joined(batches: list["pa.RecordBatch"], table: str, lost: Sequence[str]) -> TableData:
     """One array per column. Takes the batches: each column is let go when it has been copied."""
     n_rows = sum(batch.num_rows for batch in batches)
     there = batches[0].schema.names if batches else []
@@ -290,7 +290,7 @@ def _joined(batches: list["pa.RecordBatch"], table: str, lost: Sequence[str]) ->
         else:
             empty = np.dtype(column.kind) if not n_rows else np.float32
             columns[name] = np.full(n_rows, np.nan).astype(empty)
-    return Table(columns=columns, words=words, lost=tuple(lost))
+    return TableData(columns=columns, words=words, lost=tuple(lost))
 
 
 def _encoded(arrays: Sequence["pa.Array"]) -> tuple[Array, tuple[str, ...]]:

@@ -7,11 +7,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from attnscope.runs.divergence import LossWatch
+from attnscope.runs.divergence import FED, LossWatch
 from attnscope.runs.events import Event
 from attnscope.signals.nonfinite import TENSORS, Array, Looked, Tables, looked_at
 
-FED = ("step", "loss", "grad_norm", "loss_scale")  # columns of steps that decide on divergence
 MOST_TIMES = 20  # that a tensor of a member is told to break
 MOST_PLACES = 20  # that an event names
 

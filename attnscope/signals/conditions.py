@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from attnscope.errors import ConfigError
-from attnscope.runs.divergence import LossWatch
+from attnscope.runs.divergence import FED, LossWatch
 from attnscope.runs.layout import COLUMNS, KEYS
-from attnscope.signals.alarms import FED
-from attnscope.signals.nonfinite import Tables
+from attnscope.signals.nonfinite import TENSORS, Looked, Tables, looked_at, norms_looked_at
 
 NAMED = ("nonfinite", "explosion")
 COMPARED = re.compile(r"(?P<column>\w+)\s*(?P<sign>[<>])\s*(?P<threshold>[-+.\w]+)")
@@ -112,17 +111,16 @@ class Stopper:
 
 
 def _nonfinite(tables: Tables) -> str | None:
-    steps, losses, heads, params = (
-        tables.get(name) or {} for name in ("steps", "losses", "heads", "params")
-    )
-    for table, column in ((heads, "max_logit_bound"), (losses, "loss"), (steps, "grad_norm")):
-        if table:
-            bad = np.flatnonzero(np.isnan(table[column]) | np.isinf(table[column]))
-            if column == "max_logit_bound":  # unknown where q and k were not seen
-                bad = bad[~np.isfinite(table["max_logit"][bad])]
-            if len(bad):
-                return f"{column} is not finite at step {table['step'][bad[0]]}"
-    if params and (params["nonfinite"] > 0).any():
-        at = int(np.flatnonzero(params["nonfinite"] > 0)[0])
-        return f"the gradient of {params['group'][at]} is not finite at step {params['step'][at]}"
+    steps, losses = (tables.get(name) or {} for name in ("steps", "losses"))
+    # The gradient norm is there also at steps whose parameters are not measured.
+    for looked in (*looked_at({**tables, "steps": losses}), *norms_looked_at(steps)):
+        if looked.broken_N.any():
+            at = int(np.argmax(looked.broken_N))
+            return f"{_named(looked, at)} is not finite at step {looked.step_N[at]}"
     return None
+
+
+def _named(looked: Looked, at: int) -> str:
+    if looked.tensor != "gradient":
+        return TENSORS[looked.tensor]
+    return "grad_norm" if looked.group_N is None else f"the gradient of {looked.group_N[at]}"

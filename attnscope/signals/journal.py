@@ -4,9 +4,11 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 from attnscope.runs.events import Event
-from attnscope.runs.writer import PartWriter
+from attnscope.runs.part_writer import PartWriter
 from attnscope.signals.alarms import Alarms
 from attnscope.signals.nonfinite import Looked, Tables
+
+FLUSH_SECONDS = 0.75  # between blocks: a killed process loses at most this and the step it was in
 
 # A context for one thing that may go wrong, by what it is.
 Trying = Callable[[str], AbstractContextManager[object]]

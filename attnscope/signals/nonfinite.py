@@ -74,3 +74,14 @@ def looked_at(tables: Tables) -> Iterator[Looked]:
             group_N=params["group"],
             broken_N=params["nonfinite"] > 0,
         )
+
+
+def norms_looked_at(steps: Mapping[str, Array]) -> Iterator[Looked]:
+    """The gradient of each step as a whole, as its norm in the steps table tells; nothing of an empty one."""
+    if steps:
+        yield Looked(
+            tensor="gradient",
+            step_N=steps["step"],
+            member_N=steps["member"],
+            broken_N=~np.isfinite(steps["grad_norm"]),
+        )

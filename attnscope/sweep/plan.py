@@ -243,7 +243,7 @@ def _try(configs: Sequence[Config], threads: int) -> Trial:
     """In the process that is measured: train `configs` for a few steps, recorded as in a run."""
     import torch
 
-    from attnscope.data import open_data
+    from attnscope.data import data_of
     from attnscope.signals.alarms import Alarms
     from attnscope.train.loop import train_part
     from attnscope.train.part import Part
@@ -259,7 +259,7 @@ def _try(configs: Sequence[Config], threads: int) -> Trial:
 
     with tempfile.TemporaryDirectory() as folder:
         create_run(first, members_of(first), Path(folder) / "run", command=())
-        data = open_data(first.data, seq_len=first.model.seq_len)
+        data = data_of(first)
         part = Part(configs, vocab_size=data.vocab_size)
         train_part(
             part,

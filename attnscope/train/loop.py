@@ -12,16 +12,15 @@ from dataclasses import dataclass
 from attnscope.data import Corpus
 from attnscope.errors import AttnscopeError
 from attnscope.runs.events import Event
-from attnscope.runs.writer import PartWriter
+from attnscope.runs.part_writer import PartWriter
 from attnscope.signals.alarms import Alarms
-from attnscope.signals.journal import Journal
+from attnscope.signals.journal import FLUSH_SECONDS, Journal
 from attnscope.train import evaluation
 from attnscope.train.block import Block
 from attnscope.train.part import Part
 from attnscope.train.recording import Recorder
 from attnscope.train.step import Setup, run_step
 
-FLUSH_SECONDS = 0.75  # a killed process loses at most this and the step it was in
 CHECK_EVERY = 10  # steps; fixed, so that a resumed run drops members at the same step
 
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from attnscope.config import Config
 from attnscope.errors import ConfigError
-from attnscope.model import QKV, forward, initial_parameters
+from attnscope.model import forward, initial_parameters
 from attnscope.runs.checkpoint import Checkpoint, save_checkpoint
 from attnscope.runs.divergence import NOT_FINITE_IN_A_ROW
-from attnscope.runs.writer import PartWriter
+from attnscope.runs.part_writer import PartWriter
 from attnscope.train.clipping import clip_state
 from attnscope.train.optimizer import optimizer_state
 from attnscope.train.step import Setup, all_finite, loss_scaling_state, set_up
@@ -111,11 +111,6 @@ class Part:
         self.alive = [int(index) for index in alive]
         self.step = checkpoint.step
         found = {name: value.to(self.device) for name, value in checkpoint.tensors.items()}
-        if "q" in names:  # saved before q, k and v became one parameter
-            names = ["qkv" if name == "q" else name for name in names if name not in ("k", "v")]
-            for first in [name for name in found if name.endswith(("/q", ".q"))]:
-                three = [found.pop(first[:-1] + name) for name in QKV]
-                found[first[:-1] + "qkv"] = torch.stack(three, dim=-2)
         self.parameters = {name: found[f"parameters/{name}"] for name in names}
         self.state = self._all_well() | {
             name.removeprefix("state/"): value

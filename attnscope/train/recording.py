@@ -24,7 +24,7 @@ from attnscope.metrics.activations import (
     token_norms,
     token_total,
 )
-from attnscope.metrics.attention import STATISTICS, statistics_of, statistics_of_all
+from attnscope.metrics.attention import statistics_of, statistics_of_all
 from attnscope.metrics.gradients import (
     PARAMETER_STATISTICS,
     Grouping,
@@ -34,7 +34,8 @@ from attnscope.metrics.gradients import (
     parameter_stats,
 )
 from attnscope.metrics.loss import TokenLosses, output_logit_max
-from attnscope.metrics.rows import Rows, Shelf, sample_rows
+from attnscope.metrics.rows import SAMPLES, Rows, Shelf, sample_rows
+from attnscope.metrics.totals import HEAD_COLUMNS
 from attnscope.model import AttentionInputs
 from attnscope.train.block import Array, Block, tables_of
 from attnscope.train.step import Clipped, attention_call
@@ -52,17 +53,15 @@ STEP_COLUMNS = (
     "loss_scale",
     "val_loss",
 )
-HEAD_COLUMNS = (*STATISTICS, "rows", "rows_left_out")
 LAYER_COLUMNS = ("activation_rms", "token_cosine")
 
-SAMPLES = 64  # different row samples, used in turn
 BLOCK_BYTES = 64 << 20  # of sampled queries and keys that wait for the end of their block
 
 _T = TypeVar("_T")
 
 
 @dataclass(slots=True, kw_only=True)
-class Seen:
+class StepSeen:
     """What was seen of one step: reductions only; what follows from them is computed once per block.
 
     Attributes:
@@ -105,7 +104,7 @@ class Recorder:
         self._d_model = config.model.d_model
         self._tokens_per_step = config.data.batch_size * config.model.seq_len
         self._last = time.perf_counter()
-        self._block: list[Seen] = []
+        self._block: list[StepSeen] = []
         self._block_ms = 0.0
         self._shelf = Shelf()
         self._sheet: Sheet | None = None
@@ -118,7 +117,7 @@ class Recorder:
         self._grouping = grouping
         n_batch, seq_len = batch.tokens_BT.shape
         rows = self._record.rows
-        self._now = Seen(
+        self._now = StepSeen(
             step=step,
             measures=step % self._record.every == 0,
             real_BS=batch.visible_BS,
@@ -217,7 +216,7 @@ class Recorder:
         return block, tables
 
     @torch.no_grad()
-    def _on_host(self, seen: Sequence[Seen], members: Sequence[int]) -> Block:
+    def _on_host(self, seen: Sequence[StepSeen], members: Sequence[int]) -> Block:
         """Compute what follows from the reductions and bring it to the host, one copy per table."""
         measured = [each for each in seen if each.measures]
         heads, layers, params = {}, {}, {}
@@ -245,7 +244,7 @@ class Recorder:
             groups=self._grouping.rows,
         )
 
-    def _steps(self, seen: Sequence[Seen]) -> list[Tensor]:
+    def _steps(self, seen: Sequence[StepSeen]) -> list[Tensor]:
         """STEP_COLUMNS, each (S, M)."""
         forward_CSM = _stacked(*(each.forward_M for each in seen))
         rms_LSM = self._activation_rms(seen)
@@ -262,12 +261,12 @@ class Recorder:
             torch.stack([unknown_M if x is None else x for x in val_losses]),
         ]
 
-    def _activation_rms(self, seen: Sequence[Seen]) -> Tensor:
+    def _activation_rms(self, seen: Sequence[StepSeen]) -> Tensor:
         """(L, S, M)."""
         norm_LSMN = _stacked(*(each.token_norm_MN for each in seen))
         return activation_rms(norm_LSMN, d_model=self._d_model)
 
-    def _layers(self, measured: Sequence[Seen]) -> list[Tensor]:
+    def _layers(self, measured: Sequence[StepSeen]) -> list[Tensor]:
         """LAYER_COLUMNS, each (S, M, L)."""
         total_SLMBD = torch.stack([_there(each.token_total_LMBD) for each in measured])
         found_LSM = (
@@ -276,7 +275,7 @@ class Recorder:
         )
         return [x_LSM.permute(1, 2, 0) for x_LSM in found_LSM]
 
-    def _parameters(self, measured: Sequence[Seen]) -> dict[str, dict[str, Tensor]]:
+    def _parameters(self, measured: Sequence[StepSeen]) -> dict[str, dict[str, Tensor]]:
         """What was measured of each parameter, with a leading axis S."""
         stacked = _there(self._sheet).read(torch.stack([_there(x.reductions_RX) for x in measured]))
         for name, stats in stacked.items():
@@ -286,7 +285,7 @@ class Recorder:
                     stats["nonfinite"][s] = seen.nonfinite[name]
         return stacked
 
-    def _heads(self, measured: Sequence[Seen]) -> dict[str, Tensor]:
+    def _heads(self, measured: Sequence[StepSeen]) -> dict[str, Tensor]:
         """Column to (S, M, L, H)."""
         if measured[0].sample is None:
             each_layer = [stats for seen in measured for stats in seen.stats]

@@ -1,27 +1,28 @@
 """A whole run: a config becomes members, members become parts, parts are trained one after another into one directory."""
 
 import contextlib
-import os
-import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from attnscope.config import Config, DataConfig, Member, members_of
-from attnscope.data import Corpus, open_data
+from attnscope.data import Corpus, data_of
 from attnscope.errors import RunError
+from attnscope.model import QKV
 from attnscope.runs.checkpoint import Checkpoint, load_checkpoint
+from attnscope.runs.divergence import FED
+from attnscope.runs.environment import environment
 from attnscope.runs.foreign import printable
 from attnscope.runs.holder import holding
 from attnscope.runs.layout import part_folder
 from attnscope.runs.manifest import is_whole
+from attnscope.runs.part_writer import PartWriter
 from attnscope.runs.reader import Run, open_run
-from attnscope.runs.writer import PartWriter, RunWriter
-from attnscope.signals.alarms import FED, Alarms
+from attnscope.runs.writer import RunWriter
+from attnscope.signals.alarms import Alarms
 from attnscope.train.loop import Progress, train_part
 from attnscope.train.part import Part, device_of
 
@@ -99,7 +100,7 @@ def create_run(
         device_of(first)  # says now, not in an hour, that a part has no device
         key = (first.data, first.model.seq_len)
         if key not in corpora:
-            corpora[key] = _open(part)
+            corpora[key] = data_of(first)
         described[index] = corpora[key]
     RunWriter.create(
         path,
@@ -154,7 +155,7 @@ def train_part_of(
     Raises:
         AttnscopeError: the data is not what the run began with, or the disk is full.
     """
-    data = _open(members)
+    data = data_of(members[0].config)
     _same_data(run, index, data)
     with _threads(run.threads_of(index)) as threads:
         part, alarms, notes = _begun(run, index, members, data)
@@ -216,19 +217,6 @@ def by_part(members: Sequence[Member]) -> dict[int, list[Member]]:
     return parts
 
 
-def environment(device: torch.device) -> dict[str, object]:
-    """What a reader needs to know to train the same again."""
-    return {
-        "attnscope": version("attnscope"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "platform": f"{platform.system()} {platform.machine()}",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "threads": torch.get_num_threads(),
-        "cpus": os.cpu_count(),
-    }
-
-
 @contextlib.contextmanager
 def _threads(wanted: int | None) -> Iterator[int]:
     """So many threads, for a while: another number would change the last digits of sums. None = as many as there are."""
@@ -254,11 +242,6 @@ def _said_how_it_ended(writer: PartWriter) -> Iterator[None]:
         with contextlib.suppress(RunError):
             writer.finish("failed", error=f"{type(error).__name__}: {error}")
         raise
-
-
-def _open(part: Sequence[Member]) -> Corpus:
-    config = part[0].config
-    return open_data(config.data, seq_len=config.model.seq_len)
 
 
 def _describe(corpora: Mapping[int, Corpus]) -> dict[str, object]:
@@ -287,13 +270,17 @@ def _check_fits(run: Run, checkpoint: Checkpoint, n_members: int) -> None:
             f"{run.path}: its checkpoint at step {checkpoint.step} does not fit the members of this run. Restore it, or "
             "delete it: the part is then trained again from its first step."
         )
+    assert isinstance(names, list)
+    if apart := [name for name in QKV if name in names]:
+        raise RunError(
+            f"{run.path}: its checkpoint at step {checkpoint.step} has {', '.join(apart)} as parameters of their own, as old "
+            "versions of attnscope saved them, and cannot be gone on with. Delete it: the part is then trained again from its "
+            "first step."
+        )
 
 
 def _same_data(run: Run, index: int, data: Corpus) -> None:
-    parts = run.data.get("parts")
-    other = parts.get(str(index)) if isinstance(parts, dict) else None
-    recorded = other.get("fingerprint") if isinstance(other, dict) else run.data.get("fingerprint")
-    if recorded != data.fingerprint:
+    if run.data_of(index).get("fingerprint") != data.fingerprint:
         raise RunError(
             f"{run.path}: the data is not what this run began with: its fingerprint has changed. "
             "Restore the data, or start a new run."

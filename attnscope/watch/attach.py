@@ -1,10 +1,8 @@
 """Watches the training that goes on in this process, into a run directory."""
 
 import os
-import platform
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +12,11 @@ from torch import nn
 
 from attnscope.capture.names import Modules
 from attnscope.errors import RunError
+from attnscope.runs.environment import environment
 from attnscope.runs.layout import RUN_FILE, MemberEntry
 from attnscope.runs.writer import RunWriter, next_run_path
 from attnscope.watch.parameters import parameters_of
-from attnscope.watch.recording import Recorder
+from attnscope.watch.recording import WatchRecorder
 from attnscope.watch.settings import EVERY, ROWS, Settings
 from attnscope.watch.trackers import TrackerLog
 from attnscope.watch.watcher import Watcher, watching
@@ -105,7 +104,7 @@ def open_watcher(path: Path, settings: Settings, *, command: Sequence[str]) -> W
                 MemberEntry(name=name, part=part, index=0, settings={})
                 for part, name in enumerate(names)
             ],
-            environment=_environment(),
+            environment=environment(),
             data={
                 "watched": {
                     "every": settings.every,
@@ -119,7 +118,7 @@ def open_watcher(path: Path, settings: Settings, *, command: Sequence[str]) -> W
     log = TrackerLog(settings.log_to, path) if settings.log_to is not None and rank == 0 else None
     modules = Modules()
     part = RunWriter(path.absolute()).part(rank)  # the script may change its folder
-    watcher = Watcher(path, Recorder(part, modules, log), modules, settings)
+    watcher = Watcher(path, WatchRecorder(part, modules, log), modules, settings)
     watcher.start()
     return watcher
 
@@ -162,15 +161,3 @@ def _wait_for(path: Path) -> None:
                 f"{path}: rank 0 has not made the run directory within {RANK_SECONDS} s. Let all ranks see the same folder."
             )
         time.sleep(0.05)
-
-
-def _environment() -> dict[str, object]:
-    """Without the device: which of those that are there is trained on, the event of the optimizer says."""
-    return {
-        "attnscope": version("attnscope"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "platform": f"{platform.system()} {platform.machine()}",
-        "threads": torch.get_num_threads(),
-        "cpus": os.cpu_count(),
-    }

@@ -11,7 +11,7 @@ from attnscope.errors import RunWriteError
 from attnscope.watch.numbers import UnreadableError
 
 if TYPE_CHECKING:
-    from attnscope.watch.recording import Recorder
+    from attnscope.watch.recording import WatchRecorder
 
 MOST_TEXT = 500  # characters of an exception
 MOST_KINDS = 100  # of failures that are described
@@ -29,7 +29,7 @@ class Guard:
 
     failure: RunWriteError | None
 
-    def __init__(self, recorder: "Recorder", *, on_failure: Callable[[], None]) -> None:
+    def __init__(self, recorder: "WatchRecorder", *, on_failure: Callable[[], None]) -> None:
         """`on_failure` is called when nothing can be written any more."""
         self._recorder = recorder
         self._on_failure = on_failure

@@ -15,13 +15,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from attnscope.capture.names import Modules, root_of
 from attnscope.capture.seen import Seen, measure
+from attnscope.metrics.rows import SAMPLES
 from attnscope.metrics.totals import TOTALS
 from attnscope.watch.guard import one_line
 from attnscope.watch.recording import Layer
 from attnscope.watch.snapshots import unwrapped
 from attnscope.watch.step import Step
 
-SAMPLES = 64  # different row samples, used in turn
 MOST_UNMEASURED = 50  # different calls that are described
 MOST_EVALUATED = 8  # calls of a layer in evaluation that are measured in one step
 MOST_LAYERS = 2000  # a script may make modules at every step

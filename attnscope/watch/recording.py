@@ -12,7 +12,7 @@ from torch import Tensor
 from attnscope.capture.names import Modules
 from attnscope.capture.seen import scale_of
 from attnscope.runs.events import Event
-from attnscope.runs.writer import PartWriter
+from attnscope.runs.part_writer import PartWriter
 from attnscope.signals.alarms import Alarms, place_of
 from attnscope.signals.journal import Journal
 from attnscope.signals.nonfinite import Looked
@@ -93,7 +93,7 @@ class Layer:
         }
 
 
-class Recorder:
+class WatchRecorder:
     """The block that is not on disk yet.
 
     Invariant: a block has whole steps only.
@@ -270,5 +270,5 @@ def broken_gradients(step: Step) -> list[str]:
         broken_P = (~norm_P.isfinite()).cpu().tolist()
         for (layer, group), broken in zip(places, broken_P, strict=True):
             if broken:
-                found.append(f"layer {layer} {group}" if layer >= 0 else group)
+                found.append(place_of(layer, group))
     return list(dict.fromkeys(found))

@@ -30,7 +30,7 @@ from attnscope.watch.numbers import (
 )
 from attnscope.watch.output import see_cross_entropy
 from attnscope.watch.parameters import Parameters, parameters_of
-from attnscope.watch.recording import MOST_PLACES, Recorder, broken_gradients
+from attnscope.watch.recording import MOST_PLACES, WatchRecorder, broken_gradients
 from attnscope.watch.step import Step
 from attnscope.watch.turns import Turns
 
@@ -73,7 +73,7 @@ class Steps:
     def __init__(
         self,
         *,
-        recorder: Recorder,
+        recorder: WatchRecorder,
         layers: Layers,
         guard: Guard,
         every: int,

@@ -12,10 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from attnscope.metrics.totals import COLUMNS as HEAD_COLUMNS
-from attnscope.metrics.totals import TOTALS, add, finish
+from attnscope.metrics.totals import HEAD_COLUMNS, TOTALS, add, finish
+from attnscope.runs.divergence import FED
 from attnscope.runs.layout import COLUMNS as TABLES
-from attnscope.signals.alarms import FED
 from attnscope.watch.step import Step
 
 PARAMETER_COLUMNS = ("grad_norm", "grad_max", "nonfinite", "weight_norm", "update_norm")

@@ -34,7 +34,7 @@ Array = NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Moment:
+class LoggedStep:
     """What is logged of one step: name to value."""
 
     step: int
@@ -42,7 +42,7 @@ class Moment:
 
 
 # Logs moments, ascending; False = the script has no active run of this tracker.
-Write = Callable[[Sequence[Moment]], bool]
+Write = Callable[[Sequence[LoggedStep]], bool]
 
 
 class TrackerLog:
@@ -103,7 +103,7 @@ def check_tracker(name: str) -> None:
         )
 
 
-def moments_of(steps: Mapping[str, Array], heads: Mapping[str, Array]) -> list[Moment]:
+def moments_of(steps: Mapping[str, Array], heads: Mapping[str, Array]) -> list[LoggedStep]:
     """The steps of a block, ascending; heads without a measured row count for nothing."""
     values: dict[int, dict[str, float]] = {}
     for at, step in enumerate(steps.get("step", ())):
@@ -123,7 +123,7 @@ def moments_of(steps: Mapping[str, Array], heads: Mapping[str, Array]) -> list[M
         for layer in np.unique(layer_N):
             largest = float(max_logit_N[layer_N == layer].max())
             found[f"{PREFIX}/layer {layer}/max_logit"] = largest
-    return [Moment(step=step, values=values[step]) for step in sorted(values)]
+    return [LoggedStep(step=step, values=values[step]) for step in sorted(values)]
 
 
 def to_tensorboard(path: Path) -> Write:
@@ -131,7 +131,7 @@ def to_tensorboard(path: Path) -> Write:
     name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
     file = path.absolute() / FOLDER / name  # the script may change its folder
 
-    def write(moments: Sequence[Moment]) -> bool:
+    def write(moments: Sequence[LoggedStep]) -> bool:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.record_writer import RecordWriter
@@ -169,7 +169,7 @@ def to_wandb(_path: Path) -> Write:
     """
     known: list[str] = []  # runs that have our x axis
 
-    def write(moments: Sequence[Moment]) -> bool:
+    def write(moments: Sequence[LoggedStep]) -> bool:
         run = getattr(sys.modules.get("wandb"), "run", None)
         if run is None:
             return False
@@ -189,7 +189,7 @@ def to_mlflow(_path: Path) -> Write:
     """Every step, to the run that was active last: it takes metrics after its end, too."""
     found: list[tuple[Any, str]] = []
 
-    def write(moments: Sequence[Moment]) -> bool:
+    def write(moments: Sequence[LoggedStep]) -> bool:
         mlflow = sys.modules.get("mlflow")
         active = None if mlflow is None else mlflow.active_run()
         if mlflow is not None and active is not None:

@@ -22,10 +22,11 @@ from attnscope.capture.patches import Patches
 from attnscope.capture.seen import Seen
 from attnscope.errors import RunError, RunWriteError
 from attnscope.signals.conditions import Stopper
+from attnscope.signals.journal import FLUSH_SECONDS
 from attnscope.watch.finite import Finite, Outputs
 from attnscope.watch.guard import MOST_TEXT, Guard, one_line
 from attnscope.watch.layers import Layers
-from attnscope.watch.recording import Recorder, Tables
+from attnscope.watch.recording import Tables, WatchRecorder
 from attnscope.watch.settings import Settings
 from attnscope.watch.snapshots import Snapshots
 from attnscope.watch.steps import Steps
@@ -34,8 +35,6 @@ from attnscope.watch.training import Training
 
 if TYPE_CHECKING:
     from attnscope.capture.compiled import Probes
-
-FLUSH_SECONDS = 0.75  # a killed process loses at most this and the step it was in
 
 _watching: "Watcher | None" = None
 
@@ -49,7 +48,7 @@ class Watcher:
     path: Path
 
     def __init__(
-        self, path: Path, recorder: Recorder, modules: Modules, settings: Settings
+        self, path: Path, recorder: WatchRecorder, modules: Modules, settings: Settings
     ) -> None:
         """Use `watch_model` or `watch_script`."""
         self.path = path

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from attnscope.metrics import attention
 from attnscope.metrics.attention import statistics_of_all, totals_of_all, totals_of_logits
 from attnscope.metrics.rows import Call
-from attnscope.metrics.totals import COLUMNS, TOTALS, add, finish
+from attnscope.metrics.totals import HEAD_COLUMNS, TOTALS, add, finish
 
 B, H, T, S, K = 5, 3, 7, 6, 4
 
@@ -54,8 +54,8 @@ def check_together(parts, expected, *, bound=True):
         found = add(found, part)
     assert set(found) == set(TOTALS)
     found = finish(found)
-    assert list(found) == list(COLUMNS)
-    for name in COLUMNS:
+    assert list(found) == list(HEAD_COLUMNS)
+    for name in HEAD_COLUMNS:
         if name != "max_logit_bound" or bound:
             torch.testing.assert_close(
                 found[name], expected[name], rtol=2e-6, atol=2e-6, equal_nan=True, msg=name
@@ -110,7 +110,7 @@ def test_a_call_without_a_measurable_row_changes_nothing_but_the_rows_left_out()
     )  # fmt: skip
     assert finish(totals_of_all(blind))["entropy"].isnan().all()
     both = finish(add(totals_of_all(call), totals_of_all(blind)))
-    for name in COLUMNS:
+    for name in HEAD_COLUMNS:
         if name == "rows_left_out":
             assert (both[name] == alone[name] + B * T).all()
         else:

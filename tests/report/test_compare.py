@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 
 import attnscope
-from attnscope.comparison.cells import Subject, compare, outcome_text, subjects_of
+from attnscope.comparison.cells import compare
 from attnscope.comparison.member import MemberRow, Softmax
+from attnscope.comparison.subjects import Subject, outcome_text, subjects_of
 from attnscope.errors import RunError
 from attnscope.report.comparison import (
     cell_table,

@@ -7,7 +7,8 @@ import numpy as np
 
 from attnscope.config import Config, members_of, with_control
 from attnscope.runs.layout import COLUMNS
-from attnscope.runs.writer import PartWriter, RunWriter
+from attnscope.runs.part_writer import PartWriter
+from attnscope.runs.writer import RunWriter
 
 GROUPS = ("embedding", "q", "k")
 

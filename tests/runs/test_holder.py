@@ -12,7 +12,8 @@ import pytest
 from attnscope.errors import RunError
 from attnscope.runs import holder
 from attnscope.runs.holder import hold, holder_of, holding, release, writer_of
-from attnscope.runs.reader import list_runs, open_run
+from attnscope.runs.listing import list_runs
+from attnscope.runs.reader import open_run
 from tests.runs import made_up
 
 WRITE = """

@@ -16,7 +16,9 @@ from attnscope.errors import RunError
 from attnscope.runs.checksums import sealed
 from attnscope.runs.foreign import printable
 from attnscope.runs.layout import MAX_JSON_BYTES
-from attnscope.runs.reader import list_runs, open_run, report_dir
+from attnscope.runs.listing import list_runs
+from attnscope.runs.reader import open_run
+from attnscope.runs.report_folder import report_dir
 from tests.runs import made_up
 
 BAD_NAMES = [

@@ -14,7 +14,9 @@ import pytest
 from attnscope.config import Config, with_control
 from attnscope.errors import RunError
 from attnscope.runs.layout import COLUMNS
-from attnscope.runs.reader import list_runs, open_run, report_dir
+from attnscope.runs.listing import list_runs
+from attnscope.runs.reader import open_run
+from attnscope.runs.report_folder import report_dir
 from tests.runs import made_up
 
 

@@ -15,7 +15,6 @@ from attnscope.config.members import members_of
 from attnscope.data import open_data
 from attnscope.diagnose import diagnose
 from attnscope.model import apart
-from attnscope.runs.checkpoint import load_checkpoint, save_checkpoint
 from attnscope.runs.reader import open_run
 from attnscope.signals.alarms import Alarms
 from attnscope.train import evaluation, loop
@@ -99,32 +98,6 @@ def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path, changes):
     # What is derived from a block of records at once may differ in its last bit, as blocks begin at other steps.
     for table in ("heads", "layers", "params"):
         pd.testing.assert_frame_equal(getattr(whole, table), getattr(cut, table), rtol=1e-5)
-
-
-def test_a_checkpoint_written_when_q_k_and_v_were_three_parameters_is_read(tmp_path):
-    changes = {"optimizer": {"name": "adamw"}, "attention": {"qk_norm": True}}
-    config = parse_table(small(**changes, train={"steps": 14, "seed": 1}))
-    train_run(config, tmp_path / "whole")
-    stopped_after = iter(range(100))
-    train_run(config, tmp_path / "cut", should_stop=lambda: next(stopped_after) == 8)
-    folder = tmp_path / "cut" / "part-0000"
-    checkpoint = load_checkpoint(folder)
-    tensors, state = {}, dict(checkpoint.state)
-    for name, value in checkpoint.tensors.items():
-        if name.endswith("qkv"):
-            three = zip("qkv", value.unbind(-2), strict=True)
-            tensors |= {name.removesuffix("qkv") + each: x for each, x in three}
-        else:
-            tensors[name] = value
-    names = "/".join(state["parameters"]).replace("qkv", "q/k/v").split("/")
-    save_checkpoint(
-        folder, step=checkpoint.step, tensors=tensors, state=state | {"parameters": names}
-    )
-    assert "state/mean.q" in load_checkpoint(folder).tensors
-    assert resume_run(tmp_path / "cut") == "finished"
-    whole, cut = open_run(tmp_path / "whole"), open_run(tmp_path / "cut")
-    for column in ("loss", "grad_norm"):
-        assert np.array_equal(whole.steps[column], cut.steps[column]), column
 
 
 def test_members_follow_their_solo_runs_also_beside_one_that_explodes():

@@ -9,6 +9,7 @@ import torch
 
 from attnscope.config import parse_table
 from attnscope.errors import RunError
+from attnscope.runs.checkpoint import load_checkpoint, save_checkpoint
 from attnscope.runs.reader import open_run
 from attnscope.train.run import resume_run, train_run
 from tests.runs import made_up
@@ -96,3 +97,28 @@ def test_a_checkpoint_that_does_not_fit_is_an_error_in_one_line(tmp_path, change
         "then trained again from its first step."
     )
     assert sorted(path.rglob("*")) == before
+
+
+def test_a_checkpoint_with_q_k_and_v_apart_is_refused_in_one_line(tmp_path):
+    old = Path(__file__).parent.parent / "runs" / "old" / "lab"
+    path = shutil.copytree(old, tmp_path / "lab")
+    part = path / "part-0000"
+    (part / "end.json").unlink()
+    checkpoint = load_checkpoint(part)
+    tensors = {}
+    for name, value in checkpoint.tensors.items():
+        three = zip("qkv", value.unbind(-2), strict=True) if name.endswith("qkv") else ()
+        tensors |= {name.removesuffix("qkv") + each: x for each, x in three} or {name: value}
+    names = "/".join(checkpoint.state["parameters"]).replace("qkv", "q/k/v").split("/")
+    save_checkpoint(part, step=20, tensors=tensors, state=checkpoint.state | {"parameters": names})
+    before = sorted(path.rglob("*"))
+    with pytest.raises(RunError) as error:
+        resume_run(path)
+    assert str(error.value) == (
+        f"{path}: its checkpoint at step 20 has q, k, v as parameters of their own, as old versions of attnscope saved them, "
+        "and cannot be gone on with. Delete it: the part is then trained again from its first step."
+    )
+    assert sorted(path.rglob("*")) == before
+    for file in part.glob("checkpoint-*"):
+        file.unlink()
+    assert resume_run(path) == "finished"

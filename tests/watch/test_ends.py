@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 from attnscope.cli.app import app
 from attnscope.diagnose import diagnose
 from attnscope.report.contents import contents
-from attnscope.runs.reader import list_runs, open_run
+from attnscope.runs.listing import list_runs
+from attnscope.runs.reader import open_run
 from attnscope.watch.attach import watch_model
 from tests.watch.test_training import Small, loss_of, train
 

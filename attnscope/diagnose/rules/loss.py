@@ -12,7 +12,8 @@ from attnscope.diagnose.rules.saturation import early_signals
 from attnscope.findings import MOST_EVIDENCE, Evidence, Finding, of_several
 from attnscope.runs.by_member import diverged_at, members_of_rows
 from attnscope.runs.divergence import IN_A_ROW, LEAST_RISE, NEARLY_ZERO, NOT_FINITE_IN_A_ROW
-from attnscope.runs.reader import MemberRecord, Run
+from attnscope.runs.members import MemberRecord
+from attnscope.runs.reader import Run
 from attnscope.signals.spikes import BACK_WITHIN, LEAST_EXCESS, SIGMAS, WINDOW, spikes_of
 
 

@@ -20,7 +20,8 @@ from attnscope.runs.by_member import (
     mean_by_member,
     members_of_rows,
 )
-from attnscope.runs.reader import MemberRecord, Run
+from attnscope.runs.members import MemberRecord
+from attnscope.runs.reader import Run
 
 if TYPE_CHECKING:
     import pandas as pd

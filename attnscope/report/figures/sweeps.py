@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from attnscope.comparison.cells import ENDED, LR, Cell, Comparison, Subject
+from attnscope.comparison.cells import Comparison
+from attnscope.comparison.learning_rates import LR
+from attnscope.comparison.subjects import ENDED, Cell, Subject
 from attnscope.report.blocks import Figure
 from attnscope.report.contents import Contents
 from attnscope.report.figures.canvas import (

@@ -1,0 +1,114 @@
+"""One member of a run and how it ended, from what its part recorded and what ended that.
+
+Shape key: S steps of the member.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attnscope.runs.events import Event
+from attnscope.runs.layout import MemberEntry
+from attnscope.runs.outcome import outcome
+from attnscope.runs.parts import NEVER, PartFiles
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemberRecord:
+    """One member of a run and how it ended (`attnscope.runs.outcome.Outcome` says what the words mean)."""
+
+    name: str
+    part: int
+    index: int
+    settings: dict[str, object]
+    status: str
+    error: str | None
+    diverged_at: int | None
+    limit: float | None
+    nonfinite_at: int | None
+    first_loss: float | None
+    best_loss: float | None
+    final_loss: float | None
+    last_step: int | None
+    is_falling: bool | None
+
+
+def member_record(
+    entry: MemberEntry,
+    steps: Mapping[str, NDArray[Any]],
+    *,
+    end_status: str | None,
+    error: str | None,
+    config: Mapping[str, object],
+    unigram: float | None,
+    seen_events: Sequence[Event] | None,
+) -> MemberRecord:
+    """How a member ended.
+
+    Args:
+        entry: of run.json.
+        steps: `divergence.FED` of the member to columns, (S,).
+        end_status: of its part, from `end_status_of`.
+        error: what its part died of.
+        config: of run.json, as a table.
+        unigram: loss of what it was trained on, nats per token; None = unknown.
+        seen_events: of its part, where losses that were not seen are NaN; None where all were seen.
+    """
+    end = outcome(
+        steps["step"],
+        steps["loss"],
+        grad_norms=steps["grad_norm"],
+        loss_scales=steps["loss_scale"],
+        end_status=end_status,
+        error=error,
+        planned_steps=_planned_steps(config, entry.settings),
+        unigram=unigram,
+        seen=None if seen_events is None else _losses_seen(entry, steps, seen_events),
+    )
+    return MemberRecord(
+        name=entry.name,
+        part=entry.part,
+        index=entry.index,
+        settings=entry.settings,
+        **asdict(end),
+    )
+
+
+def end_status_of(part: PartFiles, *, run_status: str, is_held: bool) -> str | None:
+    """What ended a part, for its members: of one that never began, what ended the run.
+
+    Args:
+        part: as it was found.
+        run_status: what became of the run.
+        is_held: whether somebody writes the run.
+    """
+    if part.end:
+        return str(part.end["status"])
+    if part.writer is not None or is_held:
+        return "running"
+    if part.segments:
+        return None
+    return {"killed": None, "running": None, "failed": "interrupted"}.get(run_status, run_status)
+
+
+def _losses_seen(
+    entry: MemberEntry, steps: Mapping[str, NDArray[Any]], events: Sequence[Event]
+) -> NDArray[Any]:
+    """Of watched code, whose loss may not be seen: a loss that is NaN, and that the recorder saw, is in the events."""
+    broken = [
+        event.step
+        for event in events
+        if event.kind == "nonfinite"
+        if event.member in (None, entry.index) and event.fields.get("tensor") == "loss"
+    ]
+    return ~np.isnan(steps["loss"]) | (steps["step"] >= min(broken, default=NEVER))
+
+
+def _planned_steps(config: Mapping[str, object], settings: Mapping[str, object]) -> int:
+    train = config.get("train")
+    planned = train.get("steps") if isinstance(train, dict) else None
+    planned = settings.get("train.steps", planned)
+    return planned if isinstance(planned, int) else NEVER

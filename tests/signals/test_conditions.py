@@ -1,0 +1,78 @@
+"""Conditions: what is understood, and which records meet them."""
+
+import numpy as np
+import pytest
+
+from attnscope.errors import ConfigError
+from attnscope.signals.conditions import Stopper, parse_condition
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nan", "--stop-on is 'nan', but must be nonfinite, explosion, or a column and a threshold, as in max_logit>1e4."),
+        ("max_logit>=4", "--stop-on is 'max_logit>=4', but must be nonfinite, explosion, or a column and a threshold, as in max_logit>1e4."),
+        ("max_logits>4", "--stop-on max_logits>4: there is no column max_logits. Columns: "),
+        ("loss>high", "--stop-on loss>high: 'high' is not a number. Write it as in max_logit>1e4."),
+        ("loss>nan", "--stop-on loss>nan: 'nan' is not a number. Write it as in max_logit>1e4."),
+        ("step>4", "--stop-on step>4: there is no column step. Columns: "),
+    ],
+)  # fmt: skip
+def test_conditions_that_cannot_be_understood(text, message):
+    with pytest.raises(ConfigError) as caught:
+        parse_condition(text)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_threshold_names_the_first_place_that_passes_it():
+    stopper = Stopper([parse_condition("entropy_ratio<0.1"), parse_condition("max_logit > 1e4")])
+    heads = {
+        "step": np.array([3, 3]), "layer": np.array([0, 1]), "head": np.array([0, 2]),
+        "entropy_ratio": np.array([0.5, 0.2]), "max_logit": np.array([9e3, 2e4]),
+    }  # fmt: skip
+    condition, found = stopper.met({"heads": heads})
+    assert condition.text == "max_logit > 1e4"
+    assert found == "max_logit 2e+04 at step 3, layer 1, head 2"
+    assert stopper.met({}) is None and stopper.met({"heads": {}}) is None
+
+
+def block(*, loss=2.0, is_seen=True, grad_norm=1.0, logit=3.0, bound=4.0, nonfinite=0):
+    """Tables of step 7."""
+    steps = {
+        "step": [7], "member": [0], "loss": [loss], "grad_norm": [grad_norm], "loss_scale": [1.0],
+    }  # fmt: skip
+    tables = {
+        "steps": steps,
+        "losses": {name: x if is_seen else [] for name, x in steps.items()},
+        "heads": {
+            "step": [7, 7], "member": [0, 0], "layer": [0, 1], "head": [0, 0],
+            "max_logit": [1.0, logit], "max_logit_bound": [2.0, bound],
+        },
+        "params": {
+            "step": [7, 7], "member": [0, 0], "layer": [0, 0], "group": ["q", "k"],
+            "nonfinite": [0, nonfinite],
+        },
+    }  # fmt: skip
+    return {
+        table: {name: np.array(x) for name, x in columns.items()}
+        for table, columns in tables.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("what", "found"),
+    [
+        ({}, None),
+        ({"loss": np.nan}, "loss is not finite at step 7"),
+        ({"loss": np.nan, "is_seen": False}, None),
+        ({"grad_norm": np.inf}, "grad_norm is not finite at step 7"),
+        ({"grad_norm": np.nan, "nonfinite": 3}, "the gradient of k is not finite at step 7"),
+        ({"nonfinite": 1}, "the gradient of k is not finite at step 7"),
+        ({"logit": np.inf, "bound": np.inf}, "max_logit_bound is not finite at step 7"),
+        ({"bound": np.nan}, None),  # q and k were not seen
+        ({"logit": np.nan}, None),  # no row could be measured
+    ],
+)
+def test_what_is_not_finite_is_named(what, found):
+    met = Stopper([parse_condition("nonfinite")]).met(block(**what))
+    assert (None if met is None else met[1]) == found
