@@ -1,10 +1,11 @@
 """What a rule says when it applies: one finding for all members that it concerns, with numbers to check it by."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 Kind = Literal["cause", "risk", "symptom"]
+_T = TypeVar("_T")
 
 MOST_EVIDENCE = 5
 MOST_NAMED = 3  # members that a sentence names one by one
@@ -61,6 +62,24 @@ class Finding:
     evidence_left_out: int
     remedy: str
     source: str
+
+
+def worst_first(
+    items: Iterable[_T],
+    evidence: Callable[[_T], Evidence],
+    *,
+    order: Callable[[_T], Any] | None = None,
+) -> tuple[tuple[Evidence, ...], int]:
+    """The evidence of a finding, and how much more there is.
+
+    Args:
+        items: that it is made of, one piece each.
+        evidence: makes it; asked only for what is shown.
+        order: smallest is worst; what is alike stays in order. None = they are in order.
+    """
+    ordered = list(items) if order is None else sorted(items, key=order)
+    shown = tuple(evidence(item) for item in ordered[:MOST_EVIDENCE])
+    return shown, len(ordered) - len(shown)
 
 
 def to_table(finding: Finding) -> dict[str, object]:

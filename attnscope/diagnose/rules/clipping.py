@@ -5,7 +5,7 @@ Shape key: N rows, M member in the order of run.json.
 
 import numpy as np
 
-from attnscope.findings import MOST_EVIDENCE, Evidence, Finding, of_several
+from attnscope.findings import Evidence, Finding, of_several, worst_first
 from attnscope.runs.by_member import (
     configs_of,
     diverged_at,
@@ -58,18 +58,18 @@ def clipping_always_on(run: Run) -> Finding | None:
     concerned = [m for m in median if median[m] < HARMLESS_FACTOR]
     if not concerned:
         return None
-    worst_first = sorted(concerned, key=lambda m: median[m])
-    worst = worst_first[0]
+    worst = min(concerned, key=lambda m: median[m])
     names = [run.entries[m].name for m in concerned]
-    evidence = [
-        Evidence(
+    evidence, left_out = worst_first(
+        concerned,
+        lambda m: Evidence(
             member=run.entries[m].name,
             quantity="clip_factor",
             value=median[m],
             threshold=HARMLESS_FACTOR,
-        )
-        for m in worst_first[:MOST_EVIDENCE]
-    ]
+        ),
+        order=lambda m: median[m],
+    )
     return Finding(
         rule="clipping_always_on",
         title="Clipping shrinks nearly every update",
@@ -80,8 +80,8 @@ def clipping_always_on(run: Run) -> Finding | None:
             "gradient: the size of its updates is set by clipping."
         ),
         members=tuple(names),
-        evidence=tuple(evidence),
-        evidence_left_out=len(concerned) - len(evidence),
+        evidence=evidence,
+        evidence_left_out=left_out,
         remedy=(
             "First remove what makes gradients large (see the other findings), then set clip.threshold above the usual "
             "gradient norm."

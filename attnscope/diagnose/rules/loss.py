@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from attnscope.diagnose.rules.saturation import early_signals
-from attnscope.findings import MOST_EVIDENCE, Evidence, Finding, of_several
+from attnscope.findings import Evidence, Finding, of_several, worst_first
 from attnscope.runs.by_member import diverged_at, members_of_rows
 from attnscope.runs.divergence import IN_A_ROW, LEAST_RISE, NEARLY_ZERO, NOT_FINITE_IN_A_ROW
 from attnscope.runs.reader import MemberRecord, Run
@@ -31,19 +31,22 @@ def loss_explosion(run: Run) -> Finding | None:
     peak, loss_then = _losses(run)
     early = early_signals(run)
     first = min(exploded, key=lambda record: record.diverged_at or 0)
-    evidence: list[Evidence] = []
-    for record in sorted(exploded, key=lambda record: record.diverged_at or 0)[:MOST_EVIDENCE]:
-        evidence.append(
+    pieces = [
+        (record.diverged_at or 0, each)
+        for record in exploded
+        for each in (
             Evidence(
                 member=record.name,
                 step=record.diverged_at,
                 quantity="loss",
                 value=loss_then[record.name],
                 threshold=record.limit,
-            )
+            ),
+            *early.get(record.name, ()),
         )
-        evidence += early.get(record.name, ())
-    in_all = len(exploded) + sum(len(early.get(record.name, ())) for record in exploded)
+    ]
+    # Of members that diverged at the same step, each keeps its pieces together: sorting is stable.
+    evidence, left_out = worst_first(pieces, lambda piece: piece[1], order=lambda piece: piece[0])
     return Finding(
         rule="loss_explosion",
         title=(
@@ -57,8 +60,8 @@ def loss_explosion(run: Run) -> Finding | None:
             f"{_before(exploded, early)}"
         ),
         members=tuple(record.name for record in exploded),
-        evidence=tuple(evidence[:MOST_EVIDENCE]),
-        evidence_left_out=in_all - min(len(evidence), MOST_EVIDENCE),
+        evidence=evidence,
+        evidence_left_out=left_out,
         remedy=(
             "Remove the causes found, if any; else a lower optimizer.lr, a longer warm-up, or attention.qk_norm."
         ),
@@ -85,15 +88,15 @@ def loss_spike(run: Run) -> Finding | None:
     order_K = np.argsort(-(loss_K / np.maximum(median_K, 1e-9)), kind="stable")
     worst = order_K[0]
     names = [run.entries[m].name for m in np.unique(member_K)]
-    evidence = tuple(
-        Evidence(
+    evidence, left_out = worst_first(
+        order_K.tolist(),
+        lambda k: Evidence(
             member=run.entries[member_K[k]].name,
             step=int(step_K[k]),
             quantity="loss",
             value=float(loss_K[k]),
             threshold=float(limit_K[k]),
-        )
-        for k in order_K[:MOST_EVIDENCE]
+        ),
     )
     count = f"{len(member_K)} spikes" if len(member_K) > 1 else "1 spike"
     return Finding(
@@ -107,7 +110,7 @@ def loss_spike(run: Run) -> Finding | None:
         ),
         members=tuple(names),
         evidence=evidence,
-        evidence_left_out=len(member_K) - len(evidence),
+        evidence_left_out=left_out,
         remedy="Look at the batch of that step. If spikes recur: a lower optimizer.lr, or clipping.",
         source=(
             f"excess over the median of {WINDOW} losses above max({SIGMAS:g} * 1.4826 * MAD, {LEAST_EXCESS:g} * median), "
@@ -127,18 +130,16 @@ def stalled(run: Run) -> Finding | None:
     stuck = [record for record in run.members if record.status == "stalled"]
     if not stuck:
         return None
-    evidence = sorted(
-        (
-            Evidence(
-                member=record.name,
-                step=record.last_step,
-                quantity="loss",
-                value=record.final_loss,
-                threshold=run.unigram_of(record.part),
-            )
-            for record in stuck
+    evidence, left_out = worst_first(
+        stuck,
+        lambda record: Evidence(
+            member=record.name,
+            step=record.last_step,
+            quantity="loss",
+            value=record.final_loss,
+            threshold=run.unigram_of(record.part),
         ),
-        key=lambda each: (each.threshold or 0.0) - (each.value or 0.0),
+        order=lambda record: (run.unigram_of(record.part) or 0.0) - (record.final_loss or 0.0),
     )
     worst = evidence[0]
     falling = [record.name for record in stuck if record.is_falling]
@@ -158,8 +159,8 @@ def stalled(run: Run) -> Finding | None:
             f"token frequencies alone.{course}"
         ),
         members=tuple(record.name for record in stuck),
-        evidence=tuple(evidence[:MOST_EVIDENCE]),
-        evidence_left_out=max(0, len(evidence) - MOST_EVIDENCE),
+        evidence=evidence,
+        evidence_left_out=left_out,
         remedy=(
             "Remove the causes found, if any. "
             + ("Train longer, " if falling else "If the loss hardly moves, change optimizer.lr, ")
@@ -182,6 +183,10 @@ def failed(run: Run) -> Finding | None:
     if not dead:
         return None
     worst = dead[0]
+    evidence, left_out = worst_first(
+        dead,
+        lambda record: Evidence(member=record.name, step=record.last_step, quantity="end.json"),
+    )
     when = "before its first step" if worst.last_step is None else f"after step {worst.last_step}"
     return Finding(
         rule="failed",
@@ -191,11 +196,8 @@ def failed(run: Run) -> Finding | None:
             f"{of_several([record.name for record in dead], 'failed')}{worst.name} failed {when}: {worst.error}"
         ),
         members=tuple(record.name for record in dead),
-        evidence=tuple(
-            Evidence(member=record.name, step=record.last_step, quantity="end.json")
-            for record in dead[:MOST_EVIDENCE]
-        ),
-        evidence_left_out=max(0, len(dead) - MOST_EVIDENCE),
+        evidence=evidence,
+        evidence_left_out=left_out,
         remedy="Put right what the error says; its traceback is where the run was started.",
         source="what its process said when it ended",
     )

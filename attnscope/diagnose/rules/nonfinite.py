@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnscope.findings import MOST_EVIDENCE, Evidence, Finding, of_several
+from attnscope.findings import Evidence, Finding, of_several, worst_first
 from attnscope.runs.by_member import members_of_rows, sorted_by_member
 from attnscope.runs.divergence import IN_A_ROW
 from attnscope.runs.foreign import printable
@@ -70,8 +70,10 @@ def nonfinite(run: Run) -> Finding | None:
     if not first:
         return None
     names = [entry.name for entry in run.entries if entry.name in first]
-    earliest = sorted(first.values(), key=lambda each: each.step)
-    worst = earliest[0]
+    evidence, left_out = worst_first(
+        first.values(), lambda each: each.evidence, order=lambda each: each.step
+    )
+    worst = min(first.values(), key=lambda each: each.step)
     direction = "backward" if worst.tensor == "gradient" else "forward"
     where = "" if worst.layer is None else f" in layer {worst.layer}"
     where += f" ({worst.group})" if worst.group else ""
@@ -84,8 +86,8 @@ def nonfinite(run: Run) -> Finding | None:
             f"{worst.step}, in the {direction} pass: {printable(worst.tensor, 40)}{where}."
         ),
         members=tuple(names),
-        evidence=tuple(each.evidence for each in earliest[:MOST_EVIDENCE]),
-        evidence_left_out=max(0, len(earliest) - MOST_EVIDENCE),
+        evidence=evidence,
+        evidence_left_out=left_out,
         remedy=(
             "Look for what grew before. With float16, use bfloat16 or smaller logits: loss scaling protects the "
             "gradient only."
@@ -125,14 +127,14 @@ def nonfinite_loss_passed(run: Run) -> Finding | None:
         else "its gradients were not finite either, but the weights stayed so"
     )
     how += ", and it was the last" if is_last else ", and training went on"
-    evidence = tuple(
-        Evidence(
+    evidence, left_out = worst_first(
+        passed_K.tolist(),
+        lambda k: Evidence(
             member=run.entries[codes_N[k]].name,
             step=int(step_N[k]),
             quantity="loss",
             value=float(loss_N[k]),
-        )
-        for k in passed_K[:MOST_EVIDENCE]
+        ),
     )
     return Finding(
         rule="nonfinite_loss_passed",
@@ -144,7 +146,7 @@ def nonfinite_loss_passed(run: Run) -> Finding | None:
         ),
         members=tuple(names),
         evidence=evidence,
-        evidence_left_out=len(passed_K) - len(evidence),
+        evidence_left_out=left_out,
         remedy=(
             "Look at the batch of that step: if no token of it has a label, its loss is a mean over nothing. Leave such "
             "batches out, or divide by at least 1."
@@ -180,24 +182,28 @@ def updates_skipped(run: Run) -> Finding | None:
         first.setdefault(
             key, Break(step=int(step), member=name, tensor="gradient", layer=layer, group=group)
         )
-    worst_first = [key for key, count in counts.most_common() if count > MOST_HALVINGS]
-    if not worst_first:
+    endless = [key for key, count in counts.items() if count > MOST_HALVINGS]
+    if not endless:
         return None
-    members = {code for code, _ in worst_first}
+    members = {code for code, _ in endless}
     names = [entry.name for m, entry in enumerate(run.entries) if m in members]
-    worst = first[worst_first[0]]
+    most = max(endless, key=lambda key: counts[key])
+    worst = first[most]
+    evidence, left_out = worst_first(
+        endless, lambda key: first[key].evidence, order=lambda key: -counts[key]
+    )
     return Finding(
         rule="updates_skipped",
         title="Loss scaling skips one update after the other",
         kind="symptom",
         summary=(
             f"{of_several(names, 'skip updates without end')}After {worst.step} updates of {worst.member}, "
-            f"{counts[worst_first[0]]} in a row were skipped: each time the gradient was not finite, and the loss scale was "
+            f"{counts[most]} in a row were skipped: each time the gradient was not finite, and the loss scale was "
             f"halved. More than {MOST_HALVINGS} halvings say that no scale helps."
         ),
         members=tuple(names),
-        evidence=tuple(first[key].evidence for key in worst_first[:MOST_EVIDENCE]),
-        evidence_left_out=max(0, len(worst_first) - MOST_EVIDENCE),
+        evidence=evidence,
+        evidence_left_out=left_out,
         remedy=(
             "Find the operation whose gradient is not finite (sqrt or log at 0, a division by 0, a norm of zeros), in or "
             "after the parameters named; torch.autograd.detect_anomaly() names it."

@@ -5,7 +5,7 @@ Shape key: N rows, M member in the order of run.json.
 
 import numpy as np
 
-from attnscope.findings import MOST_EVIDENCE, Evidence, Finding, of_several
+from attnscope.findings import Evidence, Finding, of_several, worst_first
 from attnscope.runs.by_member import (
     NEVER,
     diverged_at,
@@ -91,9 +91,9 @@ def saturated_at_start(run: Run) -> Finding | None:
     }
     step = int(heads["step"].to_numpy()[mine_N][0])
     place_N = np.flatnonzero(np.isin(codes_N, concerned) & (ratio_N < SATURATED_RATIO))
-    place_N = place_N[np.argsort(ratio_N[place_N], kind="stable")]
-    evidence = tuple(
-        Evidence(
+    evidence, left_out = worst_first(
+        place_N.tolist(),
+        lambda at: Evidence(
             member=run.entries[codes_N[at]].name,
             step=int(heads["step"].iloc[at]),
             layer=int(heads["layer"].iloc[at]),
@@ -101,8 +101,8 @@ def saturated_at_start(run: Run) -> Finding | None:
             quantity="entropy_ratio",
             value=float(ratio_N[at]),
             threshold=SATURATED_RATIO,
-        )
-        for at in place_N[:MOST_EVIDENCE]
+        ),
+        order=lambda at: ratio_N[at],
     )
     return Finding(
         rule="saturated_at_start",
@@ -116,7 +116,7 @@ def saturated_at_start(run: Run) -> Finding | None:
         ),
         members=tuple(names),
         evidence=evidence,
-        evidence_left_out=len(place_N) - len(evidence),
+        evidence_left_out=left_out,
         remedy=(
             "Make the logits smaller: 1/sqrt(d_head) (attention.scale = inverse_sqrt), smaller initial weights "
             "(init.qk_gain, init.gain), normalization before attention (model.norm = pre), or attention.qk_norm."

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from attnscope.diagnose.applied_scale import Applied, odd_scales
 from attnscope.diagnose.rules.saturation import early_signals
-from attnscope.findings import MOST_EVIDENCE, Evidence, Finding, of_several
+from attnscope.findings import Evidence, Finding, of_several, worst_first
 from attnscope.runs.by_member import (
     configs_of,
     first_measured,
@@ -98,8 +98,7 @@ def unusual_scale(run: Run) -> Finding | None:
 def _finding(
     run: Run, odd: Sequence[Applied], *, rule: str, title: str, kind: str, harm: Mapping[str, Harm]
 ) -> Finding:
-    worst_first = sorted(odd, key=lambda each: -abs(math.log(each.times)))
-    worst = worst_first[0]
+    worst = max(odd, key=_how_odd)
     names = tuple(entry.name for entry in run.entries if any(o.member == entry.name for o in odd))
     expected = worst.d_head**-0.5
     times = f"{worst.times:.3g} times" if worst.times > 1 else f"1/{1 / worst.times:.3g} of"
@@ -133,9 +132,9 @@ def _finding(
     summary += (
         f". {hurt.said}" if hurt else "" if harm else ". Nothing that was measured shows harm of it"
     )
-    evidence = [
-        each
-        for applied in worst_first
+    pieces = [
+        (applied, each)
+        for applied in odd
         for each in (
             applied.evidence,
             spreads.get(applied.member),
@@ -143,6 +142,9 @@ def _finding(
         )
         if each is not None
     ]
+    evidence, left_out = worst_first(
+        pieces, lambda piece: piece[1], order=lambda piece: -_how_odd(piece[0])
+    )
     on_purpose = "If it is not on purpose (T5 leaves it out and initializes smaller weights, muP uses 1/d_head), "
     set_it = (
         "multiply q.k by 1/sqrt(d_head): F.scaled_dot_product_attention does so where no scale is given."
@@ -155,11 +157,16 @@ def _finding(
         kind="cause" if kind == "cause" else "risk",
         summary=f"{summary}.",
         members=names,
-        evidence=tuple(evidence[:MOST_EVIDENCE]),
-        evidence_left_out=max(0, len(evidence) - MOST_EVIDENCE),
+        evidence=evidence,
+        evidence_left_out=left_out,
         remedy=set_it[0].upper() + set_it[1:] if hurt and worst.times > 1 else on_purpose + set_it,
         source="Vaswani et al. 2017, section 3.2.1",
     )
+
+
+def _how_odd(applied: Applied) -> float:
+    """0 for 1/sqrt(d_head)."""
+    return abs(math.log(applied.times))
 
 
 def _harm(run: Run, odd: Sequence[Applied]) -> dict[str, Harm]:
