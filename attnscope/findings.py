@@ -1,4 +1,4 @@
-"""What a rule says when it applies: one finding for all members that it concerns, with numbers to check it by."""
+"""What a rule says: one finding for all members that it concerns, with numbers to check it by, or that it could not look."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -37,6 +37,23 @@ class Evidence:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NotLooked:
+    """A rule that could not look, which is not the same as one that found nothing.
+
+    Attributes:
+        rule: its name.
+        why: in words, without the members.
+        members: at which it could not, in the order of run.json; none = at all.
+        also: at others it could not for another reason.
+    """
+
+    rule: str
+    why: str
+    members: tuple[str, ...] = ()
+    also: "tuple[NotLooked, ...]" = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
     """What one rule found in a run.
 
@@ -51,6 +68,7 @@ class Finding:
         evidence_left_out: how many more there are.
         remedy: what to try.
         source: the paper or the measurement behind the threshold.
+        also: where the rule could not look.
     """
 
     rule: str
@@ -62,6 +80,7 @@ class Finding:
     evidence_left_out: int
     remedy: str
     source: str
+    also: tuple[NotLooked, ...] = ()
 
 
 def worst_first(
@@ -82,9 +101,22 @@ def worst_first(
     return shown, len(ordered) - len(shown)
 
 
-def to_table(finding: Finding) -> dict[str, object]:
-    """A finding as JSON has it; numbers that are not finite are left to `attnscope.runs.layout.to_json`."""
-    return asdict(finding)
+def to_table(said: Finding | NotLooked) -> dict[str, object]:
+    """As JSON has it, without `also`; numbers that are not finite are left to `attnscope.runs.layout.to_json`."""
+    table = asdict(said)
+    del table["also"]
+    return table
+
+
+def in_words(not_looked: Iterable[NotLooked]) -> tuple[str, ...]:
+    """A line for each reason and the members it holds for, with the rules that could not look."""
+    rules: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for each in not_looked:
+        rules.setdefault((each.why, each.members), []).append(each.rule)
+    return tuple(
+        f"{', '.join(names)}: {why}{f' (of {named(members)})' if members else ''}"
+        for (why, members), names in rules.items()
+    )
 
 
 def named(members: Sequence[str]) -> str:

@@ -25,19 +25,26 @@ def print_findings(path: Path, *, as_json: bool) -> frozenset[str]:
     Returns:
         The kinds of the findings.
     """
-    from attnscope.diagnose import RULES, diagnose, findings_json
+    from attnscope.diagnose import RULES, examine, findings_json
+    from attnscope.findings import in_words
     from attnscope.runs.reader import open_run
 
     run = open_run(path)
-    findings = diagnose(run)
+    said = examine(run)
+    findings = said.findings
     kinds = frozenset(str(finding.kind) for finding in findings)
     if as_json:
-        typer.echo(findings_json(run, findings))
+        typer.echo(findings_json(run, said))
         return kinds
     console = Console(highlight=False)
     for finding in findings:
         _print_finding(console, finding)
     _print_paragraph(console, _looked_at(run, [rule.__name__ for rule in RULES], len(findings)))
+    if said.not_looked:
+        console.print()
+        console.print(Text("Could not look:"))
+        for line in in_words(said.not_looked):
+            _print_paragraph(console, line, indent=INDENT)
     for lost in run.lost:
         typer.echo(f"warning: {lost}", err=True)
     if run.writer:

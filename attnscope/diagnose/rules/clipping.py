@@ -4,8 +4,10 @@ Shape key: N rows, M member in the order of run.json.
 """
 
 import numpy as np
+from numpy.typing import NDArray
 
-from attnscope.findings import Evidence, Finding, of_several, worst_first
+from attnscope.diagnose.blindness import answer, without_optimizer, without_steps
+from attnscope.findings import Evidence, Finding, NotLooked, of_several, worst_first
 from attnscope.runs.by_member import (
     configs_of,
     diverged_at,
@@ -22,7 +24,7 @@ FEWEST_STEPS = 20  # with fewer there is no always
 HARMLESS_FACTOR = 0.5
 
 
-def clipping_always_on(run: Run) -> Finding | None:
+def clipping_always_on(run: Run) -> Finding | NotLooked | None:
     """Clipping shrinks nearly every update.
 
     What it looks at: the share of steps with clip_factor below 1 and its median, after warm-up and before divergence, of
@@ -39,12 +41,14 @@ def clipping_always_on(run: Run) -> Finding | None:
     seen = optimizers_of(run)
     by_size_M = np.array(
         [
-            seen.get(entry.name, {"SGD"}) == {"SGD"} if each is None else each.name == "sgd"
+            seen.get(entry.name) == {"SGD"} if each is None else each.name == "sgd"
             for entry, each in zip(run.entries, optimizers, strict=True)
         ]
     )
     warmup_M = np.array([0 if each is None else each.warmup_steps for each in optimizers])
     codes_N, step_N, factor_N = sorted_by_member(run.steps, ("step", "clip_factor"))
+    clipped_M = np.bincount(codes_N[factor_N < 1], minlength=n_members) > 0
+    known_M = np.bincount(codes_N[~np.isnan(factor_N)], minlength=n_members) > 0
     counted_N = by_size_M[codes_N] & (step_N >= warmup_M[codes_N]) & ~np.isnan(factor_N)
     counted_N &= step_N < diverged_at(run)[codes_N]
     codes_N, factor_N = codes_N[counted_N], factor_N[counted_N]
@@ -56,8 +60,9 @@ def clipping_always_on(run: Run) -> Finding | None:
         int(m): float(np.median(factor_N[ends_M[m] - steps_M[m] : ends_M[m]])) for m in always
     }
     concerned = [m for m in median if median[m] < HARMLESS_FACTOR]
+    blind = _blind(run, by_size_M, clipped_M, known_M, steps_M)
     if not concerned:
-        return None
+        return answer(run, "clipping_always_on", None, blind)
     worst = min(concerned, key=lambda m: median[m])
     names = [run.entries[m].name for m in concerned]
     evidence, left_out = worst_first(
@@ -70,7 +75,7 @@ def clipping_always_on(run: Run) -> Finding | None:
         ),
         order=lambda m: median[m],
     )
-    return Finding(
+    finding = Finding(
         rule="clipping_always_on",
         title="Clipping shrinks nearly every update",
         kind="cause",
@@ -88,3 +93,29 @@ def clipping_always_on(run: Run) -> Finding | None:
         ),
         source="Pascanu et al. 2013; measured: above a median of 0.5 the final loss is that without clipping",
     )
+    return answer(run, "clipping_always_on", finding, blind)
+
+
+def _blind(
+    run: Run,
+    by_size_M: NDArray[np.bool_],
+    clipped_M: NDArray[np.bool_],
+    known_M: NDArray[np.bool_],
+    steps_M: NDArray[np.int64],
+) -> dict[str, str]:
+    """Members that the rule could concern, and of which it cannot be said."""
+    unknown, empty = without_optimizer(run), without_steps(run)
+    found = {}
+    for m, entry in enumerate(run.entries):
+        name = entry.name
+        if not (by_size_M[m] or name in unknown):
+            continue
+        if name in empty:
+            found[name] = empty[name]
+        elif not known_M[m]:
+            found[name] = "clip_factor was not recorded"
+        elif clipped_M[m] and name in unknown:
+            found[name] = unknown[name]
+        elif clipped_M[m] and steps_M[m] < FEWEST_STEPS:
+            found[name] = f"fewer than {FEWEST_STEPS} steps after warm-up and before divergence"
+    return found

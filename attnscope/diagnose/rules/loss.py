@@ -8,15 +8,19 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from attnscope.diagnose.blindness import answer, without_loss
 from attnscope.diagnose.rules.saturation import early_signals
-from attnscope.findings import Evidence, Finding, of_several, worst_first
-from attnscope.runs.by_member import diverged_at, members_of_rows
+from attnscope.findings import Evidence, Finding, NotLooked, of_several, worst_first
+from attnscope.runs.by_member import diverged_at, members_of_rows, sorted_by_member
 from attnscope.runs.divergence import IN_A_ROW, LEAST_RISE, NEARLY_ZERO, NOT_FINITE_IN_A_ROW
 from attnscope.runs.reader import MemberRecord, Run
 from attnscope.signals.spikes import BACK_WITHIN, LEAST_EXCESS, SIGMAS, WINDOW, spikes_of
 
+FEWEST_LOSSES = IN_A_ROW + 1  # one to rise from
+UNFINISHED = ("running", "interrupted", "failed", "killed")
 
-def loss_explosion(run: Run) -> Finding | None:
+
+def loss_explosion(run: Run) -> Finding | NotLooked | None:
     """The loss left for good.
 
     What it looks at: members that diverged: the loss rose far above all that it was before and stayed there, or stopped
@@ -26,8 +30,17 @@ def loss_explosion(run: Run) -> Finding | None:
     Source: attnscope.runs.divergence; max_logit: Wortsman et al. 2023; entropy_ratio: as in saturated_at_start.
     """
     exploded = [record for record in run.members if record.diverged_at is not None]
+    seen_M = np.bincount(
+        members_of_rows(run.steps)[~np.isnan(run.steps["loss"].to_numpy())],
+        minlength=len(run.entries),
+    )
+    blind = {
+        entry.name: f"fewer than {FEWEST_LOSSES} losses"
+        for entry, seen in zip(run.entries, seen_M, strict=True)
+        if seen < FEWEST_LOSSES
+    } | without_loss(run)
     if not exploded:
-        return None
+        return answer(run, "loss_explosion", None, blind)
     peak, loss_then = _losses(run)
     early = early_signals(run)
     first = min(exploded, key=lambda record: record.diverged_at or 0)
@@ -47,7 +60,7 @@ def loss_explosion(run: Run) -> Finding | None:
     ]
     # Of members that diverged at the same step, each keeps its pieces together: sorting is stable.
     evidence, left_out = worst_first(pieces, lambda piece: piece[1], order=lambda piece: piece[0])
-    return Finding(
+    finding = Finding(
         rule="loss_explosion",
         title=(
             "The loss exploded"
@@ -70,9 +83,10 @@ def loss_explosion(run: Run) -> Finding | None:
             f"level (or {LEAST_RISE:g} above it); or {NOT_FINITE_IN_A_ROW} in a row not finite, or up to the end"
         ),
     )
+    return answer(run, "loss_explosion", finding, blind)
 
 
-def loss_spike(run: Run) -> Finding | None:
+def loss_spike(run: Run) -> Finding | NotLooked | None:
     """The loss jumped and came back.
 
     What it looks at: losses above the median of the 20 before by more than 6 robust standard deviations and by more than
@@ -83,8 +97,9 @@ def loss_spike(run: Run) -> Finding | None:
     Source: OLMo 2 2024 (6 to 7 standard deviations of the losses before) with robust statistics.
     """
     member_K, step_K, loss_K, median_K, limit_K = spikes_of(run)
+    blind = _too_short(run) | without_loss(run)
     if not len(member_K):
-        return None
+        return answer(run, "loss_spike", None, blind)
     order_K = np.argsort(-(loss_K / np.maximum(median_K, 1e-9)), kind="stable")
     worst = order_K[0]
     names = [run.entries[m].name for m in np.unique(member_K)]
@@ -99,7 +114,7 @@ def loss_spike(run: Run) -> Finding | None:
         ),
     )
     count = f"{len(member_K)} spikes" if len(member_K) > 1 else "1 spike"
-    return Finding(
+    finding = Finding(
         rule="loss_spike",
         title="The loss spiked and came back",
         kind="symptom",
@@ -117,9 +132,10 @@ def loss_spike(run: Run) -> Finding | None:
             "after OLMo 2 2024; normal noise alone passes it about once in 5,000 steps"
         ),
     )
+    return answer(run, "loss_spike", finding, blind)
 
 
-def stalled(run: Run) -> Finding | None:
+def stalled(run: Run) -> Finding | NotLooked | None:
     """Training ended finite and learned nothing from context.
 
     What it looks at: members whose final loss (mean of the last 20 steps) is above the unigram loss of their data.
@@ -128,8 +144,16 @@ def stalled(run: Run) -> Finding | None:
     Source: attnscope.runs.outcome.
     """
     stuck = [record for record in run.members if record.status == "stalled"]
+    blind = {
+        record.name: "training did not come to its end"
+        if record.status in UNFINISHED
+        else "the unigram loss of the data is unknown"
+        for record in run.members
+        if record.status in UNFINISHED or run.unigram_of(record.part) is None
+        if record.status != "diverged"
+    } | without_loss(run)
     if not stuck:
-        return None
+        return answer(run, "stalled", None, blind)
     evidence, left_out = worst_first(
         stuck,
         lambda record: Evidence(
@@ -149,7 +173,7 @@ def stalled(run: Run) -> Finding | None:
     else:
         title, word = "Training stalled above the unigram loss", "stalled"
         course = f" {len(falling)} of {len(stuck)} still fall." if falling else ""
-    return Finding(
+    finding = Finding(
         rule="stalled",
         title=title,
         kind="symptom",
@@ -168,9 +192,10 @@ def stalled(run: Run) -> Finding | None:
         ),
         source="the unigram loss of the run's own data",
     )
+    return answer(run, "stalled", finding, blind)
 
 
-def failed(run: Run) -> Finding | None:
+def failed(run: Run) -> Finding | NotLooked | None:
     """Training died of an error.
 
     What it looks at: members whose part ended with an error before all their steps were done.
@@ -180,15 +205,20 @@ def failed(run: Run) -> Finding | None:
     """
     dead = [record for record in run.members if record.error is not None]
     dead = [record for record in dead if record.status in ("failed", "diverged")]
+    blind = {
+        record.name: "no end was recorded"
+        for record in run.members
+        if record.part not in run.ends and run.status != "running"
+    }
     if not dead:
-        return None
+        return answer(run, "failed", None, blind)
     worst = dead[0]
     evidence, left_out = worst_first(
         dead,
         lambda record: Evidence(member=record.name, step=record.last_step, quantity="end.json"),
     )
     when = "before its first step" if worst.last_step is None else f"after step {worst.last_step}"
-    return Finding(
+    finding = Finding(
         rule="failed",
         title="Training failed",
         kind="symptom",
@@ -201,6 +231,26 @@ def failed(run: Run) -> Finding | None:
         remedy="Put right what the error says; its traceback is where the run was started.",
         source="what its process said when it ended",
     )
+    return answer(run, "failed", finding, blind)
+
+
+def _too_short(run: Run) -> dict[str, str]:
+    """Members that nowhere have a window of losses and one after it, before they diverged."""
+    codes_N, step_N, loss_N = sorted_by_member(run.steps, ("step", "loss"))
+    usable_N = ~np.isnan(loss_N) & (step_N < diverged_at(run)[codes_N])
+    row_N = np.arange(len(loss_N))
+    is_first_N = np.r_[True, codes_N[1:] != codes_N[:-1]][: len(row_N)]
+    # How many usable ones in a row end here: rows since the last that is none, or since the member began.
+    last_bad_N = np.maximum.accumulate(
+        np.where(~usable_N, row_N, np.where(is_first_N, row_N - 1, -1))
+    )
+    longest_M = np.zeros(len(run.entries), dtype=np.int64)
+    np.maximum.at(longest_M, codes_N.astype(np.int64), row_N - last_bad_N)
+    return {
+        entry.name: f"fewer than {WINDOW + 1} losses in a row before divergence"
+        for entry, longest in zip(run.entries, longest_M, strict=True)
+        if longest <= WINDOW
+    }
 
 
 def _losses(run: Run) -> tuple[dict[str, float], dict[str, float]]:

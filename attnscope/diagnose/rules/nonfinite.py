@@ -13,7 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnscope.findings import Evidence, Finding, of_several, worst_first
+from attnscope.diagnose.blindness import (
+    answer,
+    without_loss,
+    without_optimizer,
+    without_steps,
+)
+from attnscope.findings import Evidence, Finding, NotLooked, of_several, worst_first
 from attnscope.runs.by_member import members_of_rows, sorted_by_member
 from attnscope.runs.divergence import IN_A_ROW
 from attnscope.runs.foreign import printable
@@ -47,7 +53,7 @@ class Break:
         )
 
 
-def nonfinite(run: Run) -> Finding | None:
+def nonfinite(run: Run) -> Finding | NotLooked | None:
     """Numbers became NaN or Inf, and stayed so.
 
     What it looks at: of each member, the last step whose loss and gradient were finite, and the first `nonfinite` event
@@ -67,8 +73,9 @@ def nonfinite(run: Run) -> Finding | None:
         at = record.nonfinite_at
         if record.name not in first and at is not None and at > sound_M[number[record.name]]:
             first[record.name] = Break(member=record.name, step=at, tensor="loss")
+    blind = _without_loss_and_gradient(run)
     if not first:
-        return None
+        return answer(run, "nonfinite", None, blind)
     names = [entry.name for entry in run.entries if entry.name in first]
     evidence, left_out = worst_first(
         first.values(), lambda each: each.evidence, order=lambda each: each.step
@@ -77,7 +84,7 @@ def nonfinite(run: Run) -> Finding | None:
     direction = "backward" if worst.tensor == "gradient" else "forward"
     where = "" if worst.layer is None else f" in layer {worst.layer}"
     where += f" ({worst.group})" if worst.group else ""
-    return Finding(
+    finding = Finding(
         rule="nonfinite",
         title="Numbers stopped being finite",
         kind="symptom",
@@ -99,9 +106,10 @@ def nonfinite(run: Run) -> Finding | None:
         ),
         source="first nonfinite event after which nothing was finite, or first such loss",
     )
+    return answer(run, "nonfinite", finding, blind)
 
 
-def nonfinite_loss_passed(run: Run) -> Finding | None:
+def nonfinite_loss_passed(run: Run) -> Finding | NotLooked | None:
     """A loss was NaN or Inf, and training went on.
 
     What it looks at: losses that are not finite, after which losses and gradients were finite again; and the gradient of
@@ -112,8 +120,9 @@ def nonfinite_loss_passed(run: Run) -> Finding | None:
     """
     codes_N, step_N, loss_N, norm_N = sorted_by_member(run.steps, ("step", "loss", "grad_norm"))
     passed_K = np.flatnonzero(~np.isfinite(loss_N) & (step_N <= _last_sound(run)[codes_N]))
+    blind = without_loss(run)
     if not len(passed_K):
-        return None
+        return answer(run, "nonfinite_loss_passed", None, blind)
     names = [run.entries[m].name for m in np.unique(codes_N[passed_K])]
     first = int(passed_K[step_N[passed_K].argmin()])
     member, step, loss = run.entries[codes_N[first]].name, int(step_N[first]), loss_N[first]
@@ -136,7 +145,7 @@ def nonfinite_loss_passed(run: Run) -> Finding | None:
             value=float(loss_N[k]),
         ),
     )
-    return Finding(
+    finding = Finding(
         rule="nonfinite_loss_passed",
         title="A loss was not finite, and training went on",
         kind="symptom",
@@ -156,9 +165,10 @@ def nonfinite_loss_passed(run: Run) -> Finding | None:
         ),
         source="the definition",
     )
+    return answer(run, "nonfinite_loss_passed", finding, blind)
 
 
-def updates_skipped(run: Run) -> Finding | None:
+def updates_skipped(run: Run) -> Finding | NotLooked | None:
     """Loss scaling skips one update after the other.
 
     What it looks at: `skipped_update` events of watched runs with the same number of updates before them.
@@ -183,8 +193,10 @@ def updates_skipped(run: Run) -> Finding | None:
             key, Break(step=int(step), member=name, tensor="gradient", layer=layer, group=group)
         )
     endless = [key for key, count in counts.items() if count > MOST_HALVINGS]
+    skipping = {run.entries[code].name for code, _ in counts}
+    blind = {name: why for name, why in _unseen_skips(run).items() if name not in skipping}
     if not endless:
-        return None
+        return answer(run, "updates_skipped", None, blind)
     members = {code for code, _ in endless}
     names = [entry.name for m, entry in enumerate(run.entries) if m in members]
     most = max(endless, key=lambda key: counts[key])
@@ -192,7 +204,7 @@ def updates_skipped(run: Run) -> Finding | None:
     evidence, left_out = worst_first(
         endless, lambda key: first[key].evidence, order=lambda key: -counts[key]
     )
-    return Finding(
+    finding = Finding(
         rule="updates_skipped",
         title="Loss scaling skips one update after the other",
         kind="symptom",
@@ -210,6 +222,29 @@ def updates_skipped(run: Run) -> Finding | None:
         ),
         source="torch.amp.GradScaler begins at 2**16 and halves at each skipped update",
     )
+    return answer(run, "updates_skipped", finding, blind)
+
+
+def _without_loss_and_gradient(run: Run) -> dict[str, str]:
+    """Members of which neither was seen: where the loss breaks, so does its gradient, and either is enough."""
+    codes_N, norm_N = members_of_rows(run.steps), run.steps["grad_norm"].to_numpy()
+    has_norm_M = np.bincount(codes_N[~np.isnan(norm_N)], minlength=len(run.entries)) > 0
+    has_norm = {entry.name for entry, has in zip(run.entries, has_norm_M, strict=True) if has}
+    return {name: why for name, why in without_loss(run).items() if name not in has_norm}
+
+
+def _unseen_skips(run: Run) -> dict[str, str]:
+    """Members of which an update that was skipped could not be seen."""
+    if run.kind == "watch":
+        return without_optimizer(run) | without_steps(run)
+    codes_N, scale_N = members_of_rows(run.steps), run.steps["loss_scale"].to_numpy()
+    scaled_M = np.bincount(codes_N[scale_N > 1], minlength=len(run.entries)) > 0
+    scaled = zip(run.entries, scaled_M, strict=True)
+    return {
+        entry.name: "skipped updates are recorded of watched scripts only"
+        for entry, is_scaled in scaled
+        if is_scaled
+    }
 
 
 def _last_sound(run: Run) -> NDArray[np.int64]:

@@ -5,7 +5,8 @@ Shape key: N rows, M member in the order of run.json.
 
 import numpy as np
 
-from attnscope.findings import Evidence, Finding, of_several, worst_first
+from attnscope.diagnose.blindness import NO_RATIO, answer, without_attention
+from attnscope.findings import Evidence, Finding, NotLooked, of_several, worst_first
 from attnscope.runs.by_member import (
     NEVER,
     diverged_at,
@@ -64,7 +65,7 @@ def early_signals(run: Run) -> dict[str, tuple[Evidence, ...]]:
     return {run.entries[code].name: tuple(each) for code, each in found.items()}
 
 
-def saturated_at_start(run: Run) -> Finding | None:
+def saturated_at_start(run: Run) -> Finding | NotLooked | None:
     """The softmax is close to one-hot before anything is learned.
 
     What it looks at: entropy_ratio at each member's first measured step, mean over layers and heads.
@@ -78,8 +79,13 @@ def saturated_at_start(run: Run) -> Finding | None:
     ratio_N = heads["entropy_ratio"].to_numpy().astype(np.float64)
     ratio_M = mean_by_member(codes_N, ratio_N, len(run.entries))
     concerned = np.flatnonzero(ratio_M < SATURATED_RATIO)
+    blind = {
+        entry.name: NO_RATIO
+        for entry, ratio in zip(run.entries, ratio_M, strict=True)
+        if np.isnan(ratio)
+    } | without_attention(run)
     if not len(concerned):
-        return None
+        return answer(run, "saturated_at_start", None, blind)
     names = [run.entries[m].name for m in concerned]
     worst = int(concerned[ratio_M[concerned].argmin()])
     mine_N = codes_N == worst
@@ -104,7 +110,7 @@ def saturated_at_start(run: Run) -> Finding | None:
         ),
         order=lambda at: ratio_N[at],
     )
-    return Finding(
+    finding = Finding(
         rule="saturated_at_start",
         title="The softmax is saturated from the start",
         kind="cause",
@@ -123,3 +129,4 @@ def saturated_at_start(run: Run) -> Finding | None:
         ),
         source=MEASURED,
     )
+    return answer(run, "saturated_at_start", finding, blind)

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from attnscope.diagnose.applied_scale import Applied, odd_scales
+from attnscope.diagnose.applied_scale import Applied, odd_scales, unseen_scales
+from attnscope.diagnose.blindness import NO_RATIO, answer, without_attention
 from attnscope.diagnose.rules.saturation import early_signals
-from attnscope.findings import Evidence, Finding, of_several, worst_first
+from attnscope.findings import Evidence, Finding, NotLooked, of_several, worst_first
 from attnscope.runs.by_member import (
     configs_of,
     first_measured,
@@ -43,7 +44,7 @@ class Harm:
     evidence: Evidence
 
 
-def applied_scale(run: Run) -> Finding | None:
+def applied_scale(run: Run) -> Finding | NotLooked | None:
     """Logits are multiplied by something else than 1/sqrt(d_head), and that did harm.
 
     What it looks at: attention.scale of each member, resolved for every layer, against 1/sqrt(d_head); in watched runs, the
@@ -59,9 +60,10 @@ def applied_scale(run: Run) -> Finding | None:
     odd = odd_scales(run)
     harm = _harm(run, odd)
     concerned = [each for each in odd if each.member in harm]
+    blind = unseen_scales(run) | _harm_not_looked_for(run, odd, harm)
     if not concerned:
-        return None
-    return _finding(
+        return answer(run, "applied_scale", None, blind)
+    finding = _finding(
         run,
         concerned,
         rule="applied_scale",
@@ -69,9 +71,10 @@ def applied_scale(run: Run) -> Finding | None:
         kind="cause",
         harm=harm,
     )
+    return answer(run, "applied_scale", finding, blind)
 
 
-def unusual_scale(run: Run) -> Finding | None:
+def unusual_scale(run: Run) -> Finding | NotLooked | None:
     """Logits are multiplied by something else than 1/sqrt(d_head); no harm of it was measured.
 
     What it looks at: as applied_scale, where nothing was measured that the scale would explain.
@@ -83,9 +86,10 @@ def unusual_scale(run: Run) -> Finding | None:
     odd = odd_scales(run)
     harm = _harm(run, odd)
     concerned = [each for each in odd if each.member not in harm]
+    blind = {name: why for name, why in unseen_scales(run).items() if name not in harm}
     if not concerned:
-        return None
-    return _finding(
+        return answer(run, "unusual_scale", None, blind)
+    finding = _finding(
         run,
         concerned,
         rule="unusual_scale",
@@ -93,6 +97,7 @@ def unusual_scale(run: Run) -> Finding | None:
         kind="risk",
         harm={},
     )
+    return answer(run, "unusual_scale", finding, blind)
 
 
 def _finding(
@@ -194,6 +199,36 @@ def _harm(run: Run, odd: Sequence[Applied]) -> dict[str, Harm]:
         elif name in twins and (worse := _worse(record, records[twins[name]])):
             found[name] = worse
     return found
+
+
+def _harm_not_looked_for(
+    run: Run, odd: Sequence[Applied], harm: Mapping[str, Harm]
+) -> dict[str, str]:
+    """Of the members whose scale is off, those that may have come to harm that was not recorded."""
+    unharmed = [each for each in odd if each.member not in harm]
+    if not unharmed:
+        return {}
+    records = {record.name: record for record in run.members}
+    at_start, unmeasured = _ratio_at_start(run, odd), without_attention(run)
+    twins = _twins(run, {each.member for each in odd})
+    found = {}
+    for name, sharpens in ((each.member, each.times >= EXPLAINS) for each in unharmed):
+        if sharpens and name not in at_start:
+            found[name] = unmeasured.get(name, NO_RATIO)
+        elif name in twins and (why := _cannot_compare(records[name], records[twins[name]])):
+            found[name] = why
+    return found
+
+
+def _cannot_compare(record: MemberRecord, twin: MemberRecord) -> str:
+    """Why the ends of two members that did not diverge cannot be compared; empty if they can."""
+    if record.diverged_at is not None or twin.diverged_at is not None:
+        return ""
+    if record.last_step is None or record.last_step + 1 < FEWEST_STEPS:
+        return f"fewer than {FEWEST_STEPS} steps to compare with the twin that has 1/sqrt(d_head)"
+    if record.last_step != twin.last_step:
+        return "the twin that has 1/sqrt(d_head) was trained for another number of steps"
+    return ""
 
 
 def _worse(record: MemberRecord, twin: MemberRecord) -> Harm | None:
