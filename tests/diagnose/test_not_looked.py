@@ -11,7 +11,7 @@ from attnscope.diagnose import RULES, NotLooked, diagnose, examine
 from attnscope.diagnose.blindness import NO_ATTENTION, NO_CONFIG, NO_LOSS, NO_OPTIMIZER, NO_STEP
 from attnscope.diagnose.rules.clipping import clipping_always_on
 from attnscope.diagnose.rules.loss import failed, loss_explosion, loss_spike
-from attnscope.diagnose.rules.nonfinite import nonfinite, updates_skipped
+from attnscope.diagnose.rules.nonfinite import nonfinite, nonfinite_loss_passed, updates_skipped
 from attnscope.diagnose.rules.saturation import saturated_at_start
 from attnscope.diagnose.rules.scale import applied_scale, unusual_scale
 from attnscope.findings import in_words
@@ -25,8 +25,8 @@ ARMS = {"arm": [{"name": n, "init": {"gain": g}} for n, g in (("a", 1.0), ("b", 
 LAYER = {"layer": 0, "name": "attn", "n_heads": 1, "d_head": 16, "mask": "causal", "dtype": "float32", "backend": "sdpa"}  # fmt: skip
 
 
-def watched(path, *, steps=None, heads=None, events=(), end="finished"):
-    """A watched run of one member; events are (kind, fields)."""
+def watched(path, *, steps=None, heads=None, events=(), at=0, end="finished"):
+    """A watched run of one member; events are (kind, fields), `at` a step."""
     writer = RunWriter.create(
         path,
         command=["attnscope", "watch", "train.py"],
@@ -40,7 +40,7 @@ def watched(path, *, steps=None, heads=None, events=(), end="finished"):
         if columns is not None:
             part.append(table, columns)
     for kind, fields in events:
-        part.event(kind, step=0, member=0, **fields)
+        part.event(kind, step=at, member=0, **fields)
     part.finish(end)
     return open_run(path)
 
@@ -90,6 +90,24 @@ def test_a_killed_script_says_why_its_loss_was_not_seen_by_the_event_of_that_mom
     run = watched(tmp_path / "r", steps=steps, events=events)
     assert loss_spike(run).why == f"{NO_LOSS}: its gradients were there without a scalar"
     assert nonfinite(run) is None, "a gradient breaks where a loss does, and was seen"
+
+
+def test_losses_that_were_not_seen_are_no_losses_that_were_not_finite(tmp_path):
+    some = np.full(40, 4.0)
+    some[::3] = np.nan
+    for name, losses in {"some": some, "none": np.full(2, np.nan), "few": [4.0, np.nan]}.items():
+        steps = steps_table([losses], grad_norm=np.ones(len(losses)))
+        assert diagnose(watched(tmp_path / name, steps=steps)) == ()
+    late = np.r_[np.full(10, 4.0), np.full(20, np.nan)]  # seen up to step 9
+    norms = np.ones(30)
+    norms[15] = np.inf  # and skipped
+    steps = steps_table([late], grad_norm=norms, loss_scale=np.full(30, 1024.0))
+    overflow = [("nonfinite", {"tensor": "gradient", "where": ["layer 0 q"]})]
+    assert diagnose(watched(tmp_path / "late", steps=steps, events=overflow, at=15)) == ()
+    some[13] = np.nan
+    event = [("nonfinite", {"tensor": "loss"})]
+    seen = watched(tmp_path / "seen", steps=steps_table([some], grad_norm=np.ones(40)), events=event, at=13)  # fmt: skip
+    assert nonfinite_loss_passed(seen).evidence[0].step == 13
 
 
 def test_a_scale_that_could_not_be_seen_is_no_scale_that_is_right(tmp_path):

@@ -20,7 +20,7 @@ from attnscope.diagnose.blindness import (
     without_steps,
 )
 from attnscope.findings import Evidence, Finding, NotLooked, of_several, worst_first
-from attnscope.runs.by_member import members_of_rows, sorted_by_member
+from attnscope.runs.by_member import NEVER, members_of_rows, sorted_by_member
 from attnscope.runs.divergence import IN_A_ROW
 from attnscope.runs.foreign import printable
 from attnscope.runs.reader import Run
@@ -119,7 +119,8 @@ def nonfinite_loss_passed(run: Run) -> Finding | NotLooked | None:
     Source: the definition.
     """
     codes_N, step_N, loss_N, norm_N = sorted_by_member(run.steps, ("step", "loss", "grad_norm"))
-    passed_K = np.flatnonzero(~np.isfinite(loss_N) & (step_N <= _last_sound(run)[codes_N]))
+    is_bad_N = ~np.isfinite(loss_N) & _is_seen(run, codes_N, step_N, loss_N)
+    passed_K = np.flatnonzero(is_bad_N & (step_N <= _last_sound(run)[codes_N]))
     blind = without_loss(run)
     if not len(passed_K):
         return answer(run, "nonfinite_loss_passed", None, blind)
@@ -259,17 +260,38 @@ def _last_sound(run: Run) -> NDArray[np.int64]:
     n_members = len(run.entries)
     finite_N, norm_finite_N = np.isfinite(loss_N), np.isfinite(norm_N)
     is_known_M = np.bincount(codes_N[norm_finite_N], minlength=n_members) > 0
-    sound_N = finite_N & (norm_finite_N | ~is_known_M[codes_N])
+    seen_N = _is_seen(run, codes_N, step_N, loss_N)
+    sound_N = np.where(seen_N, finite_N & (norm_finite_N | ~is_known_M[codes_N]), norm_finite_N)
     sound_M = np.full(n_members, -1, dtype=np.int64)
-    np.maximum.at(sound_M, codes_N[sound_N], step_N[sound_N].astype(np.int64))
+    np.maximum.at(sound_M, codes_N[sound_N].astype(np.int64), step_N[sound_N].astype(np.int64))
     diverged_M = np.array([record.diverged_at is not None for record in run.members], dtype=bool)
     after_N = (step_N > sound_M[codes_N]) & ~diverged_M[codes_N]
     count_M = np.bincount(codes_N[after_N], minlength=n_members)
-    passes_N = np.where(finite_N, scale_N > 1, norm_finite_N)  # a step skipped; a loss of nothing
+    # A step that was skipped; a loss of nothing.
+    passes_N = np.where(finite_N | ~seen_N, scale_N > 1, norm_finite_N)
     harm_M = np.bincount(codes_N[after_N & ~passes_N], minlength=n_members) > 0
     for m in np.flatnonzero((count_M > 0) & (count_M < IN_A_ROW) & ~harm_M):
         sound_M[m] = run.members[m].last_step or 0
     return sound_M
+
+
+def _is_seen(
+    run: Run, codes_N: NDArray[Any], step_N: NDArray[Any], loss_N: NDArray[Any]
+) -> NDArray[np.bool_]:
+    """Whether each loss was seen, (N,): in watched runs NaN also stands for one that was not.
+
+    As `Run.members` has it: from the first event of a loss that is not finite on, NaN is what was seen.
+    """
+    seen_N: NDArray[np.bool_] = np.ones(len(loss_N), dtype=bool)
+    if run.kind == "watch":
+        number = {entry.name: m for m, entry in enumerate(run.entries)}
+        first_M = np.full(len(run.entries), NEVER)
+        for each in _breaks(run):
+            if each.tensor == "loss":
+                m = number[each.member]
+                first_M[m] = min(first_M[m], each.step)
+        seen_N = ~np.isnan(loss_N) | (step_N >= first_M[codes_N])
+    return seen_N
 
 
 def _breaks(run: Run) -> list[Break]:
