@@ -23,10 +23,15 @@ UNFINISHED = ("running", "interrupted", "failed", "killed")
 def loss_explosion(run: Run) -> Finding | NotLooked | None:
     """The loss left for good.
 
-    What it looks at: members that diverged: the loss rose far above all that it was before and stayed there, or stopped
-    being finite for good; and, at the steps before, the mean entropy_ratio and the largest max_logit.
+    What it looks at: members that diverged: at least IN_A_ROW losses in a row far above the range before them (by its highest
+    loss, WIDTHS times its width, or LEAST_RISE nats, whichever is most), or NOT_FINITE_IN_A_ROW in a row that are not finite,
+    or up to the end; and, at the steps before, whether the mean entropy_ratio was below SATURATED_RATIO and the largest
+    max_logit above LARGE_LOGIT.
     Why it matters: nothing is learned after it; an attention signal that left its range earlier is where to look.
     What to try: the causes found; else a lower optimizer.lr, a longer warm-up, qk_norm.
+    Known limits: of losses that are noise and nothing else, hundreds of nats large, 1 run of 300 steps in 100 diverges where
+    they are exponential, and 1 in 15 where they are squares. After few losses it takes a larger rise, or one that stays longer;
+    with fewer than FEWEST_LOSSES none is seen. That a signal left its range before does not make it the cause.
     Source: attnscope.runs.divergence; max_logit: Wortsman et al. 2023; entropy_ratio: as in saturated_at_start.
     """
     exploded = [record for record in run.members if record.diverged_at is not None]
@@ -89,11 +94,13 @@ def loss_explosion(run: Run) -> Finding | NotLooked | None:
 def loss_spike(run: Run) -> Finding | NotLooked | None:
     """The loss jumped and came back.
 
-    What it looks at: losses above the median of the 20 before by more than 6 robust standard deviations and by more than
-    5 % of it, which are back below that within 20 steps; not what happens while a member diverges.
+    What it looks at: losses above the median of the WINDOW before by more than SIGMAS robust standard deviations and by more
+    than LEAST_EXCESS of it, which are back below that within BACK_WITHIN steps; not what happens while a member diverges.
     Why it matters: a spike that recovers costs little itself, but more of them, or larger ones, often come before
     divergence; a single one may be an odd batch, or noise: about one in 5,000 steps is.
     What to try: look at the batch; a lower optimizer.lr, or clipping, if they recur.
+    Known limits: noise with heavier tails than normal passes more often (t with 5 degrees of freedom: about one in 500 steps).
+    The first WINDOW steps are not judged, nor is a step with a loss that was not seen so shortly before.
     Source: OLMo 2 2024 (6 to 7 standard deviations of the losses before) with robust statistics.
     """
     member_K, step_K, loss_K, median_K, limit_K = spikes_of(run)
@@ -138,9 +145,11 @@ def loss_spike(run: Run) -> Finding | NotLooked | None:
 def stalled(run: Run) -> Finding | NotLooked | None:
     """Training ended finite and learned nothing from context.
 
-    What it looks at: members whose final loss (mean of the last 20 steps) is above the unigram loss of their data.
+    What it looks at: members whose final loss (mean of the last FINAL_STEPS steps) is above the unigram loss of their data.
     Why it matters: predicting every token from its frequency alone would do better; no spike detector sees it.
     What to try: the causes found; more steps if the loss still falls; a higher optimizer.lr if it hardly moves.
+    Known limits: it needs the unigram loss, which is known of this lab's data and never of a watched script, and a training
+    that came to its end. A loss that stays just below the unigram loss is not found.
     Source: attnscope.runs.outcome.
     """
     stuck = [record for record in run.members if record.status == "stalled"]
@@ -201,6 +210,7 @@ def failed(run: Run) -> Finding | NotLooked | None:
     What it looks at: members whose part ended with an error before all their steps were done.
     Why it matters: what was recorded up to there is good, and whatever else was found in it may have led there.
     What to try: what the error says.
+    Known limits: a process that is killed says nothing, and its traceback is where it was started, not in the run.
     Source: end.json.
     """
     dead = [record for record in run.members if record.error is not None]

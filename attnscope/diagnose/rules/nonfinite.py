@@ -57,9 +57,12 @@ def nonfinite(run: Run) -> Finding | NotLooked | None:
     """Numbers became NaN or Inf, and stayed so.
 
     What it looks at: of each member, the last step whose loss and gradient were finite, and the first `nonfinite` event
-    after it; without one, the first loss that is not finite.
+    after it; without one, the first loss that is not finite. Fewer than IN_A_ROW steps at the very end count only if they did
+    harm: a loss whose gradient is finite, or a step that loss scaling skips, does none.
     Why it matters: what comes after it means nothing, and the first tensor tells where it began.
     What to try: look at what grew before (other findings); float16: bfloat16 or a smaller scale.
+    Known limits: it names the first tensor among those that are recorded, not the operation; within a step they are taken in
+    the order in which a step computes them.
     Source: the definition.
     """
     sound_M = _last_sound(run)
@@ -116,6 +119,8 @@ def nonfinite_loss_passed(run: Run) -> Finding | NotLooked | None:
     the same step. A gradient alone that overflows under loss scaling is how loss scaling works, and no finding.
     Why it matters: the step taught nothing, and a mean over many losses, as a logger takes it, is NaN from then on.
     What to try: look at the batch: one without any label has a mean over nothing.
+    Known limits: of a watched script NaN also stands for a loss that was not seen; after the first one that was seen to be NaN,
+    the two are not told apart.
     Source: the definition.
     """
     codes_N, step_N, loss_N, norm_N = sorted_by_member(run.steps, ("step", "loss", "grad_norm"))
@@ -176,6 +181,8 @@ def updates_skipped(run: Run) -> Finding | NotLooked | None:
     Why it matters: each halves the scale; after MOST_HALVINGS in a row the gradient is not finite without any scale, and
     nothing is learned, while the loss looks as before.
     What to try: find what makes the gradient infinite, in the parameters named.
+    Known limits: runs of this lab do not record such events; only torch's GradScaler is seen, and one that begins at another
+    scale than 2**16 needs more halvings or fewer.
     Source: torch.amp.GradScaler begins at 2**16.
     """
     table = run.events[run.events["kind"] == "skipped_update"]

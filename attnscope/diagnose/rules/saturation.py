@@ -68,11 +68,13 @@ def early_signals(run: Run) -> dict[str, tuple[Evidence, ...]]:
 def saturated_at_start(run: Run) -> Finding | NotLooked | None:
     """The softmax is close to one-hot before anything is learned.
 
-    What it looks at: entropy_ratio at each member's first measured step, mean over layers and heads.
+    What it looks at: entropy_ratio at each member's first measured step, mean over layers and heads, against SATURATED_RATIO.
     Why it matters: the softmax's derivative vanishes where it is one-hot (softmax_gain near 0), so q and k get no
     gradient that could undo it, and each query copies one arbitrary value vector.
     What to try: 1/sqrt(d_head); smaller init.qk_gain or init.gain; normalization before attention; qk_norm.
-    Source: the threshold as MEASURED says; the mechanism: Vaswani et al. 2017, Zhai et al. 2023.
+    Known limits: the threshold was measured on models that start from random weights; a pretrained one may be sharp on purpose.
+    A single saturated head among many does not move the mean.
+    Source: MEASURED; the mechanism: Vaswani et al. 2017, Zhai et al. 2023.
     """
     heads = first_measured(run.heads, len(run.entries))
     codes_N = members_of_rows(heads)

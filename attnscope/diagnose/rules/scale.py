@@ -47,15 +47,18 @@ class Harm:
 def applied_scale(run: Run) -> Finding | NotLooked | None:
     """Logits are multiplied by something else than 1/sqrt(d_head), and that did harm.
 
-    What it looks at: attention.scale of each member, resolved for every layer, against 1/sqrt(d_head); in watched runs, the
-    scale that each layer was seen to apply. It is a cause where harm was measured that it explains: a softmax that begins
-    sharp under a larger scale, divergence after one became saturated, or an end worse than that of a member that
-    differs in nothing but a scale of 1/sqrt(d_head). A learned scale is no finding.
+    What it looks at: attention.scale of each member, resolved for every layer, against 1/sqrt(d_head), SCALE_TOLERANCE of it
+    aside; in watched runs, the scale that each layer was seen to apply, FITTED_TOLERANCE aside. It is a cause where harm was
+    measured that it explains: a softmax that begins sharp (a mean entropy_ratio below SHARP_RATIO) under a scale of at least
+    EXPLAINS times 1/sqrt(d_head), divergence after one became saturated, or an end more than WORSE nats above that of a member
+    that differs in nothing but a scale of 1/sqrt(d_head). A learned scale is no finding.
     Why it matters: the dot product of two vectors of d_head independent unit-variance entries has a standard deviation
     of sqrt(d_head). What the scale does not take back is in the softmax: a larger one sharpens it until no gradient
     reaches q and k, a smaller one flattens it.
     What to try: attention.scale = inverse_sqrt.
-    Source: Vaswani et al. 2017, section 3.2.1; the thresholds: as measured beside them.
+    Known limits: harm of a smaller scale shows only beside such a twin, and only after FEWEST_STEPS steps that both made;
+    watched scripts have no twin. Of a watched layer no scale is known where no single number multiplies q.k.
+    Source: Vaswani et al. 2017, section 3.2.1; the thresholds: measured with pre norm, d_model 64, 200 steps, 3 seeds.
     """
     odd = odd_scales(run)
     harm = _harm(run, odd)
@@ -81,6 +84,7 @@ def unusual_scale(run: Run) -> Finding | NotLooked | None:
     Why it matters: it may be on purpose: T5 leaves it out and initializes smaller weights, muP uses 1/d_head, normalized q and
     k bound the logits whatever it is. Where it is not, a longer or larger training may show the harm that this one does not.
     What to try: if it is not on purpose, attention.scale = inverse_sqrt, or a twin with it to see the difference.
+    Known limits: it does not know what is on purpose, and that no harm was measured is not that there is none.
     Source: Vaswani et al. 2017, section 3.2.1; Raffel et al. 2020 (T5); Yang et al. 2022 (muP).
     """
     odd = odd_scales(run)
