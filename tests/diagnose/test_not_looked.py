@@ -230,6 +230,7 @@ def test_terminal_json_and_report_say_where_nobody_could_look(tmp_path):
         )
 
     text = diagnosed()
+    assert "with 10 of 11 rules: applied_scale, " in " ".join(text.split())
     assert text.startswith("No findings.") and f"Could not look:\n  {line}\n" in text
     folder = write_report(run).parent
     expected = [
