@@ -1,10 +1,11 @@
-"""What a rule says when it applies: one finding for all members that it concerns, with numbers to check it by."""
+"""What a rule says: one finding for all members that it concerns, with numbers to check it by, or that it could not look."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 Kind = Literal["cause", "risk", "symptom"]
+_T = TypeVar("_T")
 
 MOST_EVIDENCE = 5
 MOST_NAMED = 3  # members that a sentence names one by one
@@ -36,6 +37,23 @@ class Evidence:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NotLooked:
+    """A rule that could not look, which is not the same as one that found nothing.
+
+    Attributes:
+        rule: its name.
+        why: in words, without the members.
+        members: at which it could not, in the order of run.json; none = at all.
+        also: at others it could not for another reason.
+    """
+
+    rule: str
+    why: str
+    members: tuple[str, ...] = ()
+    also: "tuple[NotLooked, ...]" = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
     """What one rule found in a run.
 
@@ -50,6 +68,7 @@ class Finding:
         evidence_left_out: how many more there are.
         remedy: what to try.
         source: the paper or the measurement behind the threshold.
+        also: where the rule could not look.
     """
 
     rule: str
@@ -61,11 +80,43 @@ class Finding:
     evidence_left_out: int
     remedy: str
     source: str
+    also: tuple[NotLooked, ...] = ()
 
 
-def to_table(finding: Finding) -> dict[str, object]:
-    """A finding as JSON has it; numbers that are not finite are left to `attnscope.runs.layout.to_json`."""
-    return asdict(finding)
+def worst_first(
+    items: Iterable[_T],
+    evidence: Callable[[_T], Evidence],
+    *,
+    order: Callable[[_T], Any] | None = None,
+) -> tuple[tuple[Evidence, ...], int]:
+    """The evidence of a finding, and how much more there is.
+
+    Args:
+        items: that it is made of, one piece each.
+        evidence: makes it; asked only for what is shown.
+        order: smallest is worst; what is alike stays in order. None = they are in order.
+    """
+    ordered = list(items) if order is None else sorted(items, key=order)
+    shown = tuple(evidence(item) for item in ordered[:MOST_EVIDENCE])
+    return shown, len(ordered) - len(shown)
+
+
+def to_table(said: Finding | NotLooked) -> dict[str, object]:
+    """As JSON has it, without `also`; numbers that are not finite are left to `attnscope.runs.layout.to_json`."""
+    table = asdict(said)
+    del table["also"]
+    return table
+
+
+def in_words(not_looked: Iterable[NotLooked]) -> tuple[str, ...]:
+    """A line for each reason and the members it holds for, with the rules that could not look."""
+    rules: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for each in not_looked:
+        rules.setdefault((each.why, each.members), []).append(each.rule)
+    return tuple(
+        f"{', '.join(names)}: {why}{f' (of {named(members)})' if members else ''}"
+        for (why, members), names in rules.items()
+    )
 
 
 def evidence_columns(evidence: Sequence[Evidence]) -> dict[str, tuple[str, ...]]:

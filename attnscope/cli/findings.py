@@ -25,19 +25,28 @@ def print_findings(path: Path, *, as_json: bool) -> frozenset[str]:
     Returns:
         The kinds of the findings.
     """
-    from attnscope.diagnose import RULES, diagnose, findings_json
+    from attnscope.diagnose import RULES, examine, findings_json
+    from attnscope.findings import in_words
     from attnscope.runs.reader import open_run
 
     run = open_run(path)
-    findings = diagnose(run)
+    said = examine(run)
+    findings = said.findings
     kinds = frozenset(str(finding.kind) for finding in findings)
     if as_json:
-        typer.echo(findings_json(run, findings))
+        typer.echo(findings_json(run, said))
         return kinds
     console = Console(highlight=False)
+    blind = {each.rule for each in said.not_looked if not each.members}
+    looked = [rule.__name__ for rule in RULES if rule.__name__ not in blind]
     for finding in findings:
         _print_finding(console, finding)
-    _print_paragraph(console, _looked_at(run, [rule.__name__ for rule in RULES], len(findings)))
+    _print_paragraph(console, _looked_at(run, looked, len(RULES), len(findings)))
+    if said.not_looked:
+        console.print()
+        console.print(Text("Could not look:"))
+        for line in in_words(said.not_looked):
+            _print_paragraph(console, line, indent=INDENT)
     for lost in run.lost:
         typer.echo(f"warning: {lost}", err=True)
     if run.writer:
@@ -88,10 +97,12 @@ def _table(evidence: "tuple[Evidence, ...]") -> Table:
     return table
 
 
-def _looked_at(run: "Run", rules: list[str], found: int) -> str:
+def _looked_at(run: "Run", rules: list[str], of: int, found: int) -> str:
     members = _many(len(run.entries), "member")
     rows = f"{_many(len(run.steps), 'record')} of steps, {len(run.heads)} of heads"
-    looked = f"Looked at {members} ({rows}) with {_many(len(rules), 'rule')}: {', '.join(rules)}."
+    count = _many(of, "rule") if len(rules) == of else f"{len(rules)} of {of} rules"
+    names = f": {', '.join(rules)}" if rules else ""
+    looked = f"Looked at {members} ({rows}) with {count}{names}."
     return looked if found else f"No findings. {looked}"
 
 

@@ -1,6 +1,18 @@
-"""What went wrong in a run, and which of it is a cause. Reading order: findings (beside this folder), rules/, diagnosis."""
+"""What went wrong in a run, and which of it is a cause.
 
-from attnscope.diagnose.diagnosis import RULES, diagnose, findings_json
-from attnscope.findings import Evidence, Finding
+Reading order: findings (beside this folder), blindness, rules/, diagnosis, pages.
+"""
 
-__all__ = ["RULES", "Evidence", "Finding", "diagnose", "findings_json"]
+from attnscope.diagnose.diagnosis import RULES, Diagnosis, diagnose, examine, findings_json
+from attnscope.findings import Evidence, Finding, NotLooked
+
+__all__ = [
+    "RULES",
+    "Diagnosis",
+    "Evidence",
+    "Finding",
+    "NotLooked",
+    "diagnose",
+    "examine",
+    "findings_json",
+]

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from attnscope.config import Config, scale_of
+from attnscope.diagnose.blindness import without_attention, without_config
 from attnscope.findings import Evidence
 from attnscope.runs.by_member import configs_of
 from attnscope.runs.reader import Run
@@ -60,6 +61,27 @@ class Applied:
 def odd_scales(run: Run) -> list[Applied]:
     """Each member whose scale is not 1/sqrt(d_head), once."""
     return _seen(run) if run.kind == "watch" else _configured(run)
+
+
+def unseen_scales(run: Run) -> dict[str, str]:
+    """Members of which not every scale is known, and why."""
+    if run.kind != "watch":
+        return without_config(run)
+    unseen: dict[str, list[bool]] = {}
+    for layer in attention_layers(run):
+        unseen.setdefault(layer.member, []).append(layer.scale is None)
+    found = without_attention(run)
+    for entry in run.entries:
+        layers = unseen.get(entry.name, [])
+        if not layers:
+            found.setdefault(entry.name, "no attention layer was seen")
+        elif any(layers):
+            found[entry.name] = (
+                f"the scale of {sum(layers)} of {len(layers)} attention layers could not be seen, or is no single number"
+            )
+        else:
+            found.pop(entry.name, None)
+    return found
 
 
 def _configured(run: Run) -> list[Applied]:

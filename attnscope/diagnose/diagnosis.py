@@ -1,17 +1,18 @@
 """Every rule, causes before risks before symptoms, and the one function that asks them all."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from attnscope.diagnose.rules.clipping import clipping_always_on
 from attnscope.diagnose.rules.loss import failed, loss_explosion, loss_spike, stalled
 from attnscope.diagnose.rules.nonfinite import nonfinite, nonfinite_loss_passed, updates_skipped
 from attnscope.diagnose.rules.saturation import saturated_at_start
 from attnscope.diagnose.rules.scale import applied_scale, unusual_scale
-from attnscope.findings import Finding, to_table
+from attnscope.findings import Finding, NotLooked, to_table
 from attnscope.runs.layout import to_json
 from attnscope.runs.reader import Run
 
-Rule = Callable[[Run], Finding | None]
+Rule = Callable[[Run], Finding | NotLooked | None]
 
 RULES: tuple[Rule, ...] = (
     applied_scale,
@@ -28,13 +29,41 @@ RULES: tuple[Rule, ...] = (
 )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Diagnosis:
+    """What every rule says of a run; one that is in neither looked everywhere and found nothing.
+
+    Attributes:
+        findings: causes first.
+        not_looked: rules that could not look, and why; each stands alone, its `also` beside it.
+    """
+
+    findings: tuple[Finding, ...]
+    not_looked: tuple[NotLooked, ...]
+
+
+def examine(run: Run) -> Diagnosis:
+    """Ask every rule; a run that is still training is judged by what it has recorded."""
+    answers = [answer for rule in RULES if (answer := rule(run)) is not None]
+    not_looked = [
+        replace(each, also=())
+        for answer in answers
+        for each in ((answer,) if isinstance(answer, NotLooked) else ()) + answer.also
+        if isinstance(each, NotLooked)
+    ]
+    return Diagnosis(
+        findings=tuple(answer for answer in answers if isinstance(answer, Finding)),
+        not_looked=tuple(not_looked),
+    )
+
+
 def diagnose(run: Run) -> tuple[Finding, ...]:
-    """What every rule finds in a run, causes first; one that is still training is judged by what it has recorded."""
-    return tuple(finding for rule in RULES if (finding := rule(run)) is not None)
+    """What every rule finds in a run, causes first."""
+    return examine(run).findings
 
 
-def findings_json(run: Run, findings: Sequence[Finding]) -> str:
-    """What was looked for and what was found, for machines."""
+def findings_json(run: Run, diagnosis: Diagnosis) -> str:
+    """What was looked for, what was found, and where nobody could look, for machines."""
     said = {
         "run": run.name,
         "status": run.status,
@@ -42,7 +71,8 @@ def findings_json(run: Run, findings: Sequence[Finding]) -> str:
             {"name": each.name, "status": each.status, "error": each.error} for each in run.members
         ],
         "rules": [rule.__name__ for rule in RULES],
-        "findings": [to_table(finding) for finding in findings],
+        "findings": [to_table(finding) for finding in diagnosis.findings],
+        "not_looked": [to_table(each) for each in diagnosis.not_looked],
         "lost": run.lost,
     }
     return to_json(said, indent=1)

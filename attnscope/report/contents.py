@@ -22,7 +22,7 @@ from attnscope.comparison.member import (
 )
 from attnscope.comparison.subjects import subjects_of
 from attnscope.config import SETTINGS, get_setting
-from attnscope.diagnose import Finding, diagnose
+from attnscope.diagnose import Finding, NotLooked, examine
 from attnscope.errors import RunError
 from attnscope.report.comparison import sentence_on
 from attnscope.report.verdict import verdict_of
@@ -72,6 +72,7 @@ class Contents:
         layers: attention layers that were seen in a watched run.
         not_measured: calls that were seen there and could not be measured.
         findings: what the rules found, causes first.
+        not_looked: rules that could not look, and why.
         comparison: cells of a sweep; None where the run has none.
         lost: what could not be read.
     """
@@ -94,6 +95,7 @@ class Contents:
     layers: tuple[AttentionLayer, ...]
     not_measured: tuple[NotMeasured, ...]
     findings: tuple[Finding, ...]
+    not_looked: tuple[NotLooked, ...]
     comparison: Comparison | None
     lost: tuple[str, ...]
 
@@ -140,6 +142,7 @@ def contents(run: Run) -> Contents:
     members = tuple(member_rows(run, evaluations, generations, differing))
     swept = baseline_of(run)
     comparison = None if swept is None else compare(subjects_of(run, members), baseline=swept)
+    diagnosis = examine(run)
     return Contents(
         name=run.name,
         status=run.status,
@@ -158,7 +161,8 @@ def contents(run: Run) -> Contents:
         data=_texts(run.data.get("fingerprint")),
         layers=attention_layers(run),
         not_measured=not_measured(run),
-        findings=diagnose(run),
+        findings=diagnosis.findings,
+        not_looked=diagnosis.not_looked,
         comparison=comparison,
         lost=tuple(printable(note, 400) for note in run.lost),
     )

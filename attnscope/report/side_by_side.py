@@ -171,6 +171,7 @@ def _merged(
         layers=(),
         not_measured=(),
         findings=(),
+        not_looked=(),
         comparison=comparison,
         lost=tuple(
             f"{label}: {note}"

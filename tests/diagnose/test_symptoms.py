@@ -189,7 +189,7 @@ def test_a_finite_loss_above_the_unigram_loss_is_stalled(tmp_path, twins):
     run = run_of(tmp_path / "r", steps=steps_table(np.full((1, 30), 4.0)), unigram=4.1)
     assert stalled(run) is None
     run = run_of(tmp_path / "s", steps=steps_table(np.full((1, 30), 4.0)), unigram=None)
-    assert stalled(run) is None
+    assert stalled(run).why == "the unigram loss of the data is unknown"
 
 
 def test_the_furthest_above_the_unigram_loss_comes_first(tmp_path):

@@ -13,8 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnscope.findings import MOST_EVIDENCE, Evidence, Finding, of_several
-from attnscope.runs.by_member import members_of_rows, sorted_by_member
+from attnscope.diagnose.blindness import (
+    answer,
+    without_loss,
+    without_optimizer,
+    without_steps,
+)
+from attnscope.findings import Evidence, Finding, NotLooked, of_several, worst_first
+from attnscope.runs.by_member import NEVER, members_of_rows, sorted_by_member
 from attnscope.runs.divergence import IN_A_ROW
 from attnscope.runs.foreign import printable
 from attnscope.runs.reader import Run
@@ -47,13 +53,16 @@ class Break:
         )
 
 
-def nonfinite(run: Run) -> Finding | None:
+def nonfinite(run: Run) -> Finding | NotLooked | None:
     """Numbers became NaN or Inf, and stayed so.
 
     What it looks at: of each member, the last step whose loss and gradient were finite, and the first `nonfinite` event
-    after it; without one, the first loss that is not finite.
+    after it; without one, the first loss that is not finite. Fewer than IN_A_ROW steps at the very end count only if they did
+    harm: a loss whose gradient is finite, or a step that loss scaling skips, does none.
     Why it matters: what comes after it means nothing, and the first tensor tells where it began.
     What to try: look at what grew before (other findings); float16: bfloat16 or a smaller scale.
+    Known limits: it names the first tensor among those that are recorded, not the operation; within a step they are taken in
+    the order in which a step computes them.
     Source: the definition.
     """
     sound_M = _last_sound(run)
@@ -67,15 +76,18 @@ def nonfinite(run: Run) -> Finding | None:
         at = record.nonfinite_at
         if record.name not in first and at is not None and at > sound_M[number[record.name]]:
             first[record.name] = Break(member=record.name, step=at, tensor="loss")
+    blind = _without_loss_and_gradient(run)
     if not first:
-        return None
+        return answer(run, "nonfinite", None, blind)
     names = [entry.name for entry in run.entries if entry.name in first]
-    earliest = sorted(first.values(), key=lambda each: each.step)
-    worst = earliest[0]
+    evidence, left_out = worst_first(
+        first.values(), lambda each: each.evidence, order=lambda each: each.step
+    )
+    worst = min(first.values(), key=lambda each: each.step)
     direction = "backward" if worst.tensor == "gradient" else "forward"
     where = "" if worst.layer is None else f" in layer {worst.layer}"
     where += f" ({worst.group})" if worst.group else ""
-    return Finding(
+    finding = Finding(
         rule="nonfinite",
         title="Numbers stopped being finite",
         kind="symptom",
@@ -84,8 +96,8 @@ def nonfinite(run: Run) -> Finding | None:
             f"{worst.step}, in the {direction} pass: {printable(worst.tensor, 40)}{where}."
         ),
         members=tuple(names),
-        evidence=tuple(each.evidence for each in earliest[:MOST_EVIDENCE]),
-        evidence_left_out=max(0, len(earliest) - MOST_EVIDENCE),
+        evidence=evidence,
+        evidence_left_out=left_out,
         remedy=(
             "Look for what grew before. With float16, use bfloat16 or smaller logits: loss scaling protects the "
             "gradient only."
@@ -97,21 +109,26 @@ def nonfinite(run: Run) -> Finding | None:
         ),
         source="first nonfinite event after which nothing was finite, or first such loss",
     )
+    return answer(run, "nonfinite", finding, blind)
 
 
-def nonfinite_loss_passed(run: Run) -> Finding | None:
+def nonfinite_loss_passed(run: Run) -> Finding | NotLooked | None:
     """A loss was NaN or Inf, and training went on.
 
     What it looks at: losses that are not finite, after which losses and gradients were finite again; and the gradient of
     the same step. A gradient alone that overflows under loss scaling is how loss scaling works, and no finding.
     Why it matters: the step taught nothing, and a mean over many losses, as a logger takes it, is NaN from then on.
     What to try: look at the batch: one without any label has a mean over nothing.
+    Known limits: of a watched script NaN also stands for a loss that was not seen; after the first one that was seen to be NaN,
+    the two are not told apart.
     Source: the definition.
     """
     codes_N, step_N, loss_N, norm_N = sorted_by_member(run.steps, ("step", "loss", "grad_norm"))
-    passed_K = np.flatnonzero(~np.isfinite(loss_N) & (step_N <= _last_sound(run)[codes_N]))
+    is_bad_N = ~np.isfinite(loss_N) & _is_seen(run, codes_N, step_N, loss_N)
+    passed_K = np.flatnonzero(is_bad_N & (step_N <= _last_sound(run)[codes_N]))
+    blind = without_loss(run)
     if not len(passed_K):
-        return None
+        return answer(run, "nonfinite_loss_passed", None, blind)
     names = [run.entries[m].name for m in np.unique(codes_N[passed_K])]
     first = int(passed_K[step_N[passed_K].argmin()])
     member, step, loss = run.entries[codes_N[first]].name, int(step_N[first]), loss_N[first]
@@ -125,16 +142,16 @@ def nonfinite_loss_passed(run: Run) -> Finding | None:
         else "its gradients were not finite either, but the weights stayed so"
     )
     how += ", and it was the last" if is_last else ", and training went on"
-    evidence = tuple(
-        Evidence(
+    evidence, left_out = worst_first(
+        passed_K.tolist(),
+        lambda k: Evidence(
             member=run.entries[codes_N[k]].name,
             step=int(step_N[k]),
             quantity="loss",
             value=float(loss_N[k]),
-        )
-        for k in passed_K[:MOST_EVIDENCE]
+        ),
     )
-    return Finding(
+    finding = Finding(
         rule="nonfinite_loss_passed",
         title="A loss was not finite, and training went on",
         kind="symptom",
@@ -144,7 +161,7 @@ def nonfinite_loss_passed(run: Run) -> Finding | None:
         ),
         members=tuple(names),
         evidence=evidence,
-        evidence_left_out=len(passed_K) - len(evidence),
+        evidence_left_out=left_out,
         remedy=(
             "Look at the batch of that step: if no token of it has a label, its loss is a mean over nothing. Leave such "
             "batches out, or divide by at least 1."
@@ -154,15 +171,18 @@ def nonfinite_loss_passed(run: Run) -> Finding | None:
         ),
         source="the definition",
     )
+    return answer(run, "nonfinite_loss_passed", finding, blind)
 
 
-def updates_skipped(run: Run) -> Finding | None:
+def updates_skipped(run: Run) -> Finding | NotLooked | None:
     """Loss scaling skips one update after the other.
 
     What it looks at: `skipped_update` events of watched runs with the same number of updates before them.
     Why it matters: each halves the scale; after MOST_HALVINGS in a row the gradient is not finite without any scale, and
     nothing is learned, while the loss looks as before.
     What to try: find what makes the gradient infinite, in the parameters named.
+    Known limits: runs of this lab do not record such events; only torch's GradScaler is seen, and one that begins at another
+    scale than 2**16 needs more halvings or fewer.
     Source: torch.amp.GradScaler begins at 2**16.
     """
     table = run.events[run.events["kind"] == "skipped_update"]
@@ -180,30 +200,59 @@ def updates_skipped(run: Run) -> Finding | None:
         first.setdefault(
             key, Break(step=int(step), member=name, tensor="gradient", layer=layer, group=group)
         )
-    worst_first = [key for key, count in counts.most_common() if count > MOST_HALVINGS]
-    if not worst_first:
-        return None
-    members = {code for code, _ in worst_first}
+    endless = [key for key, count in counts.items() if count > MOST_HALVINGS]
+    skipping = {run.entries[code].name for code, _ in counts}
+    blind = {name: why for name, why in _unseen_skips(run).items() if name not in skipping}
+    if not endless:
+        return answer(run, "updates_skipped", None, blind)
+    members = {code for code, _ in endless}
     names = [entry.name for m, entry in enumerate(run.entries) if m in members]
-    worst = first[worst_first[0]]
-    return Finding(
+    most = max(endless, key=lambda key: counts[key])
+    worst = first[most]
+    evidence, left_out = worst_first(
+        endless, lambda key: first[key].evidence, order=lambda key: -counts[key]
+    )
+    finding = Finding(
         rule="updates_skipped",
         title="Loss scaling skips one update after the other",
         kind="symptom",
         summary=(
             f"{of_several(names, 'skip updates without end')}After {worst.step} updates of {worst.member}, "
-            f"{counts[worst_first[0]]} in a row were skipped: each time the gradient was not finite, and the loss scale was "
+            f"{counts[most]} in a row were skipped: each time the gradient was not finite, and the loss scale was "
             f"halved. More than {MOST_HALVINGS} halvings say that no scale helps."
         ),
         members=tuple(names),
-        evidence=tuple(first[key].evidence for key in worst_first[:MOST_EVIDENCE]),
-        evidence_left_out=max(0, len(worst_first) - MOST_EVIDENCE),
+        evidence=evidence,
+        evidence_left_out=left_out,
         remedy=(
             "Find the operation whose gradient is not finite (sqrt or log at 0, a division by 0, a norm of zeros), in or "
             "after the parameters named; torch.autograd.detect_anomaly() names it."
         ),
         source="torch.amp.GradScaler begins at 2**16 and halves at each skipped update",
     )
+    return answer(run, "updates_skipped", finding, blind)
+
+
+def _without_loss_and_gradient(run: Run) -> dict[str, str]:
+    """Members of which neither was seen: where the loss breaks, so does its gradient, and either is enough."""
+    codes_N, norm_N = members_of_rows(run.steps), run.steps["grad_norm"].to_numpy()
+    has_norm_M = np.bincount(codes_N[~np.isnan(norm_N)], minlength=len(run.entries)) > 0
+    has_norm = {entry.name for entry, has in zip(run.entries, has_norm_M, strict=True) if has}
+    return {name: why for name, why in without_loss(run).items() if name not in has_norm}
+
+
+def _unseen_skips(run: Run) -> dict[str, str]:
+    """Members of which an update that was skipped could not be seen."""
+    if run.kind == "watch":
+        return without_optimizer(run) | without_steps(run)
+    codes_N, scale_N = members_of_rows(run.steps), run.steps["loss_scale"].to_numpy()
+    scaled_M = np.bincount(codes_N[scale_N > 1], minlength=len(run.entries)) > 0
+    scaled = zip(run.entries, scaled_M, strict=True)
+    return {
+        entry.name: "skipped updates are recorded of watched scripts only"
+        for entry, is_scaled in scaled
+        if is_scaled
+    }
 
 
 def _last_sound(run: Run) -> NDArray[np.int64]:
@@ -218,17 +267,38 @@ def _last_sound(run: Run) -> NDArray[np.int64]:
     n_members = len(run.entries)
     finite_N, norm_finite_N = np.isfinite(loss_N), np.isfinite(norm_N)
     is_known_M = np.bincount(codes_N[norm_finite_N], minlength=n_members) > 0
-    sound_N = finite_N & (norm_finite_N | ~is_known_M[codes_N])
+    seen_N = _is_seen(run, codes_N, step_N, loss_N)
+    sound_N = np.where(seen_N, finite_N & (norm_finite_N | ~is_known_M[codes_N]), norm_finite_N)
     sound_M = np.full(n_members, -1, dtype=np.int64)
-    np.maximum.at(sound_M, codes_N[sound_N], step_N[sound_N].astype(np.int64))
+    np.maximum.at(sound_M, codes_N[sound_N].astype(np.int64), step_N[sound_N].astype(np.int64))
     diverged_M = np.array([record.diverged_at is not None for record in run.members], dtype=bool)
     after_N = (step_N > sound_M[codes_N]) & ~diverged_M[codes_N]
     count_M = np.bincount(codes_N[after_N], minlength=n_members)
-    passes_N = np.where(finite_N, scale_N > 1, norm_finite_N)  # a step skipped; a loss of nothing
+    # A step that was skipped; a loss of nothing.
+    passes_N = np.where(finite_N | ~seen_N, scale_N > 1, norm_finite_N)
     harm_M = np.bincount(codes_N[after_N & ~passes_N], minlength=n_members) > 0
     for m in np.flatnonzero((count_M > 0) & (count_M < IN_A_ROW) & ~harm_M):
         sound_M[m] = run.members[m].last_step or 0
     return sound_M
+
+
+def _is_seen(
+    run: Run, codes_N: NDArray[Any], step_N: NDArray[Any], loss_N: NDArray[Any]
+) -> NDArray[np.bool_]:
+    """Whether each loss was seen, (N,): in watched runs NaN also stands for one that was not.
+
+    As `Run.members` has it: from the first event of a loss that is not finite on, NaN is what was seen.
+    """
+    seen_N: NDArray[np.bool_] = np.ones(len(loss_N), dtype=bool)
+    if run.kind == "watch":
+        number = {entry.name: m for m, entry in enumerate(run.entries)}
+        first_M = np.full(len(run.entries), NEVER)
+        for each in _breaks(run):
+            if each.tensor == "loss":
+                m = number[each.member]
+                first_M[m] = min(first_M[m], each.step)
+        seen_N = ~np.isnan(loss_N) | (step_N >= first_M[codes_N])
+    return seen_N
 
 
 def _breaks(run: Run) -> list[Break]:

@@ -5,7 +5,8 @@ Shape key: N rows, M member in the order of run.json.
 
 import numpy as np
 
-from attnscope.findings import MOST_EVIDENCE, Evidence, Finding, of_several
+from attnscope.diagnose.blindness import NO_RATIO, answer, without_attention
+from attnscope.findings import Evidence, Finding, NotLooked, of_several, worst_first
 from attnscope.runs.by_member import (
     NEVER,
     diverged_at,
@@ -64,22 +65,29 @@ def early_signals(run: Run) -> dict[str, tuple[Evidence, ...]]:
     return {run.entries[code].name: tuple(each) for code, each in found.items()}
 
 
-def saturated_at_start(run: Run) -> Finding | None:
+def saturated_at_start(run: Run) -> Finding | NotLooked | None:
     """The softmax is close to one-hot before anything is learned.
 
-    What it looks at: entropy_ratio at each member's first measured step, mean over layers and heads.
+    What it looks at: entropy_ratio at each member's first measured step, mean over layers and heads, against SATURATED_RATIO.
     Why it matters: the softmax's derivative vanishes where it is one-hot (softmax_gain near 0), so q and k get no
     gradient that could undo it, and each query copies one arbitrary value vector.
     What to try: 1/sqrt(d_head); smaller init.qk_gain or init.gain; normalization before attention; qk_norm.
-    Source: the threshold as MEASURED says; the mechanism: Vaswani et al. 2017, Zhai et al. 2023.
+    Known limits: the threshold was measured on models that start from random weights; a pretrained one may be sharp on purpose.
+    A single saturated head among many does not move the mean.
+    Source: MEASURED; the mechanism: Vaswani et al. 2017, Zhai et al. 2023.
     """
     heads = first_measured(run.heads, len(run.entries))
     codes_N = members_of_rows(heads)
     ratio_N = heads["entropy_ratio"].to_numpy().astype(np.float64)
     ratio_M = mean_by_member(codes_N, ratio_N, len(run.entries))
     concerned = np.flatnonzero(ratio_M < SATURATED_RATIO)
+    blind = {
+        entry.name: NO_RATIO
+        for entry, ratio in zip(run.entries, ratio_M, strict=True)
+        if np.isnan(ratio)
+    } | without_attention(run)
     if not len(concerned):
-        return None
+        return answer(run, "saturated_at_start", None, blind)
     names = [run.entries[m].name for m in concerned]
     worst = int(concerned[ratio_M[concerned].argmin()])
     mine_N = codes_N == worst
@@ -91,9 +99,9 @@ def saturated_at_start(run: Run) -> Finding | None:
     }
     step = int(heads["step"].to_numpy()[mine_N][0])
     place_N = np.flatnonzero(np.isin(codes_N, concerned) & (ratio_N < SATURATED_RATIO))
-    place_N = place_N[np.argsort(ratio_N[place_N], kind="stable")]
-    evidence = tuple(
-        Evidence(
+    evidence, left_out = worst_first(
+        place_N.tolist(),
+        lambda at: Evidence(
             member=run.entries[codes_N[at]].name,
             step=int(heads["step"].iloc[at]),
             layer=int(heads["layer"].iloc[at]),
@@ -101,10 +109,10 @@ def saturated_at_start(run: Run) -> Finding | None:
             quantity="entropy_ratio",
             value=float(ratio_N[at]),
             threshold=SATURATED_RATIO,
-        )
-        for at in place_N[:MOST_EVIDENCE]
+        ),
+        order=lambda at: ratio_N[at],
     )
-    return Finding(
+    finding = Finding(
         rule="saturated_at_start",
         title="The softmax is saturated from the start",
         kind="cause",
@@ -116,10 +124,11 @@ def saturated_at_start(run: Run) -> Finding | None:
         ),
         members=tuple(names),
         evidence=evidence,
-        evidence_left_out=len(place_N) - len(evidence),
+        evidence_left_out=left_out,
         remedy=(
             "Make the logits smaller: 1/sqrt(d_head) (attention.scale = inverse_sqrt), smaller initial weights "
             "(init.qk_gain, init.gain), normalization before attention (model.norm = pre), or attention.qk_norm."
         ),
         source=MEASURED,
     )
+    return answer(run, "saturated_at_start", finding, blind)

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from attnscope.diagnose.applied_scale import Applied, odd_scales
+from attnscope.diagnose.applied_scale import Applied, odd_scales, unseen_scales
+from attnscope.diagnose.blindness import NO_RATIO, answer, without_attention
 from attnscope.diagnose.rules.saturation import early_signals
-from attnscope.findings import MOST_EVIDENCE, Evidence, Finding, of_several
+from attnscope.findings import Evidence, Finding, NotLooked, of_several, worst_first
 from attnscope.runs.by_member import (
     configs_of,
     first_measured,
@@ -44,25 +45,29 @@ class Harm:
     evidence: Evidence
 
 
-def applied_scale(run: Run) -> Finding | None:
+def applied_scale(run: Run) -> Finding | NotLooked | None:
     """Logits are multiplied by something else than 1/sqrt(d_head), and that did harm.
 
-    What it looks at: attention.scale of each member, resolved for every layer, against 1/sqrt(d_head); in watched runs, the
-    scale that each layer was seen to apply. It is a cause where harm was measured that it explains: a softmax that begins
-    sharp under a larger scale, divergence after one became saturated, or an end worse than that of a member that
-    differs in nothing but a scale of 1/sqrt(d_head). A learned scale is no finding.
+    What it looks at: attention.scale of each member, resolved for every layer, against 1/sqrt(d_head), SCALE_TOLERANCE of it
+    aside; in watched runs, the scale that each layer was seen to apply, FITTED_TOLERANCE aside. It is a cause where harm was
+    measured that it explains: a softmax that begins sharp (a mean entropy_ratio below SHARP_RATIO) under a scale of at least
+    EXPLAINS times 1/sqrt(d_head), divergence after one became saturated, or an end more than WORSE nats above that of a member
+    that differs in nothing but a scale of 1/sqrt(d_head). A learned scale is no finding.
     Why it matters: the dot product of two vectors of d_head independent unit-variance entries has a standard deviation
     of sqrt(d_head). What the scale does not take back is in the softmax: a larger one sharpens it until no gradient
     reaches q and k, a smaller one flattens it.
     What to try: attention.scale = inverse_sqrt.
-    Source: Vaswani et al. 2017, section 3.2.1; the thresholds: as measured beside them.
+    Known limits: harm of a smaller scale shows only beside such a twin, and only after FEWEST_STEPS steps that both made;
+    watched scripts have no twin. Of a watched layer no scale is known where no single number multiplies q.k.
+    Source: Vaswani et al. 2017, section 3.2.1; the thresholds: measured with pre norm, d_model 64, 200 steps, 3 seeds.
     """
     odd = odd_scales(run)
     harm = _harm(run, odd)
     concerned = [each for each in odd if each.member in harm]
+    blind = unseen_scales(run) | _harm_not_looked_for(run, odd, harm)
     if not concerned:
-        return None
-    return _finding(
+        return answer(run, "applied_scale", None, blind)
+    finding = _finding(
         run,
         concerned,
         rule="applied_scale",
@@ -70,23 +75,26 @@ def applied_scale(run: Run) -> Finding | None:
         kind="cause",
         harm=harm,
     )
+    return answer(run, "applied_scale", finding, blind)
 
 
-def unusual_scale(run: Run) -> Finding | None:
+def unusual_scale(run: Run) -> Finding | NotLooked | None:
     """Logits are multiplied by something else than 1/sqrt(d_head); no harm of it was measured.
 
     What it looks at: as applied_scale, where nothing was measured that the scale would explain.
     Why it matters: it may be on purpose: T5 leaves it out and initializes smaller weights, muP uses 1/d_head, normalized q and
     k bound the logits whatever it is. Where it is not, a longer or larger training may show the harm that this one does not.
     What to try: if it is not on purpose, attention.scale = inverse_sqrt, or a twin with it to see the difference.
+    Known limits: it does not know what is on purpose, and that no harm was measured is not that there is none.
     Source: Vaswani et al. 2017, section 3.2.1; Raffel et al. 2020 (T5); Yang et al. 2022 (muP).
     """
     odd = odd_scales(run)
     harm = _harm(run, odd)
     concerned = [each for each in odd if each.member not in harm]
+    blind = {name: why for name, why in unseen_scales(run).items() if name not in harm}
     if not concerned:
-        return None
-    return _finding(
+        return answer(run, "unusual_scale", None, blind)
+    finding = _finding(
         run,
         concerned,
         rule="unusual_scale",
@@ -94,13 +102,13 @@ def unusual_scale(run: Run) -> Finding | None:
         kind="risk",
         harm={},
     )
+    return answer(run, "unusual_scale", finding, blind)
 
 
 def _finding(
     run: Run, odd: Sequence[Applied], *, rule: str, title: str, kind: str, harm: Mapping[str, Harm]
 ) -> Finding:
-    worst_first = sorted(odd, key=lambda each: -abs(math.log(each.times)))
-    worst = worst_first[0]
+    worst = max(odd, key=_how_odd)
     names = tuple(entry.name for entry in run.entries if any(o.member == entry.name for o in odd))
     expected = worst.d_head**-0.5
     times = f"{worst.times:.3g} times" if worst.times > 1 else f"1/{1 / worst.times:.3g} of"
@@ -134,9 +142,9 @@ def _finding(
     summary += (
         f". {hurt.said}" if hurt else "" if harm else ". Nothing that was measured shows harm of it"
     )
-    evidence = [
-        each
-        for applied in worst_first
+    pieces = [
+        (applied, each)
+        for applied in odd
         for each in (
             applied.evidence,
             spreads.get(applied.member),
@@ -144,6 +152,9 @@ def _finding(
         )
         if each is not None
     ]
+    evidence, left_out = worst_first(
+        pieces, lambda piece: piece[1], order=lambda piece: -_how_odd(piece[0])
+    )
     on_purpose = "If it is not on purpose (T5 leaves it out and initializes smaller weights, muP uses 1/d_head), "
     set_it = (
         "multiply q.k by 1/sqrt(d_head): F.scaled_dot_product_attention does so where no scale is given."
@@ -156,11 +167,16 @@ def _finding(
         kind="cause" if kind == "cause" else "risk",
         summary=f"{summary}.",
         members=names,
-        evidence=tuple(evidence[:MOST_EVIDENCE]),
-        evidence_left_out=max(0, len(evidence) - MOST_EVIDENCE),
+        evidence=evidence,
+        evidence_left_out=left_out,
         remedy=set_it[0].upper() + set_it[1:] if hurt and worst.times > 1 else on_purpose + set_it,
         source="Vaswani et al. 2017, section 3.2.1",
     )
+
+
+def _how_odd(applied: Applied) -> float:
+    """0 for 1/sqrt(d_head)."""
+    return abs(math.log(applied.times))
 
 
 def _harm(run: Run, odd: Sequence[Applied]) -> dict[str, Harm]:
@@ -188,6 +204,36 @@ def _harm(run: Run, odd: Sequence[Applied]) -> dict[str, Harm]:
         elif name in twins and (worse := _worse(record, records[twins[name]])):
             found[name] = worse
     return found
+
+
+def _harm_not_looked_for(
+    run: Run, odd: Sequence[Applied], harm: Mapping[str, Harm]
+) -> dict[str, str]:
+    """Of the members whose scale is off, those that may have come to harm that was not recorded."""
+    unharmed = [each for each in odd if each.member not in harm]
+    if not unharmed:
+        return {}
+    records = {record.name: record for record in run.members}
+    at_start, unmeasured = _ratio_at_start(run, odd), without_attention(run)
+    twins = _twins(run, {each.member for each in odd})
+    found = {}
+    for name, sharpens in ((each.member, each.times >= EXPLAINS) for each in unharmed):
+        if sharpens and name not in at_start:
+            found[name] = unmeasured.get(name, NO_RATIO)
+        elif name in twins and (why := _cannot_compare(records[name], records[twins[name]])):
+            found[name] = why
+    return found
+
+
+def _cannot_compare(record: MemberRecord, twin: MemberRecord) -> str:
+    """Why the ends of two members that did not diverge cannot be compared; empty if they can."""
+    if record.diverged_at is not None or twin.diverged_at is not None:
+        return ""
+    if record.last_step is None or record.last_step + 1 < FEWEST_STEPS:
+        return f"fewer than {FEWEST_STEPS} steps to compare with the twin that has 1/sqrt(d_head)"
+    if record.last_step != twin.last_step:
+        return "the twin that has 1/sqrt(d_head) was trained for another number of steps"
+    return ""
 
 
 def _worse(record: MemberRecord, twin: MemberRecord) -> Harm | None:
