@@ -26,14 +26,7 @@ if TYPE_CHECKING:
     from attnscope.train.loop import Progress
     from attnscope.watch.attach import watch_model
 
-__all__ = [
-    "attention_stats",
-    "check_model",
-    "load_snapshot",
-    "open_run",
-    "train_model",
-    "watch_model",
-]
+__all__ = ["attention_stats", "check_model", "load_snapshot", "open_run", "train_model", "watch_model"]
 
 
 def train_model(

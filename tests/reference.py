@@ -42,9 +42,7 @@ def attention_stats(q, k, *, scale, visible=None, bias=None, softcap=0.0):
         stats.append(
             {
                 "entropy": mean(entropy),
-                "entropy_ratio": mean(
-                    [e / math.log(len(z)) for e, z in zip(entropy, counted, strict=True)]
-                ),
+                "entropy_ratio": mean([e / math.log(len(z)) for e, z in zip(entropy, counted, strict=True)]),
                 "max_prob": mean([max(p) for p in soft]),
                 "saturated": mean([float(max(p) > 0.99) for p in soft]),
                 "logit_std": math.sqrt(mean([variance(z) for z in counted])),
@@ -52,8 +50,7 @@ def attention_stats(q, k, *, scale, visible=None, bias=None, softcap=0.0):
                 "max_logit_bound": (min(bound, softcap) if softcap else bound)
                 + (float(bias[:, h].max()) if bias is not None else 0),
                 "logits_over_5": (
-                    sum(abs(x - mean(z)) > 5 for z in counted for x in z)
-                    / sum(len(z) for z in counted)
+                    sum(abs(x - mean(z)) > 5 for z in counted for x in z) / sum(len(z) for z in counted)
                     if counted
                     else math.nan
                 ),
@@ -63,9 +60,7 @@ def attention_stats(q, k, *, scale, visible=None, bias=None, softcap=0.0):
                 "rows_left_out": left_out,
             }
         )
-    return {
-        name: torch.tensor([each[name] for each in stats], dtype=torch.float64) for name in stats[0]
-    }
+    return {name: torch.tensor([each[name] for each in stats], dtype=torch.float64) for name in stats[0]}
 
 
 def attention(q, k, v, *, scale, visible=None, bias=None, softcap=0.0):
@@ -75,9 +70,7 @@ def attention(q, k, v, *, scale, visible=None, bias=None, softcap=0.0):
     for b in range(n_batch):
         for h in range(n_heads):
             for t in range(n_queries):
-                seen = [
-                    s for s in range(k.shape[2]) if visible is None or bool(visible[b, h, t, s])
-                ]
+                seen = [s for s in range(k.shape[2]) if visible is None or bool(visible[b, h, t, s])]
                 rows = attention_rows(
                     q[b : b + 1, h : h + 1, t : t + 1],
                     k[b : b + 1, h : h + 1, seen],

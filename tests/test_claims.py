@@ -46,14 +46,10 @@ def test_scaled_trains(tmp_path):
 
 
 def test_clipping_keeps_the_unscaled_finite_and_it_does_not_learn(tmp_path):
-    members, _ = members_by_seed(
-        tmp_path / "run", attention={"scale": "none"}, clip={"threshold": 1.0}
-    )
+    members, _ = members_by_seed(tmp_path / "run", attention={"scale": "none"}, clip={"threshold": 1.0})
     assert all(member.nonfinite_at is None and member.final_loss > 15 for member in members)
 
 
 def test_half_the_gain_lets_the_unscaled_learn(tmp_path):
-    members, unigram = members_by_seed(
-        tmp_path / "run", attention={"scale": "none"}, init={"gain": 0.5}
-    )
+    members, unigram = members_by_seed(tmp_path / "run", attention={"scale": "none"}, init={"gain": 0.5})
     assert all(member.status == "trained" and member.final_loss < unigram for member in members)

@@ -24,12 +24,8 @@ def outputs(tmp_path_factory):
     run = tmp_path_factory.mktemp("examples") / "run"
     made = {}
     for name in ("explode.py", "your_own_attention.py", "watch_a_loop.py", "read_a_run.py"):
-        words = {"your_own_attention.py": [], "watch_a_loop.py": [f"{run}-watched"]}.get(
-            name, [str(run)]
-        )
-        done = subprocess.run(
-            [sys.executable, str(EXAMPLES / name), *words], capture_output=True, text=True
-        )
+        words = {"your_own_attention.py": [], "watch_a_loop.py": [f"{run}-watched"]}.get(name, [str(run)])
+        done = subprocess.run([sys.executable, str(EXAMPLES / name), *words], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         made[name] = done.stdout
     return made

@@ -30,13 +30,7 @@ SHAPE = {
     "optimizer.lr": 1e-4,
     "train.device": "cpu",
 }
-TINY = {
-    **SHAPE,
-    "model.d_model": 32,
-    "model.n_layers": 2,
-    "model.seq_len": 16,
-    "data.batch_size": 8,
-}
+TINY = {**SHAPE, "model.d_model": 32, "model.n_layers": 2, "model.seq_len": 16, "data.batch_size": 8}
 MEMBERS = 16
 
 
@@ -79,12 +73,7 @@ def _measure(folder: Path, *, rounds: int) -> Overhead:
     plain = PlainLoop(config, data, weights=weights)
     twin = PlainLoop(config, data, weights=weights)
     seconds = interleave(
-        {
-            "recorded": recorded.step,
-            "silent": silent.step,
-            "plain": plain.step,
-            "twin": twin.step,
-        },
+        {"recorded": recorded.step, "silent": silent.step, "plain": plain.step, "twin": twin.step},
         rounds=rounds,
         warmup=20,
     )
@@ -101,11 +90,7 @@ def _measure(folder: Path, *, rounds: int) -> Overhead:
         for each in alone:
             each.step()
 
-    ensemble = interleave(
-        {"together": together.step, "alone": one_by_one},
-        rounds=rounds,
-        warmup=20,
-    )
+    ensemble = interleave({"together": together.step, "alone": one_by_one}, rounds=rounds, warmup=20)
     tokens = config.data.batch_size * config.model.seq_len
     return Overhead(
         recording=ratio(seconds["recorded"], seconds["silent"]),

@@ -30,10 +30,7 @@ class PlainBlock(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         """One block."""
         n_batch, seq_len, d_model = x_BTD.shape
-        q, k, v = (
-            y.view(n_batch, seq_len, self.n_heads, -1).transpose(1, 2)
-            for y in self.qkv(x_BTD).chunk(3, dim=-1)
-        )
+        q, k, v = (y.view(n_batch, seq_len, self.n_heads, -1).transpose(1, 2) for y in self.qkv(x_BTD).chunk(3, dim=-1))
         z = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
         p = F.softmax(z.masked_fill(~self.mask, float("-inf")), dim=-1)
         x_BTD = x_BTD + self.out((p @ v).transpose(1, 2).reshape(n_batch, seq_len, d_model))

@@ -148,13 +148,9 @@ def _columns(
         elif column.kind.startswith("int"):
             columns[name] = np.full(n, 32)
         else:
-            columns[name] = np.abs(
-                falling * (1 + 0.05 * noise) * (0.1 if column.unit == "0 to 1" else 1)
-            )
+            columns[name] = np.abs(falling * (1 + 0.05 * noise) * (0.1 if column.unit == "0 to 1" else 1))
     columns["step"] = step_N
-    columns["member"] = np.tile(
-        np.repeat(np.arange(shape.n_members), each // shape.n_members), len(steps)
-    )
+    columns["member"] = np.tile(np.repeat(np.arange(shape.n_members), each // shape.n_members), len(steps))
     if table != "steps":
         columns["layer"] = inside // fast
     if table == "heads":

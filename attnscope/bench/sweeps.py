@@ -51,9 +51,7 @@ def measure_sweeps(*, rounds: int = 5) -> SweepGain:
     tiny = apply_changes(Config(), {**TINY, "train.steps": STEPS}, where="bench")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     large_members = MEMBERS if device == "cuda" else LARGE_MEMBERS
-    large = apply_changes(
-        Config(), {"train.steps": LARGE_STEPS, "train.device": device}, where="bench"
-    )
+    large = apply_changes(Config(), {"train.steps": LARGE_STEPS, "train.device": device}, where="bench")
     workers = LocalWorkers(JOBS)
     with tempfile.TemporaryDirectory() as folder:
         runs = _Runs(Path(folder))
@@ -98,9 +96,7 @@ class _Runs:
         train_here(path, 0)
         shutil.rmtree(path)
 
-    def one_by_one(
-        self, config: Config, n_members: int, *, workers: LocalWorkers | None = None
-    ) -> None:
+    def one_by_one(self, config: Config, n_members: int, *, workers: LocalWorkers | None = None) -> None:
         """A run for each seed."""
         paths = [
             self._made(one, members_of(one))

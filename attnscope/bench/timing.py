@@ -20,9 +20,7 @@ class Ratio:
         return f"{self.median:.3f} ({self.low:.3f} to {self.high:.3f})"
 
 
-def interleave(
-    competitors: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int
-) -> dict[str, list[float]]:
+def interleave(competitors: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int) -> dict[str, list[float]]:
     """Call the competitors in turn, in both directions alternately; seconds of each call after the warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in competitors}
     for number in range(warmup + rounds):

@@ -73,9 +73,7 @@ class _Loop:
         torch.manual_seed(0)
         self._model = _GPT()
         self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=1e-4)
-        self._batches = itertools.cycle(
-            torch.randint(0, VOCAB_SIZE, (4, BATCH_SIZE, SEQ_LEN + 1)).unbind()
-        )
+        self._batches = itertools.cycle(torch.randint(0, VOCAB_SIZE, (4, BATCH_SIZE, SEQ_LEN + 1)).unbind())
 
     def run(self, every: int, path: Path) -> float:
         """Seconds of STEPS steps, watched at this cadence; beginning and ending are not counted, nor the first steps."""
@@ -110,9 +108,7 @@ class _Block(nn.Module):
         self.ln_1, self.ln_2 = nn.LayerNorm(D_MODEL), nn.LayerNorm(D_MODEL)
         self.c_attn = nn.Linear(D_MODEL, 3 * D_MODEL)
         self.c_proj = nn.Linear(D_MODEL, D_MODEL)
-        self.mlp = nn.Sequential(
-            nn.Linear(D_MODEL, 4 * D_MODEL), nn.GELU(), nn.Linear(4 * D_MODEL, D_MODEL)
-        )
+        self.mlp = nn.Sequential(nn.Linear(D_MODEL, 4 * D_MODEL), nn.GELU(), nn.Linear(4 * D_MODEL, D_MODEL))
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         qkv = self.c_attn(self.ln_1(x_BTD)).split(D_MODEL, dim=2)

@@ -72,9 +72,7 @@ class ByHand:
         """A softmax of z along an axis was computed: it may be one of attention, if so, then of this module."""
         products = tuple(each for each in self._products if _may_give(each, z))
         if products or z.dim() >= 4:
-            self._waiting.append(
-                Softmax(module=module_of(), z=z, p=p, dim=dim % z.dim(), products=products)
-            )
+            self._waiting.append(Softmax(module=module_of(), z=z, p=p, dim=dim % z.dim(), products=products))
 
     def forget(self) -> list[Softmax]:
         """Let go of them; the softmaxes that no product summed over."""

@@ -12,15 +12,7 @@ from torch import Tensor, nn
 from attnscope.capture.eager import Capture
 from attnscope.capture.names import Modules
 from attnscope.capture.patches import Patches
-from attnscope.capture.seen import (
-    Computed,
-    Modified,
-    Scaled,
-    Seen,
-    fit_scale,
-    scale_of,
-    visible_logits,
-)
+from attnscope.capture.seen import Computed, Modified, Scaled, Seen, fit_scale, scale_of, visible_logits
 
 # Called with the name of the module that made the call, the module (None outside of modules), and what was seen.
 OnCall = Callable[[str, nn.Module | None, Seen], None]
@@ -47,9 +39,7 @@ def attention_calls(model: nn.Module, on_call: OnCall) -> Iterator[list[str]]:
     def on_attention(module: nn.Module | None, seen: Seen) -> None:
         on_call(name_of(module), module, seen)
 
-    def on_unmeasured(
-        module: nn.Module | None, backend: str, shapes: list[list[int]], reason: str
-    ) -> None:
+    def on_unmeasured(module: nn.Module | None, backend: str, shapes: list[list[int]], reason: str) -> None:
         unseen.append(f"{name_of(module)} ({backend}, {shapes}): {reason}")
 
     patches = Patches(lambda: True, lambda error: unseen.append(f"attention: {error}"))

@@ -70,9 +70,7 @@ def _insert_probes(graph: fx.Graph) -> None:
         _told.passed_on(graph)
     for node in list(graph.nodes):
         if str(getattr(node.target, "namespace", "")).startswith(FOREIGN):
-            _told.on_failure(
-                f"{node.target} in a compiled graph: it can be watched in eager calls only"
-            )
+            _told.on_failure(f"{node.target} in a compiled graph: it can be watched in eager calls only")
         if OPTIMIZERS in str(node.meta.get("stack_trace")):
             _told.on_failure(
                 "an optimizer that steps in a compiled graph: its updates are not seen, call it outside of torch.compile"

@@ -63,9 +63,7 @@ class Listening:
         qualified = f"aten::{self._name}"
         below_autograd = torch._C._dispatch_keyset_full_after(_KEY.BackendSelect)
         # Nothing stands in this place but functions without tensors, which ask for a device. Inference mode has no autograd.
-        self._library.impl(
-            self._name, "BackendSelect", self._kernel(lambda keys: keys & below_autograd), True
-        )
+        self._library.impl(self._name, "BackendSelect", self._kernel(lambda keys: keys & below_autograd), True)
         if not _has_kernel(qualified, "CompositeImplicitAutograd"):
             return
         # What is composed is the same for every device; as a kernel for the CPU, nobody has another one.

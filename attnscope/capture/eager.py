@@ -32,9 +32,7 @@ KERNELS_OF_SDPA = ("flash", "efficient", "cudnn")
 class Capture:
     """What is done at each call while somebody looks."""
 
-    def __init__(
-        self, patches: Patches, *, on_attention: OnAttention, on_unmeasured: OnUnmeasured
-    ) -> None:
+    def __init__(self, patches: Patches, *, on_attention: OnAttention, on_unmeasured: OnUnmeasured) -> None:
         self._on_attention = on_attention
         self._on_unmeasured = on_unmeasured
         self._local = threading.local()
@@ -129,13 +127,7 @@ class Capture:
         else:
             self._say(module, backend, tensors, reason)
 
-    def hand_on(
-        self,
-        module: nn.Module | None,
-        backend: str,
-        tensors: Sequence[Any],
-        see: Callable[[], Seen],
-    ) -> None:
+    def hand_on(self, module: nn.Module | None, backend: str, tensors: Sequence[Any], see: Callable[[], Seen]) -> None:
         """Hand on what is seen; whatever goes wrong in looking is said, and the script goes on."""
         try:
             with Unobserved():
@@ -149,9 +141,7 @@ class Capture:
             return
         self._say(module, backend, tensors, reason)
 
-    def _say(
-        self, module: nn.Module | None, backend: str, tensors: Sequence[Any], reason: str
-    ) -> None:
+    def _say(self, module: nn.Module | None, backend: str, tensors: Sequence[Any], reason: str) -> None:
         plain = [x for x in tensors if isinstance(x, Tensor) and why_unseen(x) is None]
         with Unobserved():
             self._on_unmeasured(module, backend, [list(x.shape) for x in plain], reason)

@@ -32,9 +32,7 @@ def flex_call(
     q, k = query.detach(), key.detach()
     n_keys = k.shape[-2]
 
-    def modify(
-        z_BHRS: Tensor, b_B: Tensor, h_H: Tensor, i_R: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    def modify(z_BHRS: Tensor, b_B: Tensor, h_H: Tensor, i_R: Tensor) -> tuple[Tensor, Tensor | None]:
         at = (b_B, h_H, i_R, torch.arange(n_keys, device=i_R.device))
         raw_BHRS, visible_BHRS = z_BHRS, None
         if score_mod is not None:

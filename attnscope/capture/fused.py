@@ -107,18 +107,14 @@ def seen_native(
     )
 
 
-def seen_native_layer(
-    src: Tensor, embed_dim: int, num_heads: int, *rest: Any, **kwargs: Any
-) -> Seen:
+def seen_native_layer(src: Tensor, embed_dim: int, num_heads: int, *rest: Any, **kwargs: Any) -> Seen:
     """What torch._transformer_encoder_layer_fwd computes inside."""
     qkv_weight, qkv_bias, proj_weight, proj_bias, _use_gelu, norm_first, eps, *more = rest
     if src.is_nested:
         raise NotMeasuredError("nested tensors")
     if norm_first:
         norm_weight, norm_bias = more[:2]
-        src = F.layer_norm(
-            src.detach(), (embed_dim,), norm_weight.detach(), norm_bias.detach(), eps
-        )
+        src = F.layer_norm(src.detach(), (embed_dim,), norm_weight.detach(), norm_bias.detach(), eps)
     mask = more[8] if len(more) > 8 else kwargs.get("mask")
     mask_type = more[9] if len(more) > 9 else kwargs.get("mask_type")
     return seen_native(

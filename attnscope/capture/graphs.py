@@ -10,11 +10,7 @@ from torch import Tensor, fx, nn
 MOST_REPLAYED = 32  # nodes between q kᵀ and its softmax, those of masks included
 DEPTH = 12  # nodes from a softmax back to q kᵀ, and from q back to what scaled it
 PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
-OPERANDS = {
-    "matmul": ("tensor1", "other"),
-    "bmm": ("input", "mat2"),
-    "baddbmm": ("batch1", "batch2"),
-}
+OPERANDS = {"matmul": ("tensor1", "other"), "bmm": ("input", "mat2"), "baddbmm": ("batch1", "batch2")}
 MULTIPLIES, DIVIDES = ("mul", "imul", "mul_"), ("truediv", "itruediv", "div", "div_")
 VIEWS = ("view", "reshape", "transpose", "permute", "contiguous", "unsqueeze", "expand", "flatten", "unflatten", "to", "float")  # fmt: skip
 

@@ -24,14 +24,7 @@ from attnscope.capture.dispatch import Original
 from attnscope.capture.flex import flex_call, shared_keys
 from attnscope.capture.imports import when_imported
 from attnscope.capture.patches import Patches
-from attnscope.capture.seen import (
-    Modified,
-    NotMeasuredError,
-    Scaled,
-    Seen,
-    factor_of_both,
-    split_mask,
-)
+from attnscope.capture.seen import Modified, NotMeasuredError, Scaled, Seen, factor_of_both, split_mask
 
 MOST_MATERIALIZED = 1 << 26  # numbers of a bias that xFormers otherwise never holds
 
@@ -81,9 +74,7 @@ def _replace(patches: Patches, on_call: OnCall, kernel: Kernel, module: ModuleTy
         patches.replace([module], name, look)
 
 
-def _given(
-    kernel: Kernel, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Given:
+def _given(kernel: Kernel, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
     """Arguments by the names that this version of the library has for them."""
     signature = inspect.signature(original)
     given = signature.bind(*args, **kwargs).arguments
@@ -91,9 +82,7 @@ def _given(
     for name, value in given.items():
         default = signature.parameters[name].default
         if name not in known and (isinstance(value, Tensor) or value not in (None, default)):
-            raise NotMeasuredError(
-                f"argument {name}, of which attnscope does not know what it does"
-            )
+            raise NotMeasuredError(f"argument {name}, of which attnscope does not know what it does")
     return given
 
 
@@ -137,9 +126,7 @@ def seen_flash(given: Given) -> Seen:
     scale = given.get("softmax_scale")
 
     def modify(z_BHRS: Tensor, b_B: Tensor, h_H: Tensor, i_R: Tensor) -> tuple[Tensor, Tensor]:
-        distance_RS, visible_RS, sequence_BR = _distances(
-            i_R, b_B, (q.shape[2], k.shape[2]), starts_q, starts_k
-        )
+        distance_RS, visible_RS, sequence_BR = _distances(i_R, b_B, (q.shape[2], k.shape[2]), starts_q, starts_k)
         if left >= 0:
             visible_RS = visible_RS & (distance_RS <= left)
         if causal or right >= 0:
@@ -226,9 +213,7 @@ def seen_xformers(given: Given) -> Seen:
     elif bias is not None and hasattr(bias, "materialize"):
         if shape[0] * shape[1] > MOST_MATERIALIZED:
             raise NotMeasuredError(f"a {kind} of {shape[0]} x {shape[1]} is too large to look at")
-        visible, added, _ = split_mask(
-            bias.materialize(shape, dtype=torch.float32, device=q.device)
-        )
+        visible, added, _ = split_mask(bias.materialize(shape, dtype=torch.float32, device=q.device))
         mask = kind
     elif bias is not None:
         raise NotMeasuredError(f"attn_bias is a {kind}, which has no materialize()")

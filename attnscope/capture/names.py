@@ -13,9 +13,7 @@ import torch
 from torch import Tensor, nn
 
 # What wrappers put before the names of the model they wrap: DistributedDataParallel, torch.compile, checkpoint_wrapper.
-WRAPPERS = re.compile(
-    r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
-)
+WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 FRAMES = 8  # looked through for the module that a call belongs to
 
 # What models call their number of heads.
@@ -73,8 +71,7 @@ def parameter_names(parameters: list[Tensor]) -> dict[int, str]:
             if len(own) > sizes.get(key, 0):
                 names[key], sizes[key] = without_wrappers(own[key]), len(own)
     return {
-        id(parameter): names.get(id(parameter), f"parameter {number}")
-        for number, parameter in enumerate(parameters)
+        id(parameter): names.get(id(parameter), f"parameter {number}") for number, parameter in enumerate(parameters)
     }
 
 
@@ -129,9 +126,7 @@ def n_heads_of(module: nn.Module | None) -> int | None:
     return None
 
 
-def batch_and_heads(
-    lead: torch.Size, module: nn.Module | None, d_head: int | None
-) -> tuple[int, int]:
+def batch_and_heads(lead: torch.Size, module: nn.Module | None, d_head: int | None) -> tuple[int, int]:
     """B and H of attention whose tensors have these axes before the last two.
 
     Two axes are these. In one axis the heads are folded, in more there are windows before them or groups of them: then it

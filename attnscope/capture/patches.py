@@ -28,9 +28,7 @@ class Patches:
     replacement under another name.
     """
 
-    def __init__(
-        self, is_wanted: Callable[[], bool], on_error: Callable[[Exception], None]
-    ) -> None:
+    def __init__(self, is_wanted: Callable[[], bool], on_error: Callable[[Exception], None]) -> None:
         """`is_wanted` is asked at every call whether anybody looks; `on_error` is told what an observer raised."""
         self._is_wanted = is_wanted
         self._on_error = on_error

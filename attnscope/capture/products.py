@@ -143,9 +143,4 @@ def _letters(equation: str, n_axes: tuple[int, int]) -> tuple[str, str, str] | N
 
 def is_activation(x: object) -> TypeGuard[Tensor]:
     """Whether it has the axes of one, and is no parameter."""
-    return (
-        isinstance(x, Tensor)
-        and not isinstance(x, nn.Parameter)
-        and x.dim() >= 3
-        and x.is_floating_point()
-    )
+    return isinstance(x, Tensor) and not isinstance(x, nn.Parameter) and x.dim() >= 3 and x.is_floating_point()

@@ -142,11 +142,7 @@ class Seen:
     @property
     def dtype(self) -> torch.dtype:
         """Of the queries, or of the logits where those were not seen."""
-        return (
-            self.logits.z
-            if isinstance(self.logits, Computed) and self.logits.q is None
-            else self.logits.q
-        ).dtype  # type: ignore[union-attr]
+        return (self.logits.z if isinstance(self.logits, Computed) and self.logits.q is None else self.logits.q).dtype  # type: ignore[union-attr]
 
     @property
     def scale(self) -> float | None:
@@ -182,9 +178,7 @@ def measure(seen: Seen, *, rows: int | str, seed: int) -> Measured:
     device = logits.z.device if isinstance(logits, Computed) else logits.q.device
     sample = None
     if not isinstance(rows, str):
-        sample = sample_rows(
-            n_batch=n_batch, n_queries=n_queries, rows=rows, seed=seed, device=device
-        )
+        sample = sample_rows(n_batch=n_batch, n_queries=n_queries, rows=rows, seed=seed, device=device)
     with torch.autocast(device.type, enabled=False):
         match logits:
             case Scaled():
@@ -377,9 +371,7 @@ def _is_temperature(x: Tensor, node: Any) -> bool:
 
 def _is_number(x: object) -> TypeGuard[float | Tensor]:
     """A Python number as autograd keeps it: without axes, on the host."""
-    return isinstance(x, int | float) or (
-        isinstance(x, Tensor) and x.dim() == 0 and x.device.type == "cpu"
-    )
+    return isinstance(x, int | float) or (isinstance(x, Tensor) and x.dim() == 0 and x.device.type == "cpu")
 
 
 def _least_squares(raw: Tensor, z: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:

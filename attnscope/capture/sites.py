@@ -162,9 +162,7 @@ def _flex_at(node: fx.Node) -> tuple[Site, list[fx.Node]] | None:
     score_graph, mask_graph = (getattr(graphs, each.target) for each in (score, mask))
 
     def see(found: list[Tensor]) -> Seen:
-        values = {
-            each: x.item() if is_number(each) else x for each, x in zip(inputs, found, strict=True)
-        }
+        values = {each: x.item() if is_number(each) else x for each, x in zip(inputs, found, strict=True)}
         given: Any = fx.map_arg(taken, values.__getitem__)
         q, k, scale, score_more, mask_more, counts, indices = given
         size = (int(size_q), int(size_k))
@@ -219,9 +217,7 @@ def _softmax_at(node: fx.Node) -> tuple[Site, list[fx.Node]] | None:
 
 def _unseen(module: Callable[[], nn.Module | None]) -> Site:
     def see(_found: list[Tensor]) -> Seen:
-        raise NotMeasuredError(
-            "softmax over 4 axes whose q and k were not seen: no product of activations before it"
-        )
+        raise NotMeasuredError("softmax over 4 axes whose q and k were not seen: no product of activations before it")
 
     return Site(module=module, backend=BY_HAND, see=see)
 
@@ -256,9 +252,7 @@ def _module_of(node: fx.Node) -> Callable[[], nn.Module | None]:
     return _caller
 
 
-def _module_at(
-    source: str, kind: type[nn.Module], at_first: Callable[[], nn.Module | None]
-) -> nn.Module | None:
+def _module_at(source: str, kind: type[nn.Module], at_first: Callable[[], nn.Module | None]) -> nn.Module | None:
     """The module that is called now, from where Dynamo found it: L['self'].blocks.0, in the frame that it compiled.
 
     That frame is the nearest one where the path leads to a module of the same class. `at_first` stands for what it was when

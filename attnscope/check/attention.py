@@ -40,9 +40,7 @@ class Looked:
     reacts: dict[int, Tensor]
 
 
-def look(
-    case: Case, mode: Mode = "evaluation", *, seed: int = SEED, dropout: bool = True
-) -> Looked:
+def look(case: Case, mode: Mode = "evaluation", *, seed: int = SEED, dropout: bool = True) -> Looked:
     """Pass the batch through the model with gradients, and look at its attention; without them where it fails with them."""
     looked = _look(case, mode, seed=seed, dropout=dropout, gradients=True)
     if looked.why.startswith(_FAILED):
@@ -55,9 +53,7 @@ def look(
     changed = replace(case, batch=changed_at(case.batch, everywhere_BT))
     others = _look(changed, mode, seed=seed, dropout=dropout, gradients=False).calls
     pairs = zip(looked.calls, others, strict=False)
-    is_own = [
-        one.layer != two.layer or abs(one.keys_sum - two.keys_sum) > NOISE for one, two in pairs
-    ]
+    is_own = [one.layer != two.layer or abs(one.keys_sum - two.keys_sum) > NOISE for one, two in pairs]
     own = [*is_own, *[True] * (len(looked.calls) - len(is_own))]
     calls = [
         each if of_input else replace(each, direction=None, farthest=0, soft=None)

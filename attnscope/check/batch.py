@@ -22,16 +22,7 @@ PICTURES = (
 INPUTS = (
     *DECODER, "input_ids", "inputs_embeds", "src", "x", "idx", "tokens", "input", "inputs", "query", *PICTURES
 )  # fmt: skip
-OTHERS = (
-    "labels",
-    "position_ids",
-    "token_type_ids",
-    "targets",
-    "target",
-    "y",
-    *MASKS,
-    *LENGTHS,
-)  # no inputs
+OTHERS = ("labels", "position_ids", "token_type_ids", "targets", "target", "y", *MASKS, *LENGTHS)  # no inputs
 FORMS = "token ids (B, T), floats (B, T, D), a tuple of arguments, or a dict of keyword arguments"
 
 
@@ -178,9 +169,7 @@ def _arguments(batch: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
     raise ShapeError(f"batch: is a {type(batch).__name__}. Give {FORMS}.")
 
 
-def _named(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> list[tuple[str, int | str, Any]]:
+def _named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, int | str, Any]]:
     """Name, place and value of every argument; positional ones are named as `forward` names them."""
     try:
         names = [

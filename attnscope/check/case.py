@@ -86,9 +86,7 @@ class Case:
         with in_mode(self.model, mode, seed=seed), torch.no_grad():
             return rows_of(call(self.model, batch), self.batch, self.kind)
 
-    def trace(
-        self, batch: Batch, mode: Mode, *, seed: int = SEED, sequences: bool = False
-    ) -> "Trace":
+    def trace(self, batch: Batch, mode: Mode, *, seed: int = SEED, sequences: bool = False) -> "Trace":
         """Names of modules in the order in which they are done, each with one number per row of its output.
 
         Args:
@@ -142,9 +140,7 @@ def open_case(model: nn.Module, batch: object, *, time_first: bool = False) -> C
             for found in (outputs, again):
                 with in_mode(model, mode, seed=SEED), torch.no_grad():
                     output = call(model, read)
-                    kind = kind or next(
-                        (k for k in KINDS if _rows(output, read, k) is not None), None
-                    )
+                    kind = kind or next((k for k in KINDS if _rows(output, read, k) is not None), None)
                     found[mode] = rows_of(output, read, kind)
             if outputs[mode].shape != outputs["evaluation"].shape:
                 raise ShapeError(f"the output in {mode} has other rows than in evaluation")
@@ -213,11 +209,7 @@ def raised(error: BaseException) -> str:
     """An exception in one line: what and where."""
     text = str(error).strip().splitlines()
     message = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
-    frames = [
-        each
-        for each in traceback.extract_tb(error.__traceback__)
-        if not each.filename.startswith((_OURS, "<"))
-    ]
+    frames = [each for each in traceback.extract_tb(error.__traceback__) if not each.filename.startswith((_OURS, "<"))]
     theirs = [each for each in frames if "site-packages" not in each.filename] or frames
     if not theirs:
         return message

@@ -40,17 +40,12 @@ def dtypes(case: Case, looked: Looked) -> Checked:
     total = sum(counts.values())
     if len(counts) > 1:
         said = ", ".join(f"{n:,} {dtype}" for dtype, n in counts.most_common())
-        return stated(
-            name,
-            f"Of {many(total, 'parameter')}, {said}; the same part of every layer has the same dtype.",
-        )
+        return stated(name, f"Of {many(total, 'parameter')}, {said}; the same part of every layer has the same dtype.")
     if not counts:
         return stated(name, "The model has no floating parameters.")
     said = f"All of {many(total, 'parameter')} are {next(iter(counts))}"
     computed = sorted({each.dtype for each in looked.calls})
-    return passed(
-        name, f"{said}{', attention is computed in ' + ' and '.join(computed) if computed else ''}."
-    )
+    return passed(name, f"{said}{', attention is computed in ' + ' and '.join(computed) if computed else ''}.")
 
 
 def registered_layers(_: Case, looked: Looked) -> Checked:
@@ -77,9 +72,7 @@ def _odd(found: dict[str, str]) -> list[dict[str, object]]:
     """Those of which there are fewer."""
     (usual, _), *others = Counter(found.values()).most_common()
     rows = [(part, dtype) for part, dtype in found.items() if dtype != usual]
-    return (
-        [{"part": part, "dtype": dtype, "others": usual} for part, dtype in rows] if others else []
-    )
+    return [{"part": part, "dtype": dtype, "others": usual} for part, dtype in rows] if others else []
 
 
 def _without_numbers(name: str) -> str:

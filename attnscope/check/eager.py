@@ -16,9 +16,7 @@ def eagerly(model: nn.Module) -> Iterator[None]:
     flex: Any = sys.modules.get("torch.nn.attention.flex_attention")
     with ExitStack() as stack:
         # These return other padding, and fewer positions, than the same modules do in training.
-        stack.callback(
-            torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()
-        )
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -42,9 +40,7 @@ def _without_compiled_flex(stack: ExitStack, flex: Any, model: nn.Module) -> Non
     holders = [*modules, *(vars(module) for module in model.modules())]
     for names in (each for each in holders if isinstance(each, dict)):
         for name, value in list(names.items()):
-            compiled_from = (
-                getattr(value, "_torchdynamo_orig_callable", None) if callable(value) else None
-            )
+            compiled_from = getattr(value, "_torchdynamo_orig_callable", None) if callable(value) else None
             if compiled_from is not None and compiled_from is flex.flex_attention:
                 names[name] = flex_attention
                 stack.callback(names.__setitem__, name, value)

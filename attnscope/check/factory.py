@@ -28,9 +28,7 @@ def made_by(target: str) -> tuple[nn.Module, object]:
     module_name, colon, name = target.rpartition(":")
     if not (colon and module_name and name):
         raise ConfigError(f"{target}: names no factory. {FORM}")
-    module = (
-        _from_file(Path(module_name)) if module_name.endswith(".py") else _from_name(module_name)
-    )
+    module = _from_file(Path(module_name)) if module_name.endswith(".py") else _from_name(module_name)
     factory: Any = module
     for word in name.split("."):
         names = [each for each in dir(factory) if not each.startswith("_")]
@@ -50,9 +48,7 @@ def made_by(target: str) -> tuple[nn.Module, object]:
         ) from error
     if not isinstance(made, tuple | list) or len(made) != 2:
         held = f" of {len(made)}" if isinstance(made, tuple | list) else ""
-        raise ConfigError(
-            f"{target}: returned a {type(made).__name__}{held}, but must return (model, batch)."
-        )
+        raise ConfigError(f"{target}: returned a {type(made).__name__}{held}, but must return (model, batch).")
     model, batch = made
     if not isinstance(model, nn.Module):
         raise ConfigError(
@@ -98,6 +94,4 @@ def _from_file(path: Path) -> ModuleType:
 
 
 def _import_failed(what: str, error: BaseException) -> AttnscopeError:
-    return AttnscopeError(
-        f"{what}: importing it raised {raised(error)}. Make it importable by itself first."
-    )
+    return AttnscopeError(f"{what}: importing it raised {raised(error)}. Make it importable by itself first.")

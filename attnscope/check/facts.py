@@ -92,9 +92,7 @@ class Attention:
     is_registered: bool
 
 
-def attention_of(
-    case: Case, name: str, module: nn.Module | None, whole: Seen, registered: set[int]
-) -> Attention:
+def attention_of(case: Case, name: str, module: nn.Module | None, whole: Seen, registered: set[int]) -> Attention:
     """The facts of a call.
 
     Args:
@@ -217,12 +215,7 @@ def _scale(seen: Seen) -> float | None:
 
 def _is_top_left(seen: Seen, n_queries: int, n_keys: int) -> bool:
     """Keys that are all zero are room in a cache, which nobody shall see."""
-    if (
-        seen.mask != "causal"
-        or seen.backend == "flash-attn"
-        or n_queries == n_keys
-        or seen.k is None
-    ):
+    if seen.mask != "causal" or seen.backend == "flash-attn" or n_queries == n_keys or seen.k is None:
         return False
     return n_keys < n_queries or bool(seen.k[..., n_queries:, :].any())
 
@@ -235,9 +228,7 @@ def _repeated(keys: Tensor, n_queries: int) -> int:
     neighbours = keys.unflatten(-2, (n_queries, times)).transpose(-3, -2)
     tiled = keys.unflatten(-2, (times, n_queries))
     for x in (neighbours, tiled):  # (B, H, times, T, K)
-        if torch.equal(x, x[..., :1, :, :].expand_as(x)) and not torch.equal(
-            x, x[..., :1, :].expand_as(x)
-        ):
+        if torch.equal(x, x[..., :1, :, :].expand_as(x)) and not torch.equal(x, x[..., :1, :].expand_as(x)):
             return times
     return 1
 

@@ -12,17 +12,7 @@ from attnscope.check.attention import Looked, spread
 from attnscope.check.batch import Batch, changed_at
 from attnscope.check.case import NOISE, Case, Mode, change_BP, first_changed
 from attnscope.check.facts import Attention
-from attnscope.check.result import (
-    MOST_EVIDENCE,
-    Checked,
-    failed,
-    listed,
-    many,
-    not_looked,
-    passed,
-    short,
-    stated,
-)
+from attnscope.check.result import MOST_EVIDENCE, Checked, failed, listed, many, not_looked, passed, short, stated
 from attnscope.check.sight import Direction, Sight, direction_of, sight_of
 
 CHANGED = 8  # positions, one after the other
@@ -63,16 +53,12 @@ def future_leak(case: Case, looked: Looked, *, causal: bool | None) -> Checked:
         causal: True = nothing may leak, False = the future is meant to be seen, None = all or nothing may leak.
     """
     n_positions = case.grid[1]
-    without = (
-        "Give the arguments with which the model returns all positions (nanoGPT: targets too)."
-    )
+    without = "Give the arguments with which the model returns all positions (nanoGPT: targets too)."
     if n_positions is None:
         return not_looked(NAME, "The input has no position axis.", "Only sequences have a future.")
     if case.kind != "positions":
         shape = tuple(case.outputs["evaluation"].shape)
-        rows = (
-            "one number or vector" if case.kind == "whole" else f"{shape[0]} rows, one a sequence"
-        )
+        rows = "one number or vector" if case.kind == "whole" else f"{shape[0]} rows, one a sequence"
         layers = [each for each in looked.calls if each.direction is not None]
         finding = f"The output has no position axis ({rows})."
         return not_looked(NAME, finding, without, _layer_rows(layers))
@@ -141,9 +127,7 @@ def _leaking(
         NAME,
         f"Attends to the future{', ' + partly if partly else ', though it is meant to be causal'}: {pairs}{begins}.",
         rows[:3] + _layer_rows(layers),
-        MASK
-        if causal
-        else f"{MASK} Where sight of part of the future is meant (a prefix), say causal=False.",
+        MASK if causal else f"{MASK} Where sight of part of the future is meant (a prefix), say causal=False.",
     )
 
 
@@ -159,9 +143,7 @@ def _partly(direction: Direction, sight: Sight, layers: list[Attention]) -> str:
         return "and not to the past: the mask is the wrong way round"
     soft = [each for each in layers if each.soft is not None and each.soft.keys == "later keys"]
     if soft:
-        return (
-            f"for the mask of {listed(each.layer for each in soft)} hides nothing: {soft[0].soft}"
-        )
+        return f"for the mask of {listed(each.layer for each in soft)} hides nothing: {soft[0].soft}"
     if _is_block(sight, layers):
         return ""
     kinds = {each.direction for each in layers} - {"alone"}
@@ -254,11 +236,7 @@ def _first_changed_before(case: Case, j: int, mode: Mode) -> str | None:
     real_BT = case.batch.real_BT
     before_BT = real_BT & real_BT[:, j : j + 1]
     before_BT[:, j:] = False
-    return first_changed(
-        case.trace(case.batch, mode),
-        case.trace(_changed_at_position(case, j), mode),
-        before_BT,
-    )
+    return first_changed(case.trace(case.batch, mode), case.trace(_changed_at_position(case, j), mode), before_BT)
 
 
 def _pair_rows(reach: Reach, mode: Mode, *, ahead: bool) -> tuple[dict[str, object], ...]:
@@ -276,13 +254,7 @@ def _pair_rows(reach: Reach, mode: Mode, *, ahead: bool) -> tuple[dict[str, obje
 
 
 def _pair_row(mode: Mode, i: int, j: int, change: float) -> dict[str, object]:
-    return {
-        "mode": mode,
-        "output": i,
-        "reacts to": j,
-        "change": change,
-        "compared with": NOISE,
-    }
+    return {"mode": mode, "output": i, "reacts to": j, "change": change, "compared with": NOISE}
 
 
 def _layer_rows(layers: list[Attention]) -> tuple[dict[str, object], ...]:

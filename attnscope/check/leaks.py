@@ -12,17 +12,7 @@ from attnscope.check.attention import Looked, spread
 from attnscope.check.batch import Batch, changed_at
 from attnscope.check.case import BATCH_NORMS, MODES, NOISE, Case, Mode, change_BP, first_changed
 from attnscope.check.facts import Attention
-from attnscope.check.result import (
-    MOST_EVIDENCE,
-    Checked,
-    failed,
-    listed,
-    many,
-    not_looked,
-    passed,
-    short,
-    stated,
-)
+from attnscope.check.result import MOST_EVIDENCE, Checked, failed, listed, many, not_looked, passed, short, stated
 
 BATCH = "batch leak"
 SEQUENCES = 4  # changed, one after the other
@@ -71,13 +61,9 @@ def padding_leak(case: Case, looked: Looked) -> Checked:
         )
     inverted = [each for each in looked.calls if each.is_inverted]
     if inverted:
-        return _inverted(
-            name, inverted, [each for each in looked.calls if each.is_inverted is not None]
-        )
+        return _inverted(name, inverted, [each for each in looked.calls if each.is_inverted is not None])
     if case.kind == "whole":
-        return not_looked(
-            name, f"{WHOLE}.", "Give the arguments with which the model returns more than a loss."
-        )
+        return not_looked(name, f"{WHOLE}.", "Give the arguments with which the model returns more than a loss.")
     real_BT = case.batch.real_BT
     changes = [
         Change(
@@ -90,18 +76,14 @@ def padding_leak(case: Case, looked: Looked) -> Checked:
     ]
     n_padded = sum(int((~each.real_BT).sum()) for each in padded)
     names = " and ".join(str(each.mask_name) for each in padded)
-    soft = [
-        each for each in looked.calls if each.soft is not None and each.soft.keys == "padded keys"
-    ]
+    soft = [each for each in looked.calls if each.soft is not None and each.soft.keys == "padded keys"]
     why = f"; in {listed(each.layer for each in soft)}, {soft[0].soft}" if soft else ""
     found = _compared(
         case,
         name=name,
         changes=changes,
         said=f"Other contents at {many(n_padded, 'padded position')} ({names}) change",
-        outputs="outputs that are not padded"
-        if case.kind == "positions"
-        else "outputs of sequences",
+        outputs="outputs that are not padded" if case.kind == "positions" else "outputs of sequences",
         remedy=f"Hide padded keys in every layer ({names} must reach the attention), and leave them out of means and norms.",
         why=why,
     )
@@ -117,11 +99,7 @@ def padding_leak(case: Case, looked: Looked) -> Checked:
 
 
 def _inverted(name: str, calls: list[Attention], known: list[Attention]) -> Checked:
-    some = (
-        ""
-        if len(calls) == len(known)
-        else f" in {len(calls)} of {many(len(known), 'attention call')}"
-    )
+    some = "" if len(calls) == len(known) else f" in {len(calls)} of {many(len(known), 'attention call')}"
     return failed(
         name,
         f"The padding mask is inverted{some}: real keys are hidden and padded keys are seen in {listed(each.layer for each in calls)}.",
@@ -134,16 +112,12 @@ def _nothing_real_reaches(case: Case) -> bool:
     """Whether real positions change no output but their own, in sequences that have padding."""
     real_BT = case.batch.real_BT
     has_padding_B1 = ~real_BT.all(dim=1, keepdim=True)
-    tried = [
-        t for t in spread(real_BT.shape[1], REAL) if (real_BT[:, t] & has_padding_B1[:, 0]).any()
-    ]
+    tried = [t for t in spread(real_BT.shape[1], REAL) if (real_BT[:, t] & has_padding_B1[:, 0]).any()]
     reached = 0
     for t in tried:
         where_BT = torch.zeros_like(real_BT)
         where_BT[:, t] = real_BT[:, t]
-        change = change_BP(
-            case.outputs["evaluation"], case.run(changed_at(case.batch, where_BT), "evaluation")
-        )
+        change = change_BP(case.outputs["evaluation"], case.run(changed_at(case.batch, where_BT), "evaluation"))
         others_BT = real_BT & has_padding_B1 & real_BT[:, t : t + 1] & ~where_BT
         reached += bool((change > NOISE)[case.watched(others_BT)].any())
     # A pooled output has a position of its own, which changes it by way of the residual stream.
@@ -171,19 +145,13 @@ def batch_leak(case: Case, looked: Looked) -> Checked:
             "Say batch_first=True to torch's modules, which take (positions, batch, d) otherwise, or transpose around them. That the "
             "first axis of a batch is meant to be that of positions is told by a causal mask, a padding mask or position embeddings."
         )
-        rows = [
-            {"layer": e.layer, "sequences": e.n_batch, "positions": e.n_queries} for e in over_batch
-        ]
+        rows = [{"layer": e.layer, "sequences": e.n_batch, "positions": e.n_queries} for e in over_batch]
     if n_batch < 2 or case.kind == "whole":
         if why:
             return failed(name, f"{why}.", rows, remedy)
         if n_batch < 2:
-            return not_looked(
-                name, "The batch has a single sequence.", "Give two or more sequences."
-            )
-        return not_looked(
-            name, f"{WHOLE}.", "Give the arguments with which the model returns more than a loss."
-        )
+            return not_looked(name, "The batch has a single sequence.", "Give two or more sequences.")
+        return not_looked(name, f"{WHOLE}.", "Give the arguments with which the model returns more than a loss.")
     changes = []
     for b in spread(n_batch, SEQUENCES):
         mine_BT = torch.zeros_like(case.batch.real_BT)
@@ -191,12 +159,7 @@ def batch_leak(case: Case, looked: Looked) -> Checked:
         others_BT = ~mine_BT
         batch = changed_at(case.batch, mine_BT & case.batch.real_BT)
         changes.append(
-            Change(
-                what=f"sequence {b}",
-                batch=batch,
-                watched_BP=case.watched(others_BT),
-                where_BT=others_BT,
-            )
+            Change(what=f"sequence {b}", batch=batch, watched_BP=case.watched(others_BT), where_BT=others_BT)
         )
     found = _compared(
         case,
@@ -248,13 +211,7 @@ def _compared(
             rows.append(
                 (
                     most,
-                    {
-                        "mode": mode,
-                        "changed": each.what,
-                        **at,
-                        "change": most,
-                        "compared with": NOISE,
-                    },
+                    {"mode": mode, "changed": each.what, **at, "change": most, "compared with": NOISE},
                 )
             )
             if most > NOISE and (worst is None or most > worst[0]):
@@ -267,16 +224,12 @@ def _compared(
         finding = f"{said} none of {looked_at:,} {outputs} in {where}{rest}."
         return passed(name, finding, evidence[:1])
     most, mode, leak = worst
-    before, after = (
-        case.trace(each, mode, sequences=name == BATCH) for each in (case.batch, leak.batch)
-    )
+    before, after = (case.trace(each, mode, sequences=name == BATCH) for each in (case.batch, leak.batch))
     first = first_changed(before, after, leak.where_BT)
     begins = f", first in {first}" if first else ""
     evidence[0]["first module"] = first
     modes = " and ".join(
-        f"{count:,} of {looked_at:,} {outputs} in {each}"
-        for each, count in leaked_in.items()
-        if count
+        f"{count:,} of {looked_at:,} {outputs} in {each}" for each, count in leaked_in.items() if count
     )
     finding = f"{said} {modes}, by up to {short(most)} of the largest output{begins}{why}{rest}."
     module = dict(case.model.named_modules()).get(first or "")

@@ -10,9 +10,7 @@ from attnscope.check.case import Case
 from attnscope.check.result import Checked, failed, listed, many, not_looked, passed
 
 NO_ATTENTION = "Seen are F.scaled_dot_product_attention, nn.MultiheadAttention, FlexAttention, and matmul, bmm or einsum followed by a softmax."
-WRONG_AXIS = (
-    "softmax over the queries' axis"  # as the reason of a call that could not be seen begins
-)
+WRONG_AXIS = "softmax over the queries' axis"  # as the reason of a call that could not be seen begins
 
 
 def masked_rows(case: Case, looked: Looked) -> Checked:
@@ -46,12 +44,8 @@ def masked_rows(case: Case, looked: Looked) -> Checked:
         if broken:
             unit = "position" if case.kind == "positions" else "row"
             not_padded = f" ({real:,} not padded)" if case.kind == "positions" else ""
-            outputs = (
-                f"outputs are NaN or infinite at {broken:,} of {many(n_rows, unit)}{not_padded}"
-            )
-        remedy = (
-            "Look for what is not finite before attention: weights, embeddings, a division by zero."
-        )
+            outputs = f"outputs are NaN or infinite at {broken:,} of {many(n_rows, unit)}{not_padded}"
+        remedy = "Look for what is not finite before attention: weights, embeddings, a division by zero."
         if empty:
             remedy = (
                 "Let every query see at least its own position (a causal mask keeps its diagonal: triu(1) is hidden, not "

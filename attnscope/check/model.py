@@ -36,9 +36,7 @@ CHECKS = (
 )
 
 
-def check_model(
-    model: nn.Module, batch: object, *, causal: bool | None = None
-) -> tuple[Checked, ...]:
+def check_model(model: nn.Module, batch: object, *, causal: bool | None = None) -> tuple[Checked, ...]:
     """Check a model for leaks, broken masks, wrong scales and passes that cannot be repeated.
 
     The model is called some fifty times, and is left exactly as it was, as are random numbers. It takes a copy of the
@@ -99,9 +97,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     """The module inside of torch.compile and data parallelism: the same weights, and attention that can be seen."""
     while True:
         inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(
-            model, nn.DataParallel | nn.parallel.DistributedDataParallel
-        ):
+        if inner is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             inner = model.module
         if not isinstance(inner, nn.Module):
             return model

@@ -14,11 +14,7 @@ from attnscope.check.result import Checked, failed, listed, many, not_looked, pa
 from attnscope.check.scale import SCALE_WITHIN
 
 NAME = "training and evaluation"
-SEEDS = (
-    SEED,
-    SEED + 1,
-    SEED + 2,
-)  # what is not the same for all of them is random, and not compared
+SEEDS = (SEED, SEED + 1, SEED + 2)  # what is not the same for all of them is random, and not compared
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,11 +89,7 @@ def _said_apart(case: Case, apart: float, seen: str) -> Checked:
     first = first_changed(case.trace(case.batch, "evaluation"), in_training, case.batch.real_BT)
     module = dict(case.model.named_modules()).get(first or "")
     begins = f", first in {first}" if first else ""
-    why = (
-        " which takes statistics of the batch in training"
-        if isinstance(module, BATCH_NORMS)
-        else ""
-    )
+    why = " which takes statistics of the batch in training" if isinstance(module, BATCH_NORMS) else ""
     return stated(
         NAME,
         f"Without dropout, outputs in training differ from those in evaluation by {short(apart)} of the largest{begins}{why} "
@@ -166,10 +158,4 @@ def _is_same(one: object, two: object) -> bool:
 
 
 def _said(value: object) -> str:
-    return (
-        short(value)
-        if isinstance(value, float)
-        else f"{value:,}"
-        if isinstance(value, int)
-        else str(value)
-    )
+    return short(value) if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

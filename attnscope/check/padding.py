@@ -14,16 +14,7 @@ MASKS: dict[str, bool | None] = {
     "decoder_attention_mask": False, "attention_mask": False, "attn_mask": None, "mask": None, "padding_mask": None,
     "pad_mask": None, "tgt_key_padding_mask": True, "src_key_padding_mask": True, "key_padding_mask": True,
 }  # fmt: skip
-LENGTHS = (
-    "lengths",
-    "length",
-    "lens",
-    "seq_lens",
-    "seqlens",
-    "seq_lengths",
-    "input_lengths",
-    "valid_lens",
-)  # (B,)
+LENGTHS = ("lengths", "length", "lens", "seq_lens", "seqlens", "seq_lengths", "input_lengths", "valid_lens")  # (B,)
 # Of a decoder; those of its encoder say nothing about its positions.
 DECODER = ("decoder_input_ids", "decoder_inputs_embeds", "tgt")
 DECODER_MASKS = ("decoder_attention_mask", "tgt_key_padding_mask")
@@ -51,9 +42,7 @@ def is_of_other_axes(x: Tensor, given: Mapping[str, Any]) -> bool:
     """Whether a padding mask is (B, T) for an input (T, B, ...), as nn.Transformer takes them without batch_first."""
     flipped = (x.shape[1], x.shape[0])
     masks = (given.get(name) for name in MASKS if name.endswith("key_padding_mask"))
-    return flipped != x.shape[:2] and any(
-        isinstance(mask, Tensor) and tuple(mask.shape) == flipped for mask in masks
-    )
+    return flipped != x.shape[:2] and any(isinstance(mask, Tensor) and tuple(mask.shape) == flipped for mask in masks)
 
 
 def _real(mask: Tensor, x: Tensor, marks_hidden: bool | None) -> Tensor:

@@ -49,19 +49,13 @@ def repeatable_training(case: Case, _: Looked) -> Checked:
     )
 
 
-def _repeated(
-    case: Case, *, name: str, mode: Mode, apart: float, other_seed: int, said: str, remedy: str
-) -> Checked:
+def _repeated(case: Case, *, name: str, mode: Mode, apart: float, other_seed: int, said: str, remedy: str) -> Checked:
     evidence: list[dict[str, object]] = [{"mode": mode, "change": apart, "compared with": NOISE}]
     if apart <= NOISE:
         how = "by nothing" if apart == 0 else f"by {short(apart)} of the largest output"
         return passed(name, f"{said} differ {how}.", evidence)
     everywhere = torch.ones_like(case.batch.real_BT)
-    first = first_changed(
-        case.trace(case.batch, mode),
-        case.trace(case.batch, mode, seed=other_seed),
-        everywhere,
-    )
+    first = first_changed(case.trace(case.batch, mode), case.trace(case.batch, mode, seed=other_seed), everywhere)
     evidence[0]["first module"] = first
     begins = f", from {first} on" if first else ""
     finding = f"{said} differ by {short(apart)} of the largest output{begins}."

@@ -73,8 +73,6 @@ def listed(names: Iterable[str], most: int = 3) -> str:
     return ", ".join(each[:most]) + (", ..." if len(each) > most else "")
 
 
-def _result(
-    name: str, status: Status, finding: str, evidence: Iterable[Row], remedy: str
-) -> Checked:
+def _result(name: str, status: Status, finding: str, evidence: Iterable[Row], remedy: str) -> Checked:
     rows = tuple(evidence)[:MOST_EVIDENCE]
     return Checked(name=name, status=status, finding=finding, evidence=rows, remedy=remedy)

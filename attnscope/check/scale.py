@@ -80,11 +80,7 @@ def _mistake(each: Attention, measured: list[Attention]) -> str:
     for words, value in known.items():
         if _is_near(scale, value):
             return words
-    if (
-        _is_near(scale, 1 / d_head)
-        and each.before is not None
-        and _is_near(each.before, d_head**-0.5)
-    ):
+    if _is_near(scale, 1 / d_head) and each.before is not None and _is_near(each.before, d_head**-0.5):
         return "1/d_head: 1/sqrt(d_head) before the call and in it"
     right = len(measured) - sum(map(_is_off, measured))
     if 2 * right >= len(measured):

@@ -29,26 +29,18 @@ def head_shapes(case: Case, looked: Looked) -> Checked:
     ]
     if wrong:
         first, (said, remedy) = wrong[0]
-        finding = (
-            f"{len(wrong)} of {many(len(looked.calls), 'attention call')}: {first.layer} {said}."
-        )
+        finding = f"{len(wrong)} of {many(len(looked.calls), 'attention call')}: {first.layer} {said}."
         return failed(name, finding, evidence, remedy)
     shapes = sorted({(each.n_heads, each.d_head) for each in looked.calls})
     in_words = ", ".join(f"{n_heads} x {d_head or '?'}" for n_heads, d_head in shapes)
-    agree = (
-        f"q and k of {many(len(looked.calls), 'attention call')} agree; heads x d_head: {in_words}"
-    )
+    agree = f"q and k of {many(len(looked.calls), 'attention call')} agree; heads x d_head: {in_words}"
     return passed(name, f"{agree}{unseen_rest(looked)}.", evidence)
 
 
 def _misshapen(each: Attention, case: Case) -> tuple[str, str] | None:
     """What is wrong with the shapes of a call, and what to do."""
     n_positions = case.grid[1]
-    if (
-        each.over_batch is None
-        and n_positions not in (each.n_queries, each.n_keys)
-        and n_positions == each.n_heads
-    ):
+    if each.over_batch is None and n_positions not in (each.n_queries, each.n_keys) and n_positions == each.n_heads:
         return (
             f"attends over {each.n_queries} heads instead of {n_positions} positions: q is (batch, {each.n_heads}, "
             f"{each.n_queries}, {each.d_head})",

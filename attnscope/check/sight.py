@@ -56,10 +56,7 @@ def sight_of(sees_TS: Tensor, known_TS: Tensor) -> Sight:
     ahead = sees & (s_1S > t_T1)
     mirrored = mirrors = 0
     # A whole row is known from a gradient, a whole column from a changed position: both have their own mirror.
-    for seen, known, behind in (
-        (sees, known_TS, s_1S < t_T1),
-        (sees.mT, known_TS.mT, s_1S > t_T1),
-    ):
+    for seen, known, behind in ((sees, known_TS, s_1S < t_T1), (sees.mT, known_TS.mT, s_1S > t_T1)):
         opposite = 2 * t_T1 - s_1S
         there = (opposite >= 0) & (opposite < n) & behind
         opposite = opposite.clamp(0, n - 1).expand(seen.shape)

@@ -32,7 +32,9 @@ class Soft:
     weight: float
 
     def __str__(self) -> str:
-        return f"logits of {self.keys} are {self.how} {self.value:.3g}, which leaves them {self.weight:.0%} of the weight"
+        return (
+            f"logits of {self.keys} are {self.how} {self.value:.3g}, which leaves them {self.weight:.0%} of the weight"
+        )
 
 
 @torch.no_grad()
@@ -54,12 +56,7 @@ def soft_mask(seen: Seen, visible_BHTS: Tensor, real_BT: Tensor) -> Soft | None:
     for words, meant in (("later keys", later & real), ("padded keys", padded)):
         where = meant & visible_BHTS
         # All of them, at different distances.
-        if (
-            not torch.equal(where, meant)
-            or not where.any()
-            or not base.any()
-            or (words == "later keys" and n < 3)
-        ):
+        if not torch.equal(where, meant) or not where.any() or not base.any() or (words == "later keys" and n < 3):
             continue
         found = _filled(z, raw, where, base) or _shifted(z, raw, exact, where, base)
         if found is None:
@@ -91,9 +88,7 @@ def _filled(z: Tensor, raw: Tensor, where: Tensor, base: Tensor) -> tuple[str, f
     return ("filled with", float(filled[0])) if varies == [False, True, True] else None
 
 
-def _shifted(
-    z: Tensor, raw: Tensor, exact: Tensor | None, where: Tensor, base: Tensor
-) -> tuple[str, float] | None:
+def _shifted(z: Tensor, raw: Tensor, exact: Tensor | None, where: Tensor, base: Tensor) -> tuple[str, float] | None:
     if exact is not None:
         rest, within = exact, 0.0
     else:

@@ -128,8 +128,7 @@ def _differ(value: Any, before: Any) -> bool:
         return True
     if isinstance(value, dict):
         return any(
-            ours != theirs or value[ours] is not before[theirs]
-            for ours, theirs in zip(value, before, strict=True)
+            ours != theirs or value[ours] is not before[theirs] for ours, theirs in zip(value, before, strict=True)
         )
     if isinstance(value, list):
         return any(ours is not theirs for ours, theirs in zip(value, before, strict=True))

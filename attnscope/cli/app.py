@@ -35,9 +35,7 @@ def _say_version(wanted: bool) -> None:
 def main(
     version: Annotated[
         bool,
-        typer.Option(
-            "--version", help="Say the version and stop.", callback=_say_version, is_eager=True
-        ),
+        typer.Option("--version", help="Say the version and stop.", callback=_say_version, is_eager=True),
     ] = False,
 ) -> None:
     """Why transformer training becomes unstable, and how to see it before it does.

@@ -57,29 +57,21 @@ def check_and_print(target: str, *, causal: bool | None, as_json: bool) -> froze
             _print_failed(console, each)
     console.print()
     again = f"attnscope check {shlex.quote(target)}"
-    after = (
-        f"repair it, then again: {again}" if "failed" in statuses else "attnscope watch train.py"
-    )
+    after = f"repair it, then again: {again}" if "failed" in statuses else "attnscope watch train.py"
     console.print(Text(f"Next: {after}"), soft_wrap=True)
     return statuses
 
 
 def _said(checked: "Checked") -> str:
-    return (
-        f"{checked.finding} {checked.remedy}" if checked.status == "not looked" else checked.finding
-    )
+    return f"{checked.finding} {checked.remedy}" if checked.status == "not looked" else checked.finding
 
 
 def _print_line(console: Console, checked: "Checked", said_by: str) -> None:
     """Status, name and finding in three columns; what another check has said already is not said again."""
     said = _said(checked) if said_by == checked.name else f"As {said_by}."
-    first, *rest = textwrap.wrap(
-        said, max(console.width - STATUS - NAME, 30), break_on_hyphens=False
-    )
+    first, *rest = textwrap.wrap(said, max(console.width - STATUS - NAME, 30), break_on_hyphens=False)
     console.print(
-        Text.assemble(
-            (checked.status.ljust(STATUS), STYLES[checked.status]), checked.name.ljust(NAME), first
-        ),
+        Text.assemble((checked.status.ljust(STATUS), STYLES[checked.status]), checked.name.ljust(NAME), first),
         soft_wrap=True,
     )
     for line in rest:

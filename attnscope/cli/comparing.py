@@ -20,9 +20,7 @@ from attnscope.runs.reader import open_run
 LONGEST_NAME = 60  # of a folder made of names of runs
 
 
-def compare_runs(
-    words: Sequence[str], *, baseline: Sequence[str], out: Path | None, as_json: bool
-) -> None:
+def compare_runs(words: Sequence[str], *, baseline: Sequence[str], out: Path | None, as_json: bool) -> None:
     """Compare what was named, print it, and write its report.
 
     Args:
@@ -71,9 +69,7 @@ def _chosen(word: str) -> Chosen:
             before = Path(":".join(pieces[:count]))
             if before.is_dir():
                 return Chosen(run=open_run(before), members=(":".join(pieces[count:]),))
-        if (
-            len(pieces) > 1
-        ):  # says of the run, not of the run with a member's name, that it is not there
+        if len(pieces) > 1:  # says of the run, not of the run with a member's name, that it is not there
             path = Path(pieces[0])
     return Chosen(run=open_run(path))
 

@@ -57,9 +57,7 @@ def print_findings(path: Path, *, as_json: bool) -> frozenset[str]:
 
 
 def _print_finding(console: Console, finding: "Finding") -> None:
-    console.print(
-        Text.assemble((f"{finding.kind}: ", STYLES.get(finding.kind, "")), (finding.title, "bold"))
-    )
+    console.print(Text.assemble((f"{finding.kind}: ", STYLES.get(finding.kind, "")), (finding.title, "bold")))
     _print_paragraph(console, finding.summary, indent=INDENT)
     if finding.evidence:
         console.print(Padding(_table(finding.evidence), (0, 0, 0, INDENT), expand=False))

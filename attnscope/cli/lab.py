@@ -13,16 +13,12 @@ from attnscope.cli.app import INTERRUPTED, app, note, one_line_errors
 def train(
     config: Annotated[
         Path | None,
-        typer.Argument(
-            metavar="CONFIG", help="TOML file; without one, the defaults.", show_default=False
-        ),
+        typer.Argument(metavar="CONFIG", help="TOML file; without one, the defaults.", show_default=False),
     ] = None,
     no_scale: Annotated[
         bool, typer.Option("--no-scale", help="Leave out 1/sqrt(d_head), beside a scaled twin.")
     ] = False,
-    no_control: Annotated[
-        bool, typer.Option("--no-control", help="With --no-scale: without the scaled twin.")
-    ] = False,
+    no_control: Annotated[bool, typer.Option("--no-control", help="With --no-scale: without the scaled twin.")] = False,
     lr: Annotated[str | None, typer.Option(help="optimizer.lr", show_default=False)] = None,
     clip: Annotated[str | None, typer.Option(help="clip.threshold", show_default=False)] = None,
     init: Annotated[str | None, typer.Option(help="init.scheme", show_default=False)] = None,
@@ -30,9 +26,7 @@ def train(
     steps: Annotated[str | None, typer.Option(help="train.steps", show_default=False)] = None,
     seed: Annotated[str | None, typer.Option(help="train.seed", show_default=False)] = None,
     device: Annotated[str | None, typer.Option(help="train.device", show_default=False)] = None,
-    precision: Annotated[
-        str | None, typer.Option(help="precision.dtype", show_default=False)
-    ] = None,
+    precision: Annotated[str | None, typer.Option(help="precision.dtype", show_default=False)] = None,
     compile_model: Annotated[
         bool, typer.Option("--compile", help="train.compile: run the model through torch.compile.")
     ] = False,
@@ -45,17 +39,10 @@ def train(
             show_default=False,
         ),
     ] = None,
-    name: Annotated[
-        str | None, typer.Option(help="Name of the run directory.", show_default=False)
-    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run directory.", show_default=False)] = None,
     out: Annotated[Path, typer.Option(help="Folder of the run directory.")] = Path("runs"),
-    resume: Annotated[
-        Path | None,
-        typer.Option(metavar="RUN", help="Go on with this run.", show_default=False),
-    ] = None,
-    json_output: Annotated[
-        bool, typer.Option("--json", help="The result as JSON on stdout.")
-    ] = False,
+    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with this run.", show_default=False)] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Errors with a traceback.")] = False,
 ) -> None:
     """Train small transformers and record their attention.
@@ -64,12 +51,7 @@ def train(
     """
     with one_line_errors(debug=debug):
         from attnscope.cli.live import watch_training
-        from attnscope.cli.resolve import (
-            command_line,
-            config_to_train,
-            refuse_with_resume,
-            run_path,
-        )
+        from attnscope.cli.resolve import command_line, config_to_train, refuse_with_resume, run_path
         from attnscope.cli.tables import print_result
 
         flags = {
@@ -84,15 +66,10 @@ def train(
             "--compile": "true" if compile_model else None,
         }
         if resume is not None:
-            refuse_with_resume(
-                config,
-                {**flags, "--no-scale": no_scale or None, "--name": name, "--set": settings},
-            )
+            refuse_with_resume(config, {**flags, "--no-scale": no_scale or None, "--name": name, "--set": settings})
             path, status = watch_training(None, resume, command=command_line())
         else:
-            resolved = config_to_train(
-                config, flags, settings or [], no_scale=no_scale, control=not no_control
-            )
+            resolved = config_to_train(config, flags, settings or [], no_scale=no_scale, control=not no_control)
             stem = "no-scale" if no_scale else config.stem if config else "train"
             where = run_path(out, name, stem)
             path, status = watch_training(resolved, where, command=command_line())
@@ -106,9 +83,7 @@ def train(
 def sweep(
     config: Annotated[
         Path | None,
-        typer.Argument(
-            metavar="CONFIG", help="TOML file; without one, the defaults.", show_default=False
-        ),
+        typer.Argument(metavar="CONFIG", help="TOML file; without one, the defaults.", show_default=False),
     ] = None,
     vary: Annotated[
         list[str] | None,
@@ -120,9 +95,7 @@ def sweep(
     ] = None,
     seeds: Annotated[
         str | None,
-        typer.Option(
-            metavar="N", help="How many, or which, with commas.  [default: 1]", show_default=False
-        ),
+        typer.Option(metavar="N", help="How many, or which, with commas.  [default: 1]", show_default=False),
     ] = None,
     baseline: Annotated[
         list[str] | None,
@@ -147,9 +120,7 @@ def sweep(
     ] = False,
     ray_address: Annotated[
         str | None,
-        typer.Option(
-            metavar="ADDRESS", help="Of the Ray cluster to use instead.", show_default=False
-        ),
+        typer.Option(metavar="ADDRESS", help="Of the Ray cluster to use instead.", show_default=False),
     ] = None,
     memory: Annotated[
         str | None,
@@ -162,19 +133,13 @@ def sweep(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be trained, how long and how large.")
     ] = False,
-    name: Annotated[
-        str | None, typer.Option(help="Name of the run directory.", show_default=False)
-    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run directory.", show_default=False)] = None,
     out: Annotated[Path, typer.Option(help="Folder of the run directory.")] = Path("runs"),
     resume: Annotated[
         Path | None,
-        typer.Option(
-            metavar="RUN", help="Train what this sweep has not finished.", show_default=False
-        ),
+        typer.Option(metavar="RUN", help="Train what this sweep has not finished.", show_default=False),
     ] = None,
-    json_output: Annotated[
-        bool, typer.Option("--json", help="The result as JSON on stdout.")
-    ] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Errors with a traceback.")] = False,
 ) -> None:
     """Train a grid of settings, and map where training breaks.
@@ -184,13 +149,7 @@ def sweep(
     Example: attnscope sweep --vary attention.scale=inverse_sqrt,none --vary init.gain=0.5,1 --seeds 3
     """
     with one_line_errors(debug=debug):
-        from attnscope.cli.resolve import (
-            command_line,
-            config_to_sweep,
-            memory_in_bytes,
-            refuse_with_resume,
-            run_path,
-        )
+        from attnscope.cli.resolve import command_line, config_to_sweep, memory_in_bytes, refuse_with_resume, run_path
         from attnscope.cli.sweeping import plan_of, print_plan, watch_sweep, workers_for
         from attnscope.cli.tables import print_result
 

@@ -32,9 +32,7 @@ PLAIN_SECONDS = 5.0  # between plain lines
 LIVE_MEMBERS = 6  # shown one by one; more would scroll the terminal away
 
 
-def watch_training(
-    config: "Config | None", path: Path, *, command: Sequence[str]
-) -> tuple[Path, str]:
+def watch_training(config: "Config | None", path: Path, *, command: Sequence[str]) -> tuple[Path, str]:
     """Train `config` into `path`, or go on with `path` where config is None, and show how it goes.
 
     Returns:
@@ -66,16 +64,12 @@ def watch_training(
         if config is None:
             status = resume_run(path, on_progress=on_progress, should_stop=should_stop)
         else:
-            status = train_run(
-                config, path, command=command, on_progress=on_progress, should_stop=should_stop
-            )
+            status = train_run(config, path, command=command, on_progress=on_progress, should_stop=should_stop)
     return path, status
 
 
 @contextmanager
-def asked_to_stop(
-    console: Console, saying: str = "Stopping after this step"
-) -> Iterator[Callable[[], bool]]:
+def asked_to_stop(console: Console, saying: str = "Stopping after this step") -> Iterator[Callable[[], bool]]:
     """Ctrl-C asks the loop to stop after the step, with a checkpoint; a second one stops at once."""
     asked = False
 
@@ -144,8 +138,7 @@ class View:
             return None
         self._plain_at, self._said_done = now, done
         losses = ", ".join(
-            f"{member.name} {number(curve.last)}"
-            for member, curve in zip(self._members, self._losses, strict=True)
+            f"{member.name} {number(curve.last)}" for member, curve in zip(self._members, self._losses, strict=True)
         )
         return Text(f"{self._where()}  loss: {losses}")
 
@@ -154,9 +147,7 @@ class View:
         grid = Table.grid(padding=(0, 2))
         grid.add_column(no_wrap=True)
         grid.add_column(no_wrap=True, overflow="ellipsis")
-        grid.add_row(
-            ProgressBar(total=self._steps, completed=self._done, width=24), Text(self._where())
-        )
+        grid.add_row(ProgressBar(total=self._steps, completed=self._done, width=24), Text(self._where()))
         for m, member in enumerate(self._members[:LIVE_MEMBERS]):
             curve = self._losses[m]
             note = f"  {self._notes[m]}" if self._notes[m] else ""
@@ -180,8 +171,7 @@ class View:
             cells = []
             for m, _ in shown:
                 entropy_ratio, max_prob = (
-                    float(block.heads[name][-1, m, layer].mean())
-                    for name in ("entropy_ratio", "max_prob")
+                    float(block.heads[name][-1, m, layer].mean()) for name in ("entropy_ratio", "max_prob")
                 )
                 max_logit = float(block.heads["max_logit"][-1, m, layer].max())
                 cells.append(f"{entropy_ratio:5.2f} {max_prob:5.2f} {number(max_logit):>6}")

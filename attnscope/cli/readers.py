@@ -47,13 +47,9 @@ def compare(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(
-            help="Folder of the report.  [default: below comparisons]", show_default=False
-        ),
+        typer.Option(help="Folder of the report.  [default: below comparisons]", show_default=False),
     ] = None,
-    json_output: Annotated[
-        bool, typer.Option("--json", help="The result as JSON on stdout.")
-    ] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Errors with a traceback.")] = False,
 ) -> None:
     """Put runs or members side by side: only what differs, then what became of it.
@@ -71,9 +67,7 @@ def compare(
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.", show_default=False)],
-    json_output: Annotated[
-        bool, typer.Option("--json", help="What the report says as JSON on stdout.")
-    ] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="What the report says as JSON on stdout.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Errors with a traceback.")] = False,
 ) -> None:
     """Write the report of a run: one HTML file, Markdown, figures, findings.
@@ -96,9 +90,7 @@ def diagnose(
         FailOn | None,
         typer.Option(help="Exit with code 3 if there is such a finding.", show_default=False),
     ] = None,
-    json_output: Annotated[
-        bool, typer.Option("--json", help="The findings as JSON on stdout.")
-    ] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="The findings as JSON on stdout.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Errors with a traceback.")] = False,
 ) -> None:
     """Say what went wrong in a run, with the numbers behind it.
@@ -118,9 +110,7 @@ def diagnose(
 
 @app.command()
 def runs(
-    folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="With run directories in it.")
-    ] = Path("runs"),
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="With run directories in it.")] = Path("runs"),
     json_output: Annotated[bool, typer.Option("--json", help="As JSON on stdout.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Errors with a traceback.")] = False,
 ) -> None:
@@ -140,14 +130,9 @@ def export(
     to: Annotated[ExportTo, typer.Option(help="What to write it for.", show_default=False)],
     out: Annotated[
         Path | None,
-        typer.Option(
-            help="New folder to write.  [default: export/TARGET in the run, replaced]",
-            show_default=False,
-        ),
+        typer.Option(help="New folder to write.  [default: export/TARGET in the run, replaced]", show_default=False),
     ] = None,
-    json_output: Annotated[
-        bool, typer.Option("--json", help="What was written as JSON on stdout.")
-    ] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="What was written as JSON on stdout.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Errors with a traceback.")] = False,
 ) -> None:
     """Hand a run to other tools: a file per table, or a run per member in a tracker.

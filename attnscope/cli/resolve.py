@@ -53,9 +53,7 @@ def config_to_train(
     if config.sweep is not None:
         raise ConfigError(f"{path} describes a sweep. Run it: attnscope sweep {path}")
     if not control and not no_scale:
-        raise ConfigError(
-            "--no-control has no effect without --no-scale. Add it, or drop the flag."
-        )
+        raise ConfigError("--no-control has no effect without --no-scale. Add it, or drop the flag.")
     for flag, value in flags.items():
         if value is not None:
             change = dict([parse_assignment(f"{FLAGS[flag]}={value}")])
@@ -105,11 +103,7 @@ def config_to_sweep(
             f"--set {SEED}: the seeds of this sweep are listed in it. Say how many from there on: --seeds {len(before.seeds)}."
         )
     chosen: object = _seeds(seeds) if seeds is not None else before.seeds if before else 1
-    compared = (
-        {k: v for k, v in before.baseline.items() if k in axes and k not in replaced}
-        if before
-        else {}
-    )
+    compared = {k: v for k, v in before.baseline.items() if k in axes and k not in replaced} if before else {}
     compared |= dict(parse_assignment(text) for text in baseline)
     config = make_sweep(config, list(axes.values()), seeds=chosen, baseline=compared, where="sweep")
     _warn(config, path)
@@ -127,9 +121,7 @@ def run_path(out: Path, name: str | None, stem: str) -> Path:
 
         return next_run_path(out, stem)
     if name in ("", ".", "..") or "/" in name or "\\" in name or not name.isprintable():
-        raise RunError(
-            f"--name is {name!r}, but must be the name of a folder. Use --out for where it stands."
-        )
+        raise RunError(f"--name is {name!r}, but must be the name of a folder. Use --out for where it stands.")
     return out / name
 
 
@@ -192,9 +184,7 @@ def _seeds(text: str) -> object:
 def _warn(config: Config, path: Path | None) -> None:
     where = str(path) if path else "command line"
     found = dict.fromkeys(
-        warning
-        for member in members_of(config, where=where)
-        for warning in warnings_of(member.config)
+        warning for member in members_of(config, where=where) for warning in warnings_of(member.config)
     )
     for warning in list(found)[:MOST_WARNINGS]:
         typer.echo(f"warning: {warning}.", err=True)

@@ -28,25 +28,14 @@ class LogTo(StrEnum):
 def watch(
     words: Annotated[
         list[str],
-        typer.Argument(
-            metavar="SCRIPT [ARGS]...",
-            help="What to run, with its own arguments.",
-            show_default=False,
-        ),
+        typer.Argument(metavar="SCRIPT [ARGS]...", help="What to run, with its own arguments.", show_default=False),
     ],
-    module: Annotated[
-        bool, typer.Option("-m", help="SCRIPT is a module, as in python -m.")
-    ] = False,
+    module: Annotated[bool, typer.Option("-m", help="SCRIPT is a module, as in python -m.")] = False,
     every: Annotated[
         int,
-        typer.Option(
-            min=1,
-            help="Measure attention and parameters at every so many steps, and at the first 20.",
-        ),
+        typer.Option(min=1, help="Measure attention and parameters at every so many steps, and at the first 20."),
     ] = 10,
-    rows: Annotated[
-        str, typer.Option(metavar="N|all", help="Query rows measured per head and call.")
-    ] = "32",
+    rows: Annotated[str, typer.Option(metavar="N|all", help="Query rows measured per head and call.")] = "32",
     layers: Annotated[
         list[str] | None,
         typer.Option(
@@ -79,9 +68,7 @@ def watch(
             show_default=False,
         ),
     ] = None,
-    name: Annotated[
-        str | None, typer.Option(help="Name of the run directory.", show_default=False)
-    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run directory.", show_default=False)] = None,
     out: Annotated[Path, typer.Option(help="Folder of the run directory.")] = Path("runs"),
     debug: Annotated[bool, typer.Option("--debug", help="Errors with a traceback.")] = False,
 ) -> None:
@@ -136,9 +123,7 @@ def check(
             show_default=False,
         ),
     ] = None,
-    json_output: Annotated[
-        bool, typer.Option("--json", help="The checks as JSON on stdout.")
-    ] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="The checks as JSON on stdout.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Errors with a traceback.")] = False,
 ) -> None:
     """Check a model for leaks, broken masks and a wrong scale, before it is trained.

@@ -28,9 +28,7 @@ STYLES = {"finished": "green", "training": "cyan", "interrupted": "yellow", "fai
 
 
 @contextlib.contextmanager
-def workers_for(
-    jobs: int, config: "Config | None", *, ray: bool, address: str | None
-) -> "Iterator[Workers]":
+def workers_for(jobs: int, config: "Config | None", *, ray: bool, address: str | None) -> "Iterator[Workers]":
     """Who trains the parts; ended with the block.
 
     Raises:
@@ -52,13 +50,7 @@ def workers_for(
         workers.close()
 
 
-def plan_of(
-    config: "Config",
-    workers: "Workers",
-    *,
-    jobs: int,
-    memory_bytes: int | None,
-) -> "Plan":
+def plan_of(config: "Config", workers: "Workers", *, jobs: int, memory_bytes: int | None) -> "Plan":
     """Measure a few steps and divide the members into parts; says so, because it takes seconds.
 
     Raises:
@@ -145,9 +137,7 @@ class View:
         lines = []
         if self._is_new:
             members = sum(each.n_members for each in standings.values())
-            lines.append(
-                Text(f"Run {self._path}: {members} members in {_many(len(standings), 'part')}")
-            )
+            lines.append(Text(f"Run {self._path}: {members} members in {_many(len(standings), 'part')}"))
             self._is_new = False
         now = time.monotonic()
         for part, standing in standings.items():
@@ -156,9 +146,7 @@ class View:
                 self._began[part] = (now, standing.steps_done)
             if before and before.state != standing.state and standing.state != "training":
                 counts = _counts(standing.outcomes)
-                lines.append(
-                    Text(f"part {part} {standing.state}: {counts}", STYLES.get(standing.state, ""))
-                )
+                lines.append(Text(f"part {part} {standing.state}: {counts}", STYLES.get(standing.state, "")))
         self._standings = standings
         return lines
 
@@ -182,9 +170,7 @@ class View:
             bar = ProgressBar(total=standing.steps, completed=standing.steps_done, width=20)
             grid.add_row(
                 str(part),
-                bar
-                if standing.state == "training"
-                else Text(standing.state, STYLES.get(standing.state, "dim")),
+                bar if standing.state == "training" else Text(standing.state, STYLES.get(standing.state, "dim")),
                 f"{standing.steps_done}/{standing.steps}",
                 str(standing.alive),
                 Text(str(standing.diverged), "red" if standing.diverged else "dim"),
@@ -200,9 +186,7 @@ class View:
         """The parts that are trained, then those just before and after them."""
         training = [p for p, each in self._standings.items() if each.state == "training"]
         middle = training[0] if training else 0
-        nearest = sorted(
-            self._standings, key=lambda part: (part not in training, abs(part - middle))
-        )
+        nearest = sorted(self._standings, key=lambda part: (part not in training, abs(part - middle)))
         return sorted(nearest[:LIVE_PARTS])
 
     def _summary(self) -> Text:
@@ -239,13 +223,9 @@ class View:
             known = [
                 (time.monotonic() - self._began[p][0]) / (each.steps_done - self._began[p][1])
                 for p, each in self._standings.items()
-                if p in self._began
-                and each.state == "training"
-                and each.steps_done > self._began[p][1]
+                if p in self._began and each.state == "training" and each.steps_done > self._began[p][1]
             ]
-            return (
-                sum(known) / len(known) * (standing.steps - standing.steps_done) if known else None
-            )
+            return sum(known) / len(known) * (standing.steps - standing.steps_done) if known else None
         return planned
 
 
@@ -268,9 +248,7 @@ def print_plan(config: "Config", plan: "Plan", *, as_json: bool) -> None:
                     "vary": {axis.key: list(axis.values) for axis in sweep.vary},
                     "seeds": list(sweep.seeds),
                     "baseline": dict(sweep.baseline),
-                    "members": [
-                        {"name": member.name, "part": member.part} for member in plan.members
-                    ],
+                    "members": [{"name": member.name, "part": member.part} for member in plan.members],
                     "parts": [
                         {
                             "part": part.part,

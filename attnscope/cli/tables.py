@@ -189,11 +189,7 @@ def _next_command(run: "Run", found: "Contents") -> str:
         at = words.index("--name")
         del words[at : at + 2]
     diverged = any(member.status == "diverged" for member in found.members)
-    if (
-        diverged
-        and words[:2] == ["attnscope", "train"]
-        and {"--no-scale", "--clip"} & {*words} == {"--no-scale"}
-    ):
+    if diverged and words[:2] == ["attnscope", "train"] and {"--no-scale", "--clip"} & {*words} == {"--no-scale"}:
         return f"{shlex.join(words)} --clip 1.0"
     return f"attnscope diagnose {shlex.quote(str(run.path))}"
 
@@ -220,10 +216,7 @@ def print_runs(folder: Path, *, as_json: bool) -> None:
         members = ", ".join(run.members[:4]) + (" ..." if len(run.members) > 4 else "")
         table.add_row(
             Text(run.name),
-            Text(
-                f"{run.status}: {run.writer}" if run.writer else run.status,
-                style=STYLES.get(run.status, ""),
-            ),
+            Text(f"{run.status}: {run.writer}" if run.writer else run.status, style=STYLES.get(run.status, "")),
             Text(run.created),
             "-" if run.last_step is None else str(run.last_step),
             Text(run.problem or "; ".join(filter(None, (members, run.error)))),

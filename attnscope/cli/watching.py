@@ -44,14 +44,7 @@ def watch_program(
     from attnscope.watch.script import find_program, watch_script
     from attnscope.watch.settings import Settings
 
-    settings = Settings(
-        every=every,
-        rows=_rows(rows),
-        layers=layers,
-        stop_on=stop_on,
-        snapshot=snapshot,
-        log_to=log_to,
-    )
+    settings = Settings(every=every, rows=_rows(rows), layers=layers, stop_on=stop_on, snapshot=snapshot, log_to=log_to)
     settings.checked()
     target, *arguments = words
     program = find_program(target, is_module=is_module)
@@ -120,13 +113,9 @@ def _say_what_was_seen(ended: "Ended", where: Path) -> None:
     if watcher.layers:
         first, last = watcher.layers[0], watcher.layers[-1]
         names = first if len(watcher.layers) == 1 else f"{first} to {last}"
-        lines.append(
-            f"{len(watcher.layers)} attention layers ({names}), {watcher.updates} optimizer updates"
-        )
+        lines.append(f"{len(watcher.layers)} attention layers ({names}), {watcher.updates} optimizer updates")
     elif watcher.left_out:
-        lines.append(
-            f"NO ATTENTION LAYER MATCHES --layers. Seen: {', '.join(watcher.left_out[:MOST_NAMES])}"
-        )
+        lines.append(f"NO ATTENTION LAYER MATCHES --layers. Seen: {', '.join(watcher.left_out[:MOST_NAMES])}")
     elif watcher.unmeasured:
         lines.append("NO ATTENTION WAS MEASURED, though some was seen:")
     else:

@@ -82,9 +82,7 @@ class Comparison:
     lr_arms: tuple[LrArm, ...]
 
 
-def compare(
-    subjects: Sequence[Subject], *, baseline: Mapping[str, str] | None = None
-) -> Comparison:
+def compare(subjects: Sequence[Subject], *, baseline: Mapping[str, str] | None = None) -> Comparison:
     """Put members side by side.
 
     Args:
@@ -102,9 +100,7 @@ def compare(
         differences=tuple(
             difference
             for cell in cells
-            if chosen is not None
-            and cell is not chosen
-            and (difference := _difference(cell, chosen)) is not None
+            if chosen is not None and cell is not chosen and (difference := _difference(cell, chosen)) is not None
         ),
         changes=_single_changes(cells, chosen),
         lr_arms=lr_arms(cells, axes),
@@ -187,10 +183,7 @@ def _single_changes(cells: Sequence[Cell], baseline: Cell | None) -> tuple[Singl
     for cell in cells:
         changed = [key for key, value in cell.settings.items() if baseline.settings[key] != value]
         value = cell.settings[changed[0]] if changed else ""
-        if set(changed) == {CLIP_MODE, CLIP} and "none" in (
-            cell.settings[CLIP],
-            baseline.settings[CLIP],
-        ):
+        if set(changed) == {CLIP_MODE, CLIP} and "none" in (cell.settings[CLIP], baseline.settings[CLIP]):
             # One of the two does not clip: its mode means nothing, and clipping at all is the one change.
             changed, value = [CLIP], f"{cell.settings[CLIP_MODE]} {cell.settings[CLIP]}"
         if len(changed) == 1:

@@ -15,7 +15,9 @@ LEVEL = 0.95
 FEWEST = 5
 EXACT = 5  # up to so many values all N^N resamples are looked at
 RESAMPLES = 4000
-FLAT = 0.1  # of the sample's spread; eight in a hundred samples of five normal values have no interval then, of eight none
+FLAT = (
+    0.1  # of the sample's spread; eight in a hundred samples of five normal values have no interval then, of eight none
+)
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
@@ -46,9 +48,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
     # resamples gave intervals that held the truth in 37 to 76 % of cases, keeping them some that were 10 to 50 times Student's.
     shift_R = x_RN.mean(axis=1) - mean
     is_flat_R = error_R < FLAT * error
-    t_R = np.where(
-        is_flat_R, np.copysign(np.inf, shift_R), shift_R / np.where(is_flat_R, 1, error_R)
-    )
+    t_R = np.where(is_flat_R, np.copysign(np.inf, shift_R), shift_R / np.where(is_flat_R, 1, error_R))
     low, high = np.quantile(t_R, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="nearest")
     if not (math.isfinite(low) and math.isfinite(high)):
         return None

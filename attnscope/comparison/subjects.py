@@ -13,12 +13,7 @@ from attnscope.runs.foreign import printable
 from attnscope.runs.layout import to_json
 from attnscope.runs.reader import Run
 
-BATCHES = (
-    "data.seed",
-    "data.batch_size",
-    "data.objective",
-    "model.seq_len",
-)  # what batches hang on
+BATCHES = ("data.seed", "data.batch_size", "data.objective", "model.seq_len")  # what batches hang on
 ENDED = ("trained", "stalled", "diverged")
 
 
@@ -106,10 +101,7 @@ def subjects_of(run: Run, rows: Sequence[MemberRow]) -> tuple[Subject, ...]:
                 },
                 seed=shown(settings.get(SEED)),
                 data=to_json(
-                    [
-                        run.data_of(member.part).get("fingerprint"),
-                        *(shown(settings.get(key)) for key in BATCHES),
-                    ]
+                    [run.data_of(member.part).get("fingerprint"), *(shown(settings.get(key)) for key in BATCHES)]
                 ),
             )
         )

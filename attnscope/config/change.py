@@ -26,12 +26,8 @@ def apply_changes(config: Config, changes: Mapping[str, object], *, where: str) 
         except ValueError as error:
             reason = f" {error}" if str(error) else ""
             hint = nearest(value, getattr(check, "options", getattr(check, "words", ())))
-            raise ConfigError(
-                f"{where}: {key} is {shown(value)}, but must be {check.allowed}.{reason}{hint}"
-            ) from None
-    sections: dict[str, Any] = {
-        section: replace(getattr(config, section), **new) for section, new in checked.items()
-    }
+            raise ConfigError(f"{where}: {key} is {shown(value)}, but must be {check.allowed}.{reason}{hint}") from None
+    sections: dict[str, Any] = {section: replace(getattr(config, section), **new) for section, new in checked.items()}
     return replace(config, **sections)
 
 
@@ -49,15 +45,11 @@ def check_name(key: str, where: str) -> None:
     if section not in SECTIONS:
         at = [known for known in SETTINGS if known.split(".")[1] == section and not dot]
         hint = f" Did you mean {at[0]}?" if at else nearest(section, SECTIONS)
-        raise ConfigError(
-            f"{where}: there is no section {shown(section)}.{hint} Sections: {', '.join(SECTIONS)}."
-        )
+        raise ConfigError(f"{where}: there is no section {shown(section)}.{hint} Sections: {', '.join(SECTIONS)}.")
     names = [entry.name for entry in fields(SECTIONS[section])]
     elsewhere = [known for known in SETTINGS if known.split(".")[1] == name]
     hint = nearest(name, names) or (f" Did you mean {elsewhere[0]}?" if elsewhere else "")
-    raise ConfigError(
-        f"{where}: [{section}] has no setting {shown(name)}.{hint} Settings: {', '.join(names)}."
-    )
+    raise ConfigError(f"{where}: [{section}] has no setting {shown(name)}.{hint} Settings: {', '.join(names)}.")
 
 
 def flatten(table: Mapping[str, object], where: str) -> dict[str, object]:
@@ -66,17 +58,11 @@ def flatten(table: Mapping[str, object], where: str) -> dict[str, object]:
     for section, body in table.items():
         if section not in SECTIONS:
             if isinstance(body, list) and any(isinstance(each, Mapping) for each in body):
-                raise ConfigError(
-                    f"{where}: {shown(section)} is a list of tables, but only [[arm]] may be one."
-                )
+                raise ConfigError(f"{where}: {shown(section)} is a list of tables, but only [[arm]] may be one.")
             check_name(section, where)
-            raise ConfigError(
-                f"{where}: {section} must stand in its section. Write it without quotes."
-            )
+            raise ConfigError(f"{where}: {section} must stand in its section. Write it without quotes.")
         if not isinstance(body, Mapping):
-            raise ConfigError(
-                f"{where}: {section} is {shown(body)}, but must be a section. Write [{section}]."
-            )
+            raise ConfigError(f"{where}: {section} is {shown(body)}, but must be a section. Write [{section}].")
         for name, value in body.items():
             changes[f"{section}.{name}"] = value
     return changes

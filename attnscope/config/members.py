@@ -67,9 +67,7 @@ def members_of(config: Config, *, where: str = "config") -> tuple[Member, ...]:
             for key in SETTINGS
             if get_setting(resolved, key) != get_setting(alone, key) or key in arm.changes
         }
-        members.append(
-            Member(name=arm.name, config=resolved, settings=settings, part=part, index=counts[part])
-        )
+        members.append(Member(name=arm.name, config=resolved, settings=settings, part=part, index=counts[part]))
         counts[part] += 1
     return tuple(members)
 
@@ -85,13 +83,9 @@ def _graph_of(config: Config) -> Config:
 
 def _only_one_arm(config: Config, flag: str) -> None:
     if config.sweep:
-        raise ConfigError(
-            f"{flag} makes two arms, but the config has a [sweep]. Vary attention.scale in it."
-        )
+        raise ConfigError(f"{flag} makes two arms, but the config has a [sweep]. Vary attention.scale in it.")
     if config.arms:
-        names = ", ".join(
-            [*(arm.name for arm in config.arms[:3]), *["..."] * (len(config.arms) > 3)]
-        )
+        names = ", ".join([*(arm.name for arm in config.arms[:3]), *["..."] * (len(config.arms) > 3)])
         raise ConfigError(
             f"{flag} makes its own two arms, but the config already has {len(config.arms)} ({names}). "
             "Drop the flag, or the [[arm]] tables."

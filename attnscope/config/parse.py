@@ -8,14 +8,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 
-from attnscope.config.change import (
-    apply_changes,
-    check_name,
-    flatten,
-    get_setting,
-    nest,
-    plain,
-)
+from attnscope.config.change import apply_changes, check_name, flatten, get_setting, nest, plain
 from attnscope.config.schema import SECTIONS, Arm, Config
 from attnscope.config.sweep import MAX_MEMBERS, parse_sweep, parse_value
 from attnscope.config.wording import nearest, one_line, shown, toml_of
@@ -81,9 +74,7 @@ def _arms(tables: object, where: str) -> tuple[Arm, ...]:
     if not isinstance(tables, list) or not all(isinstance(each, Mapping) for each in tables):
         raise ConfigError(f"{where}: arm must be a list of tables. Write [[arm]], not [arm].")
     if len(tables) > MAX_MEMBERS:
-        raise ConfigError(
-            f"{where}: there are {len(tables)} arms, but at most {MAX_MEMBERS} fit a run."
-        )
+        raise ConfigError(f"{where}: there are {len(tables)} arms, but at most {MAX_MEMBERS} fit a run.")
     arms: dict[str, Arm] = {}
     for number, table in enumerate(tables, start=1):
         if "name" not in table:
@@ -95,9 +86,7 @@ def _arms(tables: object, where: str) -> tuple[Arm, ...]:
                 f"empty, without invisible characters, of at most {MAX_NAME} characters."
             )
         if name in arms:
-            raise ConfigError(
-                f"{where}: arm {number}: the name {shown(name)} is taken. Give every arm its own name."
-            )
+            raise ConfigError(f"{where}: arm {number}: the name {shown(name)} is taken. Give every arm its own name.")
         place = f"{where}: arm {name}"
         changes = flatten({key: value for key, value in table.items() if key != "name"}, place)
         checked = apply_changes(Config(), changes, where=place)
@@ -106,12 +95,7 @@ def _arms(tables: object, where: str) -> tuple[Arm, ...]:
 
 
 def _is_name(name: object) -> bool:
-    return (
-        isinstance(name, str)
-        and bool(name.strip())
-        and name.isprintable()
-        and len(name) <= MAX_NAME
-    )
+    return isinstance(name, str) and bool(name.strip()) and name.isprintable() and len(name) <= MAX_NAME
 
 
 def parse_assignment(text: str) -> tuple[str, object]:
@@ -128,16 +112,12 @@ def parse_assignment(text: str) -> tuple[str, object]:
 def to_table(config: Config) -> dict[str, object]:
     """The whole config as nested dictionaries that JSON and `parse_table` understand."""
     table: dict[str, object] = {
-        section: {
-            entry.name: plain(getattr(getattr(config, section), entry.name))
-            for entry in fields(kind)
-        }
+        section: {entry.name: plain(getattr(getattr(config, section), entry.name)) for entry in fields(kind)}
         for section, kind in SECTIONS.items()
     }
     if config.arms:
         table["arm"] = [
-            {"name": arm.name, **nest({key: plain(value) for key, value in arm.changes.items()})}
-            for arm in config.arms
+            {"name": arm.name, **nest({key: plain(value) for key, value in arm.changes.items()})} for arm in config.arms
         ]
     if config.sweep:
         table["sweep"] = {

@@ -15,9 +15,7 @@ SCALES = ("inverse_sqrt", "none", "inverse", "depth", "learned")
 
 def setting(default: object, check: Check, meaning: str, *, per_member: bool = False) -> Any:
     """A dataclass field that knows what it may be (`check`) and what it means (one line, shown in errors and docs)."""
-    return field(
-        default=default, metadata={"check": check, "per_member": per_member, "meaning": meaning}
-    )
+    return field(default=default, metadata={"check": check, "per_member": per_member, "meaning": meaning})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,9 +31,7 @@ class ModelConfig:
     seq_len: int = setting(32, Whole(low=2), "tokens per sequence")
     norm: str = setting("none", Choice(("pre", "post", "none")), "where normalization stands")
     norm_kind: str = setting("layernorm", Choice(("layernorm", "rmsnorm")), "which normalization")
-    position: str = setting(
-        "learned", Choice(("learned", "sinusoidal", "rope", "alibi", "none")), "position encoding"
-    )
+    position: str = setting("learned", Choice(("learned", "sinusoidal", "rope", "alibi", "none")), "position encoding")
     activation: str = setting("gelu", Choice(("gelu", "relu", "silu")), "nonlinearity of the MLP")
     tie_embeddings: bool = setting(False, Flag(), "LM head = token embedding, transposed")
 
@@ -50,9 +46,7 @@ class AttentionConfig:
         "what multiplies q.k: 1/sqrt(d_head), 1, 1/d_head, 1/((layer + 1) sqrt(d_head)), trained, or a number",
         per_member=True,
     )
-    mask: str = setting(
-        "causal", Choice(("causal", "padding", "none")), "which keys a query may not see"
-    )
+    mask: str = setting("causal", Choice(("causal", "padding", "none")), "which keys a query may not see")
     window: int | tuple[int, ...] = setting(
         0,
         Several(each=Whole(low=0), or_one=True),
@@ -76,12 +70,8 @@ class InitConfig:
         per_member=True,
     )
     gain: float = setting(1.0, Number(above=0), "multiplies every weight matrix", per_member=True)
-    qk_gain: float = setting(
-        1.0, Number(above=0), "multiplies W_q and W_k once more", per_member=True
-    )
-    std: float = setting(
-        0.02, Number(above=0), "standard deviation of schemes normal and gpt2", per_member=True
-    )
+    qk_gain: float = setting(1.0, Number(above=0), "multiplies W_q and W_k once more", per_member=True)
+    std: float = setting(0.02, Number(above=0), "standard deviation of schemes normal and gpt2", per_member=True)
     embedding_std: float = setting(
         1.0, Number(above=0), "standard deviation of token and position embeddings", per_member=True
     )
@@ -98,16 +88,10 @@ class OptimizerConfig:
         (0.9, 0.95), Several(each=Number(low=0, below=1), length=2), "of adamw", per_member=True
     )
     eps: float = setting(1e-8, Number(above=0), "of adamw", per_member=True)
-    weight_decay: float = setting(
-        0.0, Number(low=0), "decoupled, on weight matrices only", per_member=True
-    )
+    weight_decay: float = setting(0.0, Number(low=0), "decoupled, on weight matrices only", per_member=True)
     warmup_steps: int = setting(0, Whole(low=0), "steps of linear warm-up", per_member=True)
-    schedule: str = setting(
-        "constant", Choice(("constant", "cosine", "wsd")), "what follows the warm-up"
-    )
-    z_loss: float = setting(
-        0.0, Number(low=0), "weight of log_z squared in the loss", per_member=True
-    )
+    schedule: str = setting("constant", Choice(("constant", "cosine", "wsd")), "what follows the warm-up")
+    z_loss: float = setting(0.0, Number(low=0), "weight of log_z squared in the loss", per_member=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,9 +108,7 @@ class ClipConfig:
 class PrecisionConfig:
     """The dtype that weights are cast to in the forward pass; master weights stay float32."""
 
-    dtype: str = setting(
-        "float32", Choice(("float32", "bfloat16", "float16")), "of the forward and backward pass"
-    )
+    dtype: str = setting("float32", Choice(("float32", "bfloat16", "float16")), "of the forward and backward pass")
     loss_scaling: bool = setting(False, Flag(), "dynamic loss scaling against float16 underflow")
 
 
@@ -134,9 +116,7 @@ class PrecisionConfig:
 class DataConfig:
     """What is trained on."""
 
-    source: str = setting(
-        "stdlib", Text(), "stdlib, markov, recall, modular, or the path of a text file or folder"
-    )
+    source: str = setting("stdlib", Text(), "stdlib, markov, recall, modular, or the path of a text file or folder")
     batch_size: int = setting(8, Whole(low=1), "sequences per step")
     seed: int = setting(0, Whole(low=0), "of the batches; members of one part see the same")
     objective: str = setting("next_token", Choice(("next_token", "masked")), "what is predicted")
@@ -150,9 +130,7 @@ class TrainConfig:
     seed: int = setting(0, Whole(low=0), "of the initial weights and of dropout", per_member=True)
     device: str = setting("auto", Choice(("auto", "cpu", "cuda", "mps")), "where to train")
     compile: bool = setting(False, Flag(), "torch.compile the model")
-    eval_every: int = setting(
-        0, Whole(low=0), "steps between evaluations on held-out data; 0 = only at the end"
-    )
+    eval_every: int = setting(0, Whole(low=0), "steps between evaluations on held-out data; 0 = only at the end")
     eval_lengths: tuple[int, ...] = setting(
         (1,), Several(each=Whole(low=1, high=64)), "evaluate at these multiples of seq_len"
     )
@@ -169,9 +147,7 @@ class RecordConfig:
     """What is recorded besides the loss of every step."""
 
     every: int = setting(1, Whole(low=1), "steps between records of heads and params")
-    rows: int | str = setting(
-        32, Whole(low=1, words=("all",)), "query rows sampled per head and step, or all"
-    )
+    rows: int | str = setting(32, Whole(low=1, words=("all",)), "query rows sampled per head and step, or all")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

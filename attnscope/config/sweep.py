@@ -50,9 +50,7 @@ def parse_sweep(config: Config, table: object, *, where: str) -> Config:
             )
     vary = _by_setting(table.get("vary", {}), f"{where}.vary")
     baseline = _by_setting(table.get("baseline", {}), f"{where}.baseline")
-    axes = [
-        Axis(key=key, values=_values(key, given, f"{where}.vary")) for key, given in vary.items()
-    ]
+    axes = [Axis(key=key, values=_values(key, given, f"{where}.vary")) for key, given in vary.items()]
     seeds = table.get("seeds", 1)
     return make_sweep(config, axes, seeds=seeds, baseline=baseline, where=where)
 
@@ -95,9 +93,7 @@ def make_sweep(
     for arm in config.arms:
         for key in arm.changes:
             if key in keys or (key == SEED and chosen != (config.train.seed,)):
-                raise ConfigError(
-                    f"{where}: {key} varies, but arm {arm.name} sets it too. Drop one of them."
-                )
+                raise ConfigError(f"{where}: {key} varies, but arm {arm.name} sets it too. Drop one of them.")
     names = [axis.key for axis in axes]
     for key in baseline:
         if key not in names:
@@ -131,9 +127,7 @@ def parse_vary(text: str) -> Axis:
     key, equals, raw = text.partition("=")
     key, raw = key.strip(), raw.strip()
     if not equals or not key:
-        raise ConfigError(
-            f"{where}: write section.setting=value,value,... for example init.gain=0.5,1,2."
-        )
+        raise ConfigError(f"{where}: write section.setting=value,value,... for example init.gain=0.5,1,2.")
     check_name(key, where)
     if not raw:
         raise ConfigError(f"{where}: {key} has no values. Write them after =, with commas between.")
@@ -235,15 +229,12 @@ def _by_setting(table: object, where: str) -> dict[str, object]:
 def _values(key: str, given: object, where: str) -> tuple[object, ...]:
     check_name(key, where)
     if key == SEED:
-        raise ConfigError(
-            f"{where}: {key} is what seeds are for. Use --seeds, or seeds in [sweep]."
-        )
+        raise ConfigError(f"{where}: {key} is what seeds are for. Use --seeds, or seeds in [sweep].")
     if isinstance(given, str):
         given = _range(key, given, where)
     if not isinstance(given, Sequence) or not given:
         raise ConfigError(
-            f"{where}: {key} is {shown(given)}, but must be a list of values, or a range like "
-            '"log:1e-4:1e-1:7".'
+            f'{where}: {key} is {shown(given)}, but must be a list of values, or a range like "log:1e-4:1e-1:7".'
         )
     if len(given) > MAX_VALUES:
         raise ConfigError(f"{where}: {key} has {len(given)} values, but at most {MAX_VALUES} fit.")
@@ -262,9 +253,7 @@ def _range(key: str, text: str, where: str) -> list[float]:
     """log:LOW:HIGH:COUNT at equal ratios, lin:LOW:HIGH:COUNT at equal distances, both ends included."""
 
     def refuse(reason: str) -> NoReturn:
-        raise ConfigError(
-            f"{where}: {key} is {shown(text)}, {reason}. Write log:LOW:HIGH:COUNT or lin:LOW:HIGH:COUNT."
-        )
+        raise ConfigError(f"{where}: {key} is {shown(text)}, {reason}. Write log:LOW:HIGH:COUNT or lin:LOW:HIGH:COUNT.")
 
     match = _RANGE.fullmatch(text.strip())
     if not match:
@@ -299,9 +288,7 @@ def _seeds(given: object, first: int, where: str) -> tuple[int, ...]:
         return tuple(range(first, first + given))
     if not isinstance(given, list | tuple) or not given:
         raise refusal
-    if not all(
-        isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in given
-    ):
+    if not all(isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in given):
         raise refusal
     if len(set(given)) < len(given):
         raise refusal

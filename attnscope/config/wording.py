@@ -24,17 +24,13 @@ def one_line(text: object, limit: int = LONGEST_PLACE) -> str:
 def shown(value: object) -> str:
     """A value as it would stand in TOML; whatever is long or unprintable is cut and escaped."""
     if isinstance(value, int) and abs(value) >= 10**LONGEST_VALUE:
-        return (
-            f"a whole number of more than {LONGEST_VALUE} digits"  # Python may refuse to write it
-        )
+        return f"a whole number of more than {LONGEST_VALUE} digits"  # Python may refuse to write it
     if isinstance(value, str):
         text = toml_of(value[: LONGEST_VALUE + 1])
     elif isinstance(value, Mapping):
         return "a table"
     elif isinstance(value, list | tuple):
-        entries = [
-            "[...]" if isinstance(item, list | tuple) else shown(item) for item in value[:20]
-        ]
+        entries = ["[...]" if isinstance(item, list | tuple) else shown(item) for item in value[:20]]
         text = f"[{', '.join(entries)}{', ...' if len(value) > 20 else ''}]"
     else:
         text = _escaped(toml_of(value))

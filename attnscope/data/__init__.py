@@ -12,11 +12,7 @@ from attnscope.data.text import read_text
 
 __all__ = ["IGNORE", "Batch", "Corpus", "Reference", "data_of", "open_data"]
 
-TASKS: dict[str, type[Markov] | type[Recall] | type[Modular]] = {
-    "markov": Markov,
-    "recall": Recall,
-    "modular": Modular,
-}
+TASKS: dict[str, type[Markov] | type[Recall] | type[Modular]] = {"markov": Markov, "recall": Recall, "modular": Modular}
 
 
 def open_data(config: DataConfig, *, seq_len: int) -> Corpus:

@@ -27,9 +27,7 @@ class Masked:
         self._base = corpus.vocab_size
         self.vocab_size = self._base + 2
         reference = corpus.reference
-        self.reference = Reference(
-            uniform=reference.uniform, unigram=reference.unigram, bigram=None, optimum=None
-        )
+        self.reference = Reference(uniform=reference.uniform, unigram=reference.unigram, bigram=None, optimum=None)
         self.fingerprint = {**corpus.fingerprint, "objective": "masked"}
 
     def train_batch(self, step: int) -> Batch:

@@ -39,9 +39,7 @@ class Markov:
     def __init__(self, config: DataConfig, *, seq_len: int) -> None:
         self._config, self._seq_len = config, seq_len
         draw = generator(config.seed, STRUCTURE)
-        log_odds_VV = MARKOV_SPREAD * torch.randn(
-            MARKOV_SYMBOLS, MARKOV_SYMBOLS, generator=draw, dtype=torch.float64
-        )
+        log_odds_VV = MARKOV_SPREAD * torch.randn(MARKOV_SYMBOLS, MARKOV_SYMBOLS, generator=draw, dtype=torch.float64)
         self.transition_VV = log_odds_VV.softmax(dim=-1)
         self.stationary_V = stationary(self.transition_VV)
         rate = -(self.stationary_V[:, None] * self.transition_VV * self.transition_VV.log()).sum()
@@ -135,10 +133,7 @@ class Recall:
 
     def decode(self, tokens: Tensor) -> str:
         """k3 v7 ...: keys and values by number."""
-        return " ".join(
-            f"k{token}" if token < RECALL_KEYS else f"v{token - RECALL_KEYS}"
-            for token in tokens.tolist()
-        )
+        return " ".join(f"k{token}" if token < RECALL_KEYS else f"v{token - RECALL_KEYS}" for token in tokens.tolist())
 
     def _batch(self, stream: str, step: int) -> Batch:
         draw = generator(self._config.seed, stream, step)
@@ -166,9 +161,7 @@ class Recall:
         missing = self._seq_len - tokens_BT.shape[1]
         return Batch(
             tokens_BT=torch.nn.functional.pad(tokens_BT, (0, missing)),
-            targets_BT=torch.nn.functional.pad(
-                next_BT.where(scored_T, IGNORE), (0, missing), value=IGNORE
-            ),
+            targets_BT=torch.nn.functional.pad(next_BT.where(scored_T, IGNORE), (0, missing), value=IGNORE),
             scores_all=False,
             visible_BS=None,
         )
@@ -194,9 +187,7 @@ class Modular:
         order = torch.randperm(MODULUS**2, generator=generator(config.seed, STRUCTURE))
         cut = int(MODULAR_TRAIN_PART * len(order))
         self.problems = {TRAIN: order[:cut], HELD_OUT: order[cut:]}
-        self.reference = Reference(
-            uniform=math.log(MODULUS), unigram=math.log(MODULUS), bigram=None, optimum=0.0
-        )
+        self.reference = Reference(uniform=math.log(MODULUS), unigram=math.log(MODULUS), bigram=None, optimum=0.0)
         self.fingerprint = {"source": "modular", "modulus": MODULUS, "seed": config.seed}
 
     def train_batch(self, step: int) -> Batch:
@@ -222,22 +213,14 @@ class Modular:
         shape = (self._config.batch_size, self._problems)
         problem_BP = pool[torch.randint(len(pool), shape, generator=draw)]
         a_BP, b_BP = problem_BP // MODULUS, problem_BP % MODULUS
-        written = [
-            a_BP,
-            torch.full_like(a_BP, PLUS),
-            b_BP,
-            torch.full_like(a_BP, EQUALS),
-            (a_BP + b_BP) % MODULUS,
-        ]
+        written = [a_BP, torch.full_like(a_BP, PLUS), b_BP, torch.full_like(a_BP, EQUALS), (a_BP + b_BP) % MODULUS]
         sequence_BT = torch.stack(written, dim=-1).flatten(1)
         tokens_BT, next_BT = sequence_BT[:, :-1], sequence_BT[:, 1:]
         scored_T = torch.arange(tokens_BT.shape[1]) % PROBLEM == PROBLEM - 2
         missing = self._seq_len - tokens_BT.shape[1]
         return Batch(
             tokens_BT=torch.nn.functional.pad(tokens_BT, (0, missing)),
-            targets_BT=torch.nn.functional.pad(
-                next_BT.where(scored_T, IGNORE), (0, missing), value=IGNORE
-            ),
+            targets_BT=torch.nn.functional.pad(next_BT.where(scored_T, IGNORE), (0, missing), value=IGNORE),
             scores_all=False,
             visible_BS=None,
         )
@@ -247,10 +230,7 @@ def stationary(transition_VV: Tensor) -> Tensor:
     """The distribution π with π P = π and Σ π = 1, (V,), by solving for it."""
     n = len(transition_VV)
     equations = torch.cat(
-        [
-            transition_VV.T - torch.eye(n, dtype=transition_VV.dtype),
-            torch.ones(1, n).to(transition_VV),
-        ]
+        [transition_VV.T - torch.eye(n, dtype=transition_VV.dtype), torch.ones(1, n).to(transition_VV)]
     )
     right = torch.zeros(n + 1, dtype=transition_VV.dtype)
     right[-1] = 1

@@ -31,9 +31,7 @@ class Text:
 
     vocab_size = VOCAB_SIZE
 
-    def __init__(
-        self, data: bytes, config: DataConfig, *, seq_len: int, fingerprint: dict[str, object]
-    ) -> None:
+    def __init__(self, data: bytes, config: DataConfig, *, seq_len: int, fingerprint: dict[str, object]) -> None:
         """Use `read_text`."""
         tokens_N = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         cut = int(TRAIN_PART * len(tokens_N))
@@ -65,9 +63,7 @@ class Text:
 
     def decode(self, tokens: Tensor) -> str:
         """UTF-8; whatever is not, ids beyond bytes included, becomes a replacement character."""
-        return bytes(min(token, VOCAB_SIZE - 1) for token in tokens.tolist()).decode(
-            errors="replace"
-        )
+        return bytes(min(token, VOCAB_SIZE - 1) for token in tokens.tolist()).decode(errors="replace")
 
     def _check_held_out(self, needed: int, length: int) -> None:
         if len(self._held_out_N) < needed:
@@ -106,9 +102,7 @@ def read_text(config: DataConfig, *, seq_len: int) -> Text:
     pieces = _read(paths, source)
     data = b"".join(pieces)
     if not data:
-        raise DataError(
-            f"data.source = {one_line(source)} has no text in it. Give a file or folder with text."
-        )
+        raise DataError(f"data.source = {one_line(source)} has no text in it. Give a file or folder with text.")
     needed = 10 * (seq_len + 2)  # the held-out tenth must hold a window too
     if len(data) < needed:
         raise DataError(
@@ -161,9 +155,7 @@ def _files_of(source: str) -> list[Path]:
     except OSError as error:
         raise _unreadable(source, error) from None
     if exists:
-        raise DataError(
-            f"data.source = {one_line(source)} is neither a file nor a folder. Give a text file."
-        )
+        raise DataError(f"data.source = {one_line(source)} is neither a file nor a folder. Give a text file.")
     beside: list[str] = []
     with contextlib.suppress(OSError):  # no hint from a folder that is missing or cannot be listed
         beside = [each.name for each in path.parent.iterdir() if each.name != path.name]
@@ -180,9 +172,7 @@ def _read(paths: list[Path], source: str) -> list[bytes]:
     try:
         for path in paths:
             if path.stat().st_size > room:
-                raise DataError(
-                    f"data.source = {one_line(source)} has more than {MAX_BYTES} bytes. Use less text."
-                )
+                raise DataError(f"data.source = {one_line(source)} has more than {MAX_BYTES} bytes. Use less text.")
             piece = path.read_bytes()
             if b"\0" not in piece:
                 pieces.append(piece)
@@ -201,6 +191,5 @@ def _unreadable(source: str, error: OSError) -> DataError:
     place = Path(error.filename or source)  # a failing read names no file
     inside = "" if place == Path(source) else f": {one_line(place)}"
     return DataError(
-        f"data.source = {one_line(source)}{inside} cannot be read: {error.strerror}. "
-        "Give text that can be."
+        f"data.source = {one_line(source)}{inside} cannot be read: {error.strerror}. Give text that can be."
     )

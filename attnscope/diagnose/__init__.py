@@ -6,13 +6,4 @@ Reading order: findings (beside this folder), blindness, rules/, diagnosis, page
 from attnscope.diagnose.diagnosis import RULES, Diagnosis, diagnose, examine, findings_json
 from attnscope.findings import Evidence, Finding, NotLooked
 
-__all__ = [
-    "RULES",
-    "Diagnosis",
-    "Evidence",
-    "Finding",
-    "NotLooked",
-    "diagnose",
-    "examine",
-    "findings_json",
-]
+__all__ = ["RULES", "Diagnosis", "Evidence", "Finding", "NotLooked", "diagnose", "examine", "findings_json"]

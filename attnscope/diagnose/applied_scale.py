@@ -10,9 +10,7 @@ from attnscope.runs.by_member import configs_of
 from attnscope.runs.reader import Run
 from attnscope.runs.watched import attention_layers
 
-FITTED_TOLERANCE = (
-    0.03  # of a scale that was fitted to logits: what the fit may leave unexplained, and a digit
-)
+FITTED_TOLERANCE = 0.03  # of a scale that was fitted to logits: what the fit may leave unexplained, and a digit
 SCALE_TOLERANCE = 0.01  # a scale typed with two digits is meant to be 1/sqrt(d_head)
 
 

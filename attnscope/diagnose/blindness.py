@@ -26,9 +26,7 @@ MOST_REASON = 160  # characters
 Blind = Mapping[str, str]  # member to why
 
 
-def answer(
-    run: Run, rule: str, finding: Finding | None, blind: Blind
-) -> Finding | NotLooked | None:
+def answer(run: Run, rule: str, finding: Finding | None, blind: Blind) -> Finding | NotLooked | None:
     """What a rule answers: what it found, and of the members of which it found nothing, where it could not look."""
     found = () if finding is None else finding.members
     names: dict[str, list[str]] = {}
@@ -69,11 +67,7 @@ def without_attention(run: Run) -> dict[str, str]:
         more = f", and {len(failed) - 1} more" if len(failed) > 1 else ""
         why += printable(f": {first.name} ({first.backend}): {first.reason}", MOST_REASON) + more
     empty = without_steps(run)
-    return {
-        entry.name: empty.get(entry.name, why)
-        for m, entry in enumerate(run.entries)
-        if m not in measured
-    }
+    return {entry.name: empty.get(entry.name, why) for m, entry in enumerate(run.entries) if m not in measured}
 
 
 def without_optimizer(run: Run) -> dict[str, str]:

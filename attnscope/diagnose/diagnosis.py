@@ -67,9 +67,7 @@ def findings_json(run: Run, diagnosis: Diagnosis) -> str:
     said = {
         "run": run.name,
         "status": run.status,
-        "members": [
-            {"name": each.name, "status": each.status, "error": each.error} for each in run.members
-        ],
+        "members": [{"name": each.name, "status": each.status, "error": each.error} for each in run.members],
         "rules": [rule.__name__ for rule in RULES],
         "findings": [to_table(finding) for finding in diagnosis.findings],
         "not_looked": [to_table(each) for each in diagnosis.not_looked],

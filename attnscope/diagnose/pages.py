@@ -13,13 +13,7 @@ from attnscope.diagnose.rules import saturation
 from attnscope.runs import divergence, outcome
 from attnscope.signals import spikes
 
-SECTIONS = (
-    "What it looks at",
-    "Why it matters",
-    "What to try",
-    "Known limits",
-    "Source",
-)
+SECTIONS = ("What it looks at", "Why it matters", "What to try", "Known limits", "Source")
 
 # Where a threshold stands that the module of the rule does not have.
 ELSEWHERE: tuple[ModuleType, ...] = (applied_scale, saturation, spikes, divergence, outcome)
@@ -49,9 +43,7 @@ def sections_of(rule: Rule) -> dict[str, str]:
     heading = re.compile(rf"^({'|'.join(SECTIONS)}): ", re.MULTILINE)
     _, *pieces = heading.split(_doc(rule))
     texts = zip(pieces[::2], pieces[1::2], strict=True)
-    return {
-        name: _with_values(rule, " ".join(text.split()).replace("*", r"\*")) for name, text in texts
-    }
+    return {name: _with_values(rule, " ".join(text.split()).replace("*", r"\*")) for name, text in texts}
 
 
 def _page(rule: Rule) -> str:

@@ -43,7 +43,6 @@ def export_run(run: Run, target: str, *, out: str | Path | None = None) -> Expor
     """
     if target not in TARGETS:
         raise AttnscopeError(
-            f"There is no export to {printable(target)}.{nearest(target, list(TARGETS))} "
-            f"Use {', '.join(TARGETS)}."
+            f"There is no export to {printable(target)}.{nearest(target, list(TARGETS))} Use {', '.join(TARGETS)}."
         )
     return TARGETS[target](run, None if out is None else Path(out))

@@ -49,9 +49,7 @@ def new_folder(run: Run, target: str, out: Path | None) -> Iterator[NewFolder]:
         if is_default:
             _check_default(default)
         elif os.path.lexists(final) and not _is_empty_folder(final):
-            raise AttnscopeError(
-                f"{printable(final, 400)} already exists. Choose another --out, or delete it."
-            )
+            raise AttnscopeError(f"{printable(final, 400)} already exists. Choose another --out, or delete it.")
         scratch.mkdir(parents=True)
         yield NewFolder(scratch=scratch, final=final)
         _put_in_place(scratch, final)

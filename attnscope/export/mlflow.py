@@ -134,9 +134,7 @@ def _experiment(client: Any, name: str, artifacts: str | None) -> str:
     return str(found.experiment_id)
 
 
-def _begin(
-    client: Any, experiment: str, run: Run, member: MemberRecord, settings: Mapping[str, Setting]
-) -> str:
+def _begin(client: Any, experiment: str, run: Run, member: MemberRecord, settings: Mapping[str, Setting]) -> str:
     """The id of a new MLflow run that knows how its member was trained and what became of it."""
     from mlflow.entities import Param
 
@@ -144,9 +142,7 @@ def _begin(
     started = _milliseconds(start_of(run))
     tracked = client.create_run(experiment, start_time=started, run_name=member.name, tags=outcome)
     keys = safe_names(settings, letters=TAG_LETTERS)
-    params = iter(
-        [Param(keys[key], x if isinstance(x, str) else to_json(x)) for key, x in settings.items()]
-    )
+    params = iter([Param(keys[key], x if isinstance(x, str) else to_json(x)) for key, x in settings.items()])
     while batch := list(islice(params, MOST_PARAMS)):
         client.log_batch(tracked.info.run_id, params=batch)
     return str(tracked.info.run_id)

@@ -72,8 +72,7 @@ def scalars_of(run: Run) -> Iterator[tuple[MemberRecord, Iterator[Moment]]]:
     for number, member in enumerate(run.members):
         mine = {table: frame.iloc[rows[table][number]] for table, frame in frames.items()}
         pieces = [
-            _piece(table, frame, list(groups.values()), watched=run.kind == "watch")
-            for table, frame in mine.items()
+            _piece(table, frame, list(groups.values()), watched=run.kind == "watch") for table, frame in mine.items()
         ]
         yield member, _moments(pieces, start, mine["steps"])
 
@@ -105,16 +104,12 @@ def _piece(table: str, frame: "pd.DataFrame", groups: Sequence[str], *, watched:
         values_NC = values_NC[:, is_there]
     where_NK = np.stack(
         [np.zeros(len(frame), dtype=np.int64)]
-        + [
-            (frame[key].cat.codes if key == "group" else frame[key]).to_numpy(dtype=np.int64)
-            for key in keys[2:]
-        ],
+        + [(frame[key].cat.codes if key == "group" else frame[key]).to_numpy(dtype=np.int64) for key in keys[2:]],
         axis=1,
     )
     places, places_N = np.unique(where_NK, axis=0, return_inverse=True)
     prefixes = [
-        "/".join([table, *_place(dict(zip(keys[2:], place[1:], strict=True)), groups)])
-        for place in places.tolist()
+        "/".join([table, *_place(dict(zip(keys[2:], place[1:], strict=True)), groups)]) for place in places.tolist()
     ]
     return _Piece(
         steps_N=frame["step"].to_numpy(),
@@ -135,17 +130,14 @@ def _place(where: Mapping[str, int], groups: Sequence[str]) -> Iterator[str]:
 def _moments(pieces: Sequence[_Piece], start: float, steps: "pd.DataFrame") -> Iterator[Moment]:
     found = np.unique(np.concatenate([piece.steps_N for piece in pieces]))
     bounds = [
-        (np.searchsorted(piece.steps_N, found), np.searchsorted(piece.steps_N, found, "right"))
-        for piece in pieces
+        (np.searchsorted(piece.steps_N, found), np.searchsorted(piece.steps_N, found, "right")) for piece in pieces
     ]
     seconds = start + _seconds_at(found, steps)
     for at, step in enumerate(found.tolist()):
         values: dict[str, float] = {}
         for piece, (lows, highs) in zip(pieces, bounds, strict=True):
             rows = slice(lows[at], highs[at])
-            for place, row in zip(
-                piece.places_N[rows].tolist(), piece.values_NC[rows].tolist(), strict=True
-            ):
+            for place, row in zip(piece.places_N[rows].tolist(), piece.values_NC[rows].tolist(), strict=True):
                 values.update(zip(piece.tags[place], row, strict=True))
         if isnan(values.get(VAL_LOSS, 0.0)):
             del values[VAL_LOSS]

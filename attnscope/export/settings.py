@@ -8,15 +8,7 @@ from attnscope.runs.members import MemberRecord
 from attnscope.runs.reader import Run
 
 LONGEST_TEXT = 500  # characters; trackers refuse or cut longer ones
-OUTCOME = (
-    "status",
-    "error",
-    "diverged_at",
-    "nonfinite_at",
-    "first_loss",
-    "best_loss",
-    "final_loss",
-)
+OUTCOME = ("status", "error", "diverged_at", "nonfinite_at", "first_loss", "best_loss", "final_loss")
 
 Setting = bool | int | float | str
 

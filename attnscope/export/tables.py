@@ -58,8 +58,7 @@ def _write(run: Run, out: Path | None, target: str, opener: Opener) -> Exported:
     lost: list[str] = []
     with new_folder(run, target, out) as folder, ExitStack() as open_files:
         writers = {
-            table: open_files.enter_context(opener(folder.scratch / files[table], schemas[table]))
-            for table in TABLES
+            table: open_files.enter_context(opener(folder.scratch / files[table], schemas[table])) for table in TABLES
         }
         for part in by_part(run, lost):
             for table in TABLES:

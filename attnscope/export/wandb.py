@@ -34,9 +34,7 @@ def to_wandb(run: Run, out: Path | None) -> Exported:
     except ImportError as error:
         raise not_installed(error, "wandb") from None
     if os.environ.get("WANDB_MODE") == "disabled":
-        raise AttnscopeError(
-            "WANDB_MODE is disabled: nothing would be written. Set it to offline or online."
-        )
+        raise AttnscopeError("WANDB_MODE is disabled: nothing would be written. Set it to offline or online.")
     counts: dict[str, int] = {}
     lost: list[str] = []
     address = None

@@ -12,14 +12,7 @@ import torch
 from torch import Tensor
 
 from attnscope.errors import ShapeError
-from attnscope.metrics.rows import (
-    AttentionRows,
-    Call,
-    largest_norm,
-    rows_of,
-    sample_rows,
-    wide,
-)
+from attnscope.metrics.rows import AttentionRows, Call, largest_norm, rows_of, sample_rows, wide
 from attnscope.metrics.totals import NOTHING, STATISTICS, add, finish, of_no_key, with_bound
 
 __all__ = [
@@ -82,9 +75,7 @@ def attention_stats(
             "of k must divide those of q."
         )
     if mask is not None and mask.dtype != torch.bool:
-        raise ShapeError(
-            f"mask is {mask.dtype}, but must be boolean, True = visible. Use bias= for a float mask."
-        )
+        raise ShapeError(f"mask is {mask.dtype}, but must be boolean, True = visible. Use bias= for a float mask.")
     if (isinstance(rows, str) and rows != "all") or (not isinstance(rows, str) and rows < 1):
         raise ShapeError(f'rows is {rows!r}, but must be a whole number, at least 1, or "all".')
     if k.shape[-3] != q.shape[-3]:
@@ -96,9 +87,7 @@ def attention_stats(
         bias = None if bias is None else bias.expand(grid)
         attn_scale = attn_scale.expand(grid) if isinstance(attn_scale, Tensor) else attn_scale
     except RuntimeError:
-        raise ShapeError(
-            f"mask, bias or scale does not broadcast to {tuple(grid)}, the shape of q kᵀ."
-        ) from None
+        raise ShapeError(f"mask, bias or scale does not broadcast to {tuple(grid)}, the shape of q kᵀ.") from None
     call = Call(
         q=q.detach(),
         k=k.detach(),
@@ -110,9 +99,7 @@ def attention_stats(
     sample = (
         None
         if isinstance(rows, str)
-        else sample_rows(
-            n_batch=q.shape[-4], n_queries=q.shape[-2], rows=rows, seed=seed, device=q.device
-        )
+        else sample_rows(n_batch=q.shape[-4], n_queries=q.shape[-2], rows=rows, seed=seed, device=q.device)
     )
     return statistics_of_all(call) if sample is None else statistics_of(rows_of(call, sample))
 
@@ -177,9 +164,7 @@ def totals_of_logits(z: Tensor, visible: Tensor, bound: Tensor) -> dict[str, Ten
     """
     if not z.numel():
         n_batch, n_heads, n_queries, _ = z.shape
-        return of_no_key(
-            torch.Size([n_heads]), n_batch * n_queries, z.new_empty(0, dtype=wide(z.dtype))
-        )
+        return of_no_key(torch.Size([n_heads]), n_batch * n_queries, z.new_empty(0, dtype=wide(z.dtype)))
     numbers = z.to(wide(z.dtype)).where(visible, 0.0)  # what is hidden adds 0 times a number
     return with_bound(_totals(numbers, visible), bound)
 

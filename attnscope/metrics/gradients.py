@@ -14,14 +14,7 @@ import torch
 from torch import Tensor
 
 # In the order of the table on disk.
-PARAMETER_STATISTICS = (
-    "grad_norm",
-    "weight_norm",
-    "update_norm",
-    "update_ratio",
-    "grad_max",
-    "nonfinite",
-)
+PARAMETER_STATISTICS = ("grad_norm", "weight_norm", "update_norm", "update_ratio", "grad_max", "nonfinite")
 # What is taken of every parameter at every step; the table follows from it.
 REDUCTIONS = ("grad_norm", "grad_highest", "grad_lowest", "update_norm", "weight_norm")
 # How parameters of one group come together.
@@ -59,9 +52,7 @@ class Grouping:
         return tuple(sorted(set(range(n_axes)) - set(self.kept(name, n_axes))))
 
 
-def group_parameters(
-    groups_of: Mapping[str, tuple[str, ...]], *, layered: frozenset[str], n_layers: int
-) -> Grouping:
+def group_parameters(groups_of: Mapping[str, tuple[str, ...]], *, layered: frozenset[str], n_layers: int) -> Grouping:
     """Lay out the axis G: the groups without a layer first, then every layer of each kind."""
     alone: dict[str, None] = {}
     kinds: dict[str, None] = {}
@@ -93,16 +84,13 @@ class Sheet:
     def __init__(self, parameters: Mapping[str, Tensor], grouping: Grouping) -> None:
         """Lay out X for tensors shaped like `parameters`."""
         self._shapes = {
-            name: torch.Size(x.shape[axis] for axis in grouping.kept(name, x.dim()))
-            for name, x in parameters.items()
+            name: torch.Size(x.shape[axis] for axis in grouping.kept(name, x.dim())) for name, x in parameters.items()
         }
         self._axes = {name: grouping.reduced(name, x.dim()) for name, x in parameters.items()}
         sizes = [shape.numel() for shape in self._shapes.values()]
         device = next(iter(parameters.values())).device
         self.values = torch.empty(len(REDUCTIONS), sum(sizes), device=device)
-        self._places = {
-            name: tuple(columns.values()) for name, columns in self.read(self.values).items()
-        }
+        self._places = {name: tuple(columns.values()) for name, columns in self.read(self.values).items()}
         self._host_norms = self.values[0].numpy() if device.type == "cpu" else None
 
     def measure(self, name: str, *, gradient: Tensor, weight: Tensor, update: Tensor) -> None:
@@ -123,24 +111,19 @@ class Sheet:
         if self._host_norms is not None and math.isfinite(sum(self._host_norms.tolist())):
             return {}
         return {  # 0 x is 0 for a number and NaN for NaN and Inf
-            name: (x * 0.0).nan_to_num_(nan=1.0).sum(dim=self._axes[name])
-            for name, x in gradients.items()
+            name: (x * 0.0).nan_to_num_(nan=1.0).sum(dim=self._axes[name]) for name, x in gradients.items()
         }
 
     def read(self, values: Tensor) -> dict[str, dict[str, Tensor]]:
         """Parameter to REDUCTIONS, each (..., M), (..., M, L) or, of several groups, (..., M, L, 3), from (..., R, X)."""
         pieces = values.split([shape.numel() for shape in self._shapes.values()], dim=-1)
         return {
-            name: dict(
-                zip(REDUCTIONS, piece.unflatten(-1, shape).unbind(values.dim() - 2), strict=True)
-            )
+            name: dict(zip(REDUCTIONS, piece.unflatten(-1, shape).unbind(values.dim() - 2), strict=True))
             for (name, shape), piece in zip(self._shapes.items(), pieces, strict=True)
         }
 
 
-def parameter_stats(
-    measured: Mapping[str, Mapping[str, Tensor]], grouping: Grouping
-) -> dict[str, Tensor]:
+def parameter_stats(measured: Mapping[str, Mapping[str, Tensor]], grouping: Grouping) -> dict[str, Tensor]:
     """The params table, column to (..., M, G).
 
     Args:
@@ -169,11 +152,7 @@ def _norm(x: Tensor, axes: tuple[int, ...], *, out: Tensor | None = None) -> Ten
     return found
 
 
-def _join(
-    values: Mapping[str, Tensor],
-    grouping: Grouping,
-    combine: Callable[[Tensor, Tensor], Tensor],
-) -> Tensor:
+def _join(values: Mapping[str, Tensor], grouping: Grouping, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """Combine the parameters of each group and line the groups up along G."""
     alone: dict[str, Tensor] = {}
     kinds: dict[str, Tensor] = {}

@@ -54,9 +54,7 @@ def token_losses(
             log_z_MN = log_z_MN.where(scored_N, 0)
         log_z_M = log_z_MN.sum(dim=-1) / n_scored
         log_z_square_M = log_z_MN.square().sum(dim=-1) / n_scored if regularizes else None
-    return TokenLosses(
-        loss_M=loss_MN.sum(dim=-1) / n_scored, log_z_M=log_z_M, log_z_square_M=log_z_square_M
-    )
+    return TokenLosses(loss_M=loss_MN.sum(dim=-1) / n_scored, log_z_M=log_z_M, log_z_square_M=log_z_square_M)
 
 
 def output_logit_max(output_logits_MNV: Tensor) -> Tensor:

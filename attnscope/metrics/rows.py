@@ -16,9 +16,7 @@ from torch import Tensor
 # Attention logits measured together: as many as the cache holds, twice as fast as a whole block of steps.
 LOGITS_AT_ONCE = 1 << 18
 SAMPLES = 64  # different row samples, used in turn
-PIECE_BYTES = (
-    32 << 20
-)  # of queries, keys and norms that wait together, where few rows of large batches are looked at
+PIECE_BYTES = 32 << 20  # of queries, keys and norms that wait together, where few rows of large batches are looked at
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,9 +31,7 @@ class Rows:
 
 
 @lru_cache(maxsize=256)
-def sample_rows(
-    *, n_batch: int, n_queries: int, rows: int, seed: int, device: torch.device
-) -> Rows | None:
+def sample_rows(*, n_batch: int, n_queries: int, rows: int, seed: int, device: torch.device) -> Rows | None:
     """Draw about `rows` query rows per head from at most 4 sequences; None where that would be all of them.
 
     Sequences are equally likely, and so are positions (where they cannot stand at equal distances, all but the first,
@@ -50,9 +46,7 @@ def sample_rows(
         distance, rest = divmod(size, wanted)
         if rest == 0:
             return slice(generator.randrange(distance), None, distance)
-        return torch.tensor(generator.sample(range(first, size), wanted)).to(
-            device, non_blocking=True
-        )
+        return torch.tensor(generator.sample(range(first, size), wanted)).to(device, non_blocking=True)
 
     n_sequences = min(n_batch, 4, rows)
     n_positions = min(-(-rows // n_sequences), n_queries - 1)
@@ -100,11 +94,7 @@ def rows_of(call: Call, sample: Rows) -> AttentionRows:
     # Views would keep all of q and k.
     q = _pick(call.q, sample).contiguous()
     k = _pick(call.k, sample, positions=False).contiguous()
-    return AttentionRows(
-        call=_cut(call, sample, q=q, k=k),
-        q_norm=largest_norm(call.q),
-        k_norm=largest_norm(call.k),
-    )
+    return AttentionRows(call=_cut(call, sample, q=q, k=k), q_norm=largest_norm(call.q), k_norm=largest_norm(call.k))
 
 
 class Shelf:
@@ -198,9 +188,7 @@ def _stack(calls: Sequence[Call], *, q: Tensor, k: Tensor) -> Call:
     if masks:
         shape = torch.broadcast_shapes((1, 1, 1, 1, 1), *{mask.shape for mask in masks})
         everything = torch.ones((), dtype=torch.bool, device=masks[0].device)
-        visible = torch.stack(
-            [(everything if call.visible is None else call.visible).expand(shape) for call in calls]
-        )
+        visible = torch.stack([(everything if call.visible is None else call.visible).expand(shape) for call in calls])
     biases = [call.bias[None, None] for call in calls if call.bias is not None]
     return Call(
         q=q,

@@ -36,10 +36,7 @@ NOTHING = -torch.inf  # the largest of no values
 
 def add(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Totals of both, TOTALS to (..., H); a NaN among the largest values stays one."""
-    return {
-        name: torch.maximum(a[name], b[name]) if name in MAXIMA else a[name] + b[name]
-        for name in TOTALS
-    }
+    return {name: torch.maximum(a[name], b[name]) if name in MAXIMA else a[name] + b[name] for name in TOTALS}
 
 
 def of_no_key(shape_H: torch.Size, n_rows: int, like: Tensor) -> dict[str, Tensor]:
@@ -54,10 +51,7 @@ def with_bound(totals: Mapping[str, Tensor], bound: Tensor) -> dict[str, Tensor]
     """Totals that also know `max_logit_bound`, (..., H); where it is unknown and there is no row, it is of nothing."""
     n_rows = totals["rows"]
     bound = bound.to(n_rows.dtype).expand(n_rows.shape)
-    return {
-        **totals,
-        "max_logit_bound": bound.masked_fill(bound.isnan() & (n_rows == 0), NOTHING),
-    }
+    return {**totals, "max_logit_bound": bound.masked_fill(bound.isnan() & (n_rows == 0), NOTHING)}
 
 
 def finish(totals: Mapping[str, Tensor]) -> dict[str, Tensor]:

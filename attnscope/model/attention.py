@@ -109,10 +109,7 @@ def sdpa(inputs: AttentionInputs, v_MBHSK: Tensor, dropout: Dropout | None) -> T
     return torch.stack(outs)
 
 
-BACKENDS: dict[str, Callable[[AttentionInputs, Tensor, Dropout | None], Tensor]] = {
-    "eager": eager,
-    "sdpa": sdpa,
-}
+BACKENDS: dict[str, Callable[[AttentionInputs, Tensor, Dropout | None], Tensor]] = {"eager": eager, "sdpa": sdpa}
 
 
 def _keep(dropout: Dropout, p_PTS: Tensor) -> Tensor:

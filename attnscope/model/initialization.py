@@ -94,18 +94,13 @@ def _draw(config: Config, vocab_size: int) -> dict[str, Tensor]:
         "mlp_out": ((d_ff, d_model), write_gain),
     }
     parameters = {
-        "token_embedding": torch.empty(vocab_size, d_model).normal_(
-            0, init.embedding_std, generator=generator
-        )
+        "token_embedding": torch.empty(vocab_size, d_model).normal_(0, init.embedding_std, generator=generator)
     }
     if model.position == "learned":
         parameters["position_embedding"] = torch.empty(model.seq_len, d_model).normal_(
             0, init.embedding_std, generator=generator
         )
-    layers = [
-        {name: matrix(shape, gain) for name, (shape, gain) in shapes.items()}
-        for _ in range(model.n_layers)
-    ]
+    layers = [{name: matrix(shape, gain) for name, (shape, gain) in shapes.items()} for _ in range(model.n_layers)]
     for layer in layers:
         layer["qkv"] = torch.stack([layer.pop(name) for name in QKV], dim=-2)
     for name in ("qkv", "o", "mlp_in", "mlp_out"):
@@ -121,9 +116,7 @@ def _draw(config: Config, vocab_size: int) -> dict[str, Tensor]:
         parameters["norm_q"] = torch.ones(model.n_layers, config.d_head)
         parameters["norm_k"] = torch.ones(model.n_layers, config.d_head)
     if config.attention.scale == "learned":
-        parameters["scale"] = torch.full(
-            (model.n_layers, model.n_heads), 1 / math.sqrt(config.d_head)
-        )
+        parameters["scale"] = torch.full((model.n_layers, model.n_heads), 1 / math.sqrt(config.d_head))
     return parameters
 
 

@@ -7,9 +7,7 @@ import torch
 from torch import Tensor
 
 
-def visible_keys(
-    *, mask: str, window: int, n_queries: int, n_keys: int, device: torch.device
-) -> Tensor | None:
+def visible_keys(*, mask: str, window: int, n_queries: int, n_keys: int, device: torch.device) -> Tensor | None:
     """Visibility of every key for every query, from `attention.mask` and one layer's window.
 
     A window of n shows n keys, the query's own position included: the last n under a causal mask, those less than n

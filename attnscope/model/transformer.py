@@ -20,11 +20,7 @@ from attnscope.model.attention import BACKENDS, AttentionInputs, Dropout
 from attnscope.model.masks import visible_keys, with_padding
 from attnscope.model.position import alibi_bias, rope_angles, rotate, sinusoids
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "relu": F.relu,
-    "silu": F.silu,
-}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 
 
 class Observer(Protocol):
@@ -66,9 +62,7 @@ def geometry(config: Config, *, seq_len: int, device: torch.device) -> Geometry:
         window: (
             None
             if visible_TS is None or model.position == "alibi"
-            else torch.zeros(seq_len, seq_len, device=device).masked_fill(
-                ~visible_TS, float("-inf")
-            )
+            else torch.zeros(seq_len, seq_len, device=device).masked_fill(~visible_TS, float("-inf"))
         )
         for window, visible_TS in seen.items()
     }
@@ -76,19 +70,9 @@ def geometry(config: Config, *, seq_len: int, device: torch.device) -> Geometry:
         seq_len=seq_len,
         visible_TS=tuple(seen[window] for window in config.windows),
         mask_TS=tuple(added[window] for window in config.windows),
-        positions_TD=(
-            sinusoids(seq_len, model.d_model, device=device)
-            if model.position == "sinusoidal"
-            else None
-        ),
-        rope_TK=(
-            rope_angles(seq_len, config.d_head, device=device) if model.position == "rope" else None
-        ),
-        bias_HTS=(
-            alibi_bias(model.n_heads, seq_len, seq_len, device=device)
-            if model.position == "alibi"
-            else None
-        ),
+        positions_TD=(sinusoids(seq_len, model.d_model, device=device) if model.position == "sinusoidal" else None),
+        rope_TK=(rope_angles(seq_len, config.d_head, device=device) if model.position == "rope" else None),
+        bias_HTS=(alibi_bias(model.n_heads, seq_len, seq_len, device=device) if model.position == "alibi" else None),
     )
 
 
@@ -156,9 +140,7 @@ def forward(
     layers = zip(*(x.unbind(1) for x in (qkv_MLDJ, *others)), strict=True)
     padding_BS = real_BS if attention.mask == "padding" else None
     for layer, (qkv_MDJ, o_MED, mlp_in_MDF, mlp_out_MFD) in enumerate(layers):
-        y_MND = (
-            norm(x_MND, parameters["norm_attention"][:, layer]) if model.norm == "pre" else x_MND
-        )
+        y_MND = norm(x_MND, parameters["norm_attention"][:, layer]) if model.norm == "pre" else x_MND
         q_MBHTK, k_MBHTK, v_MBHTK = heads(torch.bmm(y_MND, qkv_MDJ))
         if attention.qk_norm:  # Henry et al. 2020; RMSNorm with a gain, as in OLMo 2
             gains = (parameters["norm_q"][:, layer], parameters["norm_k"][:, layer])
@@ -181,17 +163,11 @@ def forward(
             bias_HTS=place.bias_HTS,
             softcap=attention.logit_softcap,
             mask_TS=place.mask_TS[layer] if padding_BS is None else None,
-            is_causal=(
-                attention.mask == "causal" and not config.windows[layer] and place.bias_HTS is None
-            ),
+            is_causal=(attention.mask == "causal" and not config.windows[layer] and place.bias_HTS is None),
         )
         if observer is not None:
             observer.attention(layer, inputs)
-        dropout = (
-            Dropout(p=attention.dropout, seeds=dropout_seeds_LM[layer])
-            if dropout_seeds_LM is not None
-            else None
-        )
+        dropout = Dropout(p=attention.dropout, seeds=dropout_seeds_LM[layer]) if dropout_seeds_LM is not None else None
         out_MBHTK = BACKENDS[attention.backend](inputs, v_MBHTK, dropout)
         out_MNE = out_MBHTK.transpose(2, 3).reshape(n_members, -1, o_MED.shape[1])
         x_MND = torch.baddbmm(x_MND, out_MNE, o_MED)

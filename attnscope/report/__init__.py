@@ -65,9 +65,7 @@ def write_comparison(tables: Tables, found: Contents, folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunWriteError(
-            f"{printable(folder, 400)}: {reason_of(error)}. Name another folder with --out."
-        ) from None
+        raise RunWriteError(f"{printable(folder, 400)}: {reason_of(error)}. Name another folder with --out.") from None
     _write(folder, texts, figures, again="the same command")
     return folder / "report.html"
 

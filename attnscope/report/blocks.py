@@ -32,9 +32,7 @@ class Table:
 
     def without(self, title: str) -> "Table":
         """The same without a column of numbers; without any of that name, the same."""
-        keep = [
-            place for place, name in enumerate(self.titles) if place < self.words or name != title
-        ]
+        keep = [place for place, name in enumerate(self.titles) if place < self.words or name != title]
         return replace(
             self,
             titles=tuple(self.titles[place] for place in keep),

@@ -59,9 +59,7 @@ def _on_changes(baseline: Cell, changes: Sequence[SingleChange]) -> str | None:
         named = by_effect.get(effect, [])
         if named:
             more = f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
-            said.append(
-                f"{', '.join(named[:MOST_NAMED])}{more} {one if len(named) == 1 else several}"
-            )
+            said.append(f"{', '.join(named[:MOST_NAMED])}{more} {one if len(named) == 1 else several}")
     if not said:
         return None
     return f"Baseline {baseline.name}: {outcome_text(baseline)}. Changed alone, {'; '.join(said)}."
@@ -73,16 +71,7 @@ def change_table(found: Comparison) -> Table | None:
         return None
     differences = {each.cell: each for each in found.differences}
     words = short_names(found.axes)
-    rows = [
-        (
-            "(baseline)",
-            "",
-            outcome_text(found.baseline),
-            "",
-            mean_and_range(found.baseline.final_losses),
-            "",
-        )
-    ]
+    rows = [("(baseline)", "", outcome_text(found.baseline), "", mean_and_range(found.baseline.final_losses), "")]
     for change in found.changes:
         difference = differences.get(change.cell.name)
         rows.append(
@@ -92,9 +81,7 @@ def change_table(found: Comparison) -> Table | None:
                 outcome_text(change.cell),
                 change.effect,
                 mean_and_range(change.cell.final_losses),
-                "-"
-                if difference is None
-                else with_interval(difference.mean, difference.interval, signed=True),
+                "-" if difference is None else with_interval(difference.mean, difference.interval, signed=True),
             )
         )
     used = dict.fromkeys(change.effect for change in found.changes)
@@ -195,10 +182,7 @@ def member_table(members: Sequence[MemberRow]) -> Table:
     rows += [
         (
             column,
-            *(
-                f"{number(getattr(member.start, column))} → {number(getattr(member.end, column))}"
-                for member in members
-            ),
+            *(f"{number(getattr(member.start, column))} → {number(getattr(member.end, column))}" for member in members),
         )
         for column in ("entropy", "entropy_ratio", "max_prob", "max_logit")
     ]
@@ -246,9 +230,7 @@ def steps_text(steps: Sequence[int]) -> str:
     return f"{statistics.median_low(steps)} ({min(steps)}–{max(steps)})"
 
 
-def with_interval(
-    mean: float, interval: tuple[float, float] | None, *, signed: bool = False
-) -> str:
+def with_interval(mean: float, interval: tuple[float, float] | None, *, signed: bool = False) -> str:
     """-0.31 [-0.40, -0.22]."""
     sign = "+" if signed and mean > 0 else ""
     if interval is None:

@@ -13,13 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from attnscope.comparison.cells import Comparison, baseline_of, compare
-from attnscope.comparison.member import (
-    Evaluation,
-    Generation,
-    MemberRow,
-    member_rows,
-    number_in,
-)
+from attnscope.comparison.member import Evaluation, Generation, MemberRow, member_rows, number_in
 from attnscope.comparison.subjects import subjects_of
 from attnscope.config import SETTINGS, get_setting
 from attnscope.diagnose import Finding, NotLooked, examine
@@ -184,8 +178,7 @@ def _differing(run: Run) -> dict[str, tuple[str, ...]]:
     found = {}
     for key in keys:
         values = tuple(
-            _shown(member.settings[key] if key in member.settings else _base(run, key))
-            for member in run.members
+            _shown(member.settings[key] if key in member.settings else _base(run, key)) for member in run.members
         )
         if len(set(values)) > 1:
             found[printable(key, 60)] = values
@@ -203,9 +196,7 @@ def _reference(run: Run) -> dict[str, float]:
     reference = run.data.get("reference")
     if not isinstance(reference, dict):
         return {}
-    found = {
-        key: number_in(reference.get(key)) for key in ("uniform", "unigram", "bigram", "optimum")
-    }
+    found = {key: number_in(reference.get(key)) for key in ("uniform", "unigram", "bigram", "optimum")}
     return {key: value for key, value in found.items() if value is not None and np.isfinite(value)}
 
 
@@ -216,13 +207,8 @@ def _rows(heads: "pd.DataFrame") -> tuple[int, int] | None:
 def _in_words(kind: str, fields: Mapping[str, object]) -> str:
     if kind == "nonfinite":
         where = fields.get("where")
-        places = (
-            ", ".join(printable(place, 40) for place in where) if isinstance(where, list) else ""
-        )
-        return printable(
-            f"{printable(fields.get('tensor'), 60)} not finite" + (f": {places}" if places else ""),
-            300,
-        )
+        places = ", ".join(printable(place, 40) for place in where) if isinstance(where, list) else ""
+        return printable(f"{printable(fields.get('tensor'), 60)} not finite" + (f": {places}" if places else ""), 300)
     if kind == "diverged":
         return printable(f"loss {printable(fields.get('why'), 60)}", 100)
     if kind == "dropped":

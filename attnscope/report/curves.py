@@ -54,9 +54,7 @@ def curves_of(tables: Tables, found: Contents) -> Curves | None:
         rows_N = rows_of_member(tables.steps, member.name)
         at: list[float] = []
         for name in PER_STEP:
-            binned = heat_of(
-                tables.steps, rows_N, name, np.zeros(len(rows_N), np.int64), cells=points
-            )
+            binned = heat_of(tables.steps, rows_N, name, np.zeros(len(rows_N), np.int64), cells=points)
             at = _middles(binned[1]) if binned else []
             curves[name].append(_rounded(binned[2][0]) if binned else [])
         steps.append(at)
@@ -71,20 +69,13 @@ def curves_of(tables: Tables, found: Contents) -> Curves | None:
             curves[name].append([_rounded(by_key[key]) if key in by_key else [] for key in heads])
         head_steps.append(at)
     units = {
-        name: COLUMNS[table][name].unit
-        for table, names in (("steps", PER_STEP), ("heads", PER_HEAD))
-        for name in names
+        name: COLUMNS[table][name].unit for table, names in (("steps", PER_STEP), ("heads", PER_HEAD)) for name in names
     }
     data = {
         "members": [{"name": member.name, "status": member.status} for member in members],
         "heads": [head_label(key) for key in heads],
         "quantities": [
-            {
-                "name": name,
-                "unit": units[name],
-                "log": name in LOGARITHMIC,
-                "per_head": name in PER_HEAD,
-            }
+            {"name": name, "unit": units[name], "log": name in LOGARITHMIC, "per_head": name in PER_HEAD}
             for name in curves
         ],
         "steps": steps,

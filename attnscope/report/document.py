@@ -52,9 +52,7 @@ def document_of(found: Contents, figures: Sequence[Figure]) -> tuple[Section, ..
             title="Which setting does what",
             blocks=comparison_tables(found.comparison, found.members) if found.comparison else [],
         ),
-        Section(
-            key="findings", title="Findings", blocks=_findings(found.findings, found.not_looked)
-        ),
+        Section(key="findings", title="Findings", blocks=_findings(found.findings, found.not_looked)),
         Section(key="layers", title="Attention that was seen", blocks=_layers(found)),
         Section(key="differing", title="What differs", blocks=_differing(found)),
         Section(key="members", title="Members", blocks=[_members(found)]),
@@ -81,10 +79,7 @@ def document_of(found: Contents, figures: Sequence[Figure]) -> tuple[Section, ..
 def _findings(findings: Sequence[Finding], not_looked: Sequence[NotLooked]) -> list[Block]:
     blocks: list[Block] = []
     for finding in findings:
-        blocks += [
-            Heading(text=f"{finding.kind.capitalize()}: {finding.title}"),
-            Paragraph(text=finding.summary),
-        ]
+        blocks += [Heading(text=f"{finding.kind.capitalize()}: {finding.title}"), Paragraph(text=finding.summary)]
         if finding.evidence:
             blocks.append(_evidence(finding.evidence, finding.evidence_left_out))
         blocks.append(Notes(items=(f"Try: {finding.remedy}", f"Source: {finding.source}")))
@@ -100,17 +95,7 @@ def _layers(found: Contents) -> list[Block]:
     if first:
         blocks.append(
             Table(
-                titles=(
-                    "layer",
-                    "name",
-                    "backend",
-                    "mask",
-                    "dtype",
-                    "heads",
-                    "d_head",
-                    "scale",
-                    "1/√d_head",
-                ),
+                titles=("layer", "name", "backend", "mask", "dtype", "heads", "d_head", "scale", "1/√d_head"),
                 rows=tuple(
                     (
                         str(number),
@@ -168,10 +153,7 @@ def _members(found: Contents) -> Table:
         for member in found.members[:MOST_MEMBERS]
     )
     return Table(
-        titles=(
-            *("member", "status", "step", "first loss", "best loss", "final loss", "val_loss"),
-            *columns,
-        ),
+        titles=(*("member", "status", "step", "first loss", "best loss", "final loss", "val_loss"), *columns),
         rows=rows,
         words=2,
         caption=_more_members(found)
@@ -204,8 +186,7 @@ def _differing(found: Contents) -> list[Block]:
         Table(
             titles=("member", *keys),
             rows=tuple(
-                (member.name, *(member.settings[key] for key in keys))
-                for member in found.members[:MOST_MEMBERS]
+                (member.name, *(member.settings[key] for key in keys)) for member in found.members[:MOST_MEMBERS]
             ),
             words=1 + len(keys),
         )
@@ -215,9 +196,7 @@ def _differing(found: Contents) -> list[Block]:
 def _happenings(found: Contents) -> list[Block]:
     if not found.events:
         return []
-    more = (
-        f"{found.events_left_out} more events are left out here." if found.events_left_out else ""
-    )
+    more = f"{found.events_left_out} more events are left out here." if found.events_left_out else ""
     rows = tuple((str(each.step), each.member, each.kind, each.what) for each in found.events)
     return [Table(titles=("step", "member", "kind", "what"), rows=rows, words=4, caption=more)]
 
@@ -260,14 +239,8 @@ def _generation(each: Generation) -> list[Block]:
 
 
 def _how(found: Contents) -> Table:
-    rows = [
-        ("run", f"{found.name}, {found.status}, created {found.created}"),
-        ("command", found.command or "-"),
-    ]
-    rows += [
-        (f"{name} loss", f"{number(value)} nats per token")
-        for name, value in found.reference.items()
-    ]
+    rows = [("run", f"{found.name}, {found.status}, created {found.created}"), ("command", found.command or "-")]
+    rows += [(f"{name} loss", f"{number(value)} nats per token") for name, value in found.reference.items()]
     rows += [(f"data: {key}", value) for key, value in found.data.items()]
     rows += list(found.environment.items())
     if found.rows:

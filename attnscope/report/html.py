@@ -15,9 +15,7 @@ from attnscope.report.curves import Curves
 LARGEST_SVG = 120_000  # bytes; a larger one goes in as PNG if that is smaller
 
 
-def to_html(
-    title: str, verdict: Sequence[str], sections: Sequence[Section], curves: Curves | None
-) -> str:
+def to_html(title: str, verdict: Sequence[str], sections: Sequence[Section], curves: Curves | None) -> str:
     """Lay out a report."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 

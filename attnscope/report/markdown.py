@@ -8,9 +8,7 @@ from attnscope.report.blocks import Block, Figure, Heading, Lines, Notes, Paragr
 MOST_ROWS = 50  # of a table; all of them are in the HTML
 
 
-def to_markdown(
-    title: str, verdict: Sequence[str], sections: Sequence[Section], *, folder: str
-) -> str:
+def to_markdown(title: str, verdict: Sequence[str], sections: Sequence[Section], *, folder: str) -> str:
     """Lay out a report; `folder` is where the figures stand beside it."""
     parts = [f"# {escaped(title)}", *map(escaped, verdict)]
     for section in sections:
@@ -47,11 +45,7 @@ def _block(block: Block, folder: str) -> str:
 def _table(table: Table) -> str:
     numbers = len(table.titles) - table.words
     rows = [[escaped(cell) for cell in row] for row in table.rows[:MOST_ROWS]]
-    lines = [
-        [escaped(title) for title in table.titles],
-        ["---"] * table.words + ["---:"] * numbers,
-        *rows,
-    ]
+    lines = [[escaped(title) for title in table.titles], ["---"] * table.words + ["---:"] * numbers, *rows]
     parts = ["\n".join(f"| {' | '.join(line)} |" for line in lines)]
     more = len(table.rows) - MOST_ROWS
     if more > 0:

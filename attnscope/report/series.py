@@ -147,9 +147,7 @@ def heat_of(
         sums += np.bincount(cell_N, weights=value_N, minlength=size)
     with np.errstate(invalid="ignore"):
         values = (sums / counts).reshape(len(keys_G), n_bins)
-    for gap in np.flatnonzero(
-        ~recorded
-    ):  # record.every > 1: show the last measurement until the next
+    for gap in np.flatnonzero(~recorded):  # record.every > 1: show the last measurement until the next
         values[:, gap] = values[:, gap - 1]
     return keys_G, np.linspace(first, last + 1, n_bins + 1), values
 

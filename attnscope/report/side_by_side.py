@@ -21,11 +21,7 @@ from attnscope.runs.reader import Run
 if TYPE_CHECKING:
     import pandas as pd
 
-SECTIONS_OF_DATA = (
-    "data.",
-    "model.seq_len",
-    "model.kind",
-)  # settings that change what a loss is measured on
+SECTIONS_OF_DATA = ("data.", "model.seq_len", "model.kind")  # settings that change what a loss is measured on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,9 +42,7 @@ class Joined:
     params: "pd.DataFrame"
 
 
-def side_by_side(
-    chosen: Sequence[Chosen], *, baseline: Mapping[str, str] | None = None
-) -> tuple[Joined, Contents]:
+def side_by_side(chosen: Sequence[Chosen], *, baseline: Mapping[str, str] | None = None) -> tuple[Joined, Contents]:
     """Put members of one or more runs side by side.
 
     Args:
@@ -74,10 +68,7 @@ def side_by_side(
                 )
         read = contents(each.run)
         several = len(chosen) > 1
-        new = {
-            name: (label if len(known) == 1 else f"{label}:{name}") if several else name
-            for name in wanted
-        }
+        new = {name: (label if len(known) == 1 else f"{label}:{name}") if several else name for name in wanted}
         names.append(new)
         found.append(read)
         subjects += [
@@ -91,10 +82,7 @@ def side_by_side(
     own = baseline_of(chosen[0].run) if len(chosen) == 1 else None
     comparison = compare(subjects, baseline={**(own or {}), **(baseline or {})})
     rows = tuple(
-        replace(
-            subject.row,
-            settings={key: subject.settings.get(key, "-") for key in comparison.axes},
-        )
+        replace(subject.row, settings={key: subject.settings.get(key, "-") for key in comparison.axes})
         for subject in subjects
     )
     tables = {
@@ -109,9 +97,7 @@ def _labels(runs: Sequence[Run]) -> list[str]:
     paths = {run.path.resolve() for run in runs}
     counts = Counter(printable(path.name) for path in paths)
     return [
-        run.name
-        if counts[run.name] == 1
-        else printable(f"{run.path.resolve().parent.name}/{run.name}", 80)
+        run.name if counts[run.name] == 1 else printable(f"{run.path.resolve().parent.name}/{run.name}", 80)
         for run in runs
     ]
 
@@ -173,20 +159,16 @@ def _merged(
         findings=(),
         not_looked=(),
         comparison=comparison,
-        lost=tuple(
-            f"{label}: {note}"
-            for each, label in zip(found, labels, strict=True)
-            for note in each.lost
-        ),
+        lost=tuple(f"{label}: {note}" for each, label in zip(found, labels, strict=True) for note in each.lost),
     )
 
 
-def _second_sentence(
-    comparison: Comparison, attention: str, differing: Mapping[str, Sequence[str]]
-) -> str:
+def _second_sentence(comparison: Comparison, attention: str, differing: Mapping[str, Sequence[str]]) -> str:
     if any(key.startswith(SECTIONS_OF_DATA) for key in differing):
         unlike = ", ".join(key for key in differing if key.startswith(SECTIONS_OF_DATA))
-        return f"They differ in {unlike}, so their losses are not measured on the same text: compare outcomes, not losses."
+        return (
+            f"They differ in {unlike}, so their losses are not measured on the same text: compare outcomes, not losses."
+        )
     return sentence_on(comparison) or attention
 
 

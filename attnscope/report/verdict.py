@@ -14,9 +14,7 @@ MOST_NAMED = 4  # members that a sentence names one by one
 ALIKE = 0.05  # max_prob closer than that is called alike
 
 
-def verdict_of(
-    members: Sequence[MemberRow], differing: Mapping[str, Sequence[str]]
-) -> tuple[str, str]:
+def verdict_of(members: Sequence[MemberRow], differing: Mapping[str, Sequence[str]]) -> tuple[str, str]:
     """How the members ended; what their attention was like."""
     return _outcomes(members), _attention(members, differing)
 
@@ -49,9 +47,7 @@ def _outcome(member: MemberRow) -> str:
         return f"{first} and became non-finite at step {member.nonfinite_at}"
     falls = " and still falling" if member.is_falling else ""
     if member.status == "stalled" and member.is_falling:
-        return (
-            f"{name} is not below{against} yet: its final loss {loss} still falls{_passed(member)}"
-        )
+        return f"{name} is not below{against} yet: its final loss {loss} still falls{_passed(member)}"
     if member.status == "stalled":
         return f"{name} stalled: its final loss {loss} is above{against}{_passed(member)}"
     if member.status == "failed":
@@ -59,7 +55,9 @@ def _outcome(member: MemberRow) -> str:
     if member.status == "trained" and against:
         return f"{name} trained to a loss of {loss}, below{against}{falls}{_leak(member)}{_passed(member)}"
     if member.status == "trained":  # nobody knows what would be learned
-        return f"{name} ran to its end at a loss of {loss}{falls}, {number(member.first_loss)} at first{_passed(member)}"
+        return (
+            f"{name} ran to its end at a loss of {loss}{falls}, {number(member.first_loss)} at first{_passed(member)}"
+        )
     halted = {"running": "is still training"}.get(member.status, f"was {member.status}")
     return f"{name} {halted} after step {member.step} at a loss of {loss}"
 
@@ -108,10 +106,7 @@ def _attention(members: Sequence[MemberRow], differing: Mapping[str, Sequence[st
     else:
         found = f"{where} their attention is alike (max_prob {number(bottom)} to {number(top)})"
         last = [member for member in seen if member.end.max_prob is not None]
-        ends = [
-            f"{member.name} {number(member.end.max_prob)} (step {member.end.step})"
-            for member in last[:MOST_NAMED]
-        ]
+        ends = [f"{member.name} {number(member.end.max_prob)} (step {member.end.step})" for member in last[:MOST_NAMED]]
         more = f" and {len(last) - MOST_NAMED} more" if len(last) > MOST_NAMED else ""
         found += f", when last finite it is {', '.join(ends)}{more}"
     if 1 <= len(differing) <= 3:

@@ -69,9 +69,7 @@ def first_measured(heads: "pd.DataFrame", n_members: int) -> "pd.DataFrame":
     return heads[step_N == first_M[codes_N]]
 
 
-def mean_by_member(
-    codes_N: NDArray[np.int64], values_N: NDArray[np.float64], n_members: int
-) -> NDArray[np.float64]:
+def mean_by_member(codes_N: NDArray[np.int64], values_N: NDArray[np.float64], n_members: int) -> NDArray[np.float64]:
     """Mean over the values of each member that are numbers, (M,); NaN where there is none."""
     sound_N = ~np.isnan(values_N)
     counts_M = np.bincount(codes_N[sound_N], minlength=n_members)
@@ -83,9 +81,7 @@ def mean_by_member(
 
 def diverged_at(run: Run) -> NDArray[np.int64]:
     """The step at which each member diverged, (M,); NEVER for the others."""
-    return np.array(
-        [NEVER if member.diverged_at is None else member.diverged_at for member in run.members]
-    )
+    return np.array([NEVER if member.diverged_at is None else member.diverged_at for member in run.members])
 
 
 def _changed(base: Config, changes: dict[str, object]) -> Config | None:

@@ -46,9 +46,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
 
 
-def save_checkpoint(
-    part_dir: Path, *, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, object]
-) -> Path:
+def save_checkpoint(part_dir: Path, *, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, object]) -> Path:
     """Write a checkpoint, then remove the others.
 
     Args:
@@ -64,11 +62,7 @@ def save_checkpoint(
         RunWriteError: the disk did not take it; the checkpoint before it is still there.
     """
     payload = save({name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()})
-    commit = {
-        "step": step,
-        "sha256": hashlib.sha256(payload).hexdigest(),
-        "state": state,
-    }
+    commit = {"step": step, "sha256": hashlib.sha256(payload).hexdigest(), "state": state}
     path = part_dir / checkpoint_file(step, "json")
     keep = {path.name, checkpoint_file(step, "safetensors")}
     try:
@@ -102,9 +96,7 @@ def load_checkpoint(part_dir: Path) -> Checkpoint | None:
     try:
         found = [CHECKPOINT_FILE.fullmatch(entry.name) for entry in part_dir.iterdir()]
     except OSError as error:
-        raise RunError(
-            f"{part_dir}: {reason_of(error)}. {remedy_of(error)} and try again."
-        ) from None
+        raise RunError(f"{part_dir}: {reason_of(error)}. {remedy_of(error)} and try again.") from None
     steps = sorted({int(match["step"]) for match in found if match and match["kind"] == "json"})
     notes: list[str] = []
     for step in reversed(steps):
@@ -127,9 +119,7 @@ def _load(part_dir: Path, step: int) -> tuple[dict[str, Tensor], dict[str, objec
     path = part_dir / checkpoint_file(step, "json")
     commit = read_json(path, name=name, limit=MAX_JSON_BYTES, way_out="")
     name = f"{part_dir.name}/{checkpoint_file(step, 'safetensors')}"
-    payload = read_file(
-        part_dir / checkpoint_file(step, "safetensors"), name=name, limit=MAX_CHECKPOINT_BYTES
-    )
+    payload = read_file(part_dir / checkpoint_file(step, "safetensors"), name=name, limit=MAX_CHECKPOINT_BYTES)
     state = with_special(commit.get("state"))
     if commit.get("step") != step or not isinstance(state, dict):
         raise RunError(f"{name}: its JSON does not describe step {step}")

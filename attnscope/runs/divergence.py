@@ -192,9 +192,7 @@ class LossWatch:
         self.diverged_at, self.why = broken_at, NOT_FINITE
 
 
-def _so_far(
-    before: tuple[float, float], x_N: _Floats
-) -> tuple[_Floats, _Floats, tuple[float, float]]:
+def _so_far(before: tuple[float, float], x_N: _Floats) -> tuple[_Floats, _Floats, tuple[float, float]]:
     """Of what was before each number, the smallest and the largest; and of all of them."""
     smallest_N = np.minimum.accumulate(np.r_[before[0], x_N])
     largest_N = np.maximum.accumulate(np.r_[before[1], x_N])

@@ -36,9 +36,7 @@ def read_file(path: Path, *, name: str, limit: int) -> bytes:
         if not stat.S_ISREG(found.st_mode):
             raise RunError(f"{name}: is not a file")
         if found.st_size > limit:
-            raise RunError(
-                f"{name}: has {found.st_size} bytes, more than the {limit} that are read"
-            )
+            raise RunError(f"{name}: has {found.st_size} bytes, more than the {limit} that are read")
         with path.open("rb") as file:
             return file.read(found.st_size)  # a file that grows is read as it was
     except OSError as error:

@@ -228,9 +228,7 @@ def _read(folder: Path, number: int) -> Holder | None:
     host, pid, started, since = (said.get(key) for key in ("host", "pid", "started", "since"))
     if not is_whole(pid, 1, 2**31) or not all(isinstance(x, str) for x in (host, started, since)):
         return None
-    return Holder(
-        host=printable(host, 200), pid=pid, started=str(started), since=printable(since, 40)
-    )
+    return Holder(host=printable(host, 200), pid=pid, started=str(started), since=printable(since, 40))
 
 
 def _here() -> str:

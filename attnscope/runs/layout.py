@@ -90,9 +90,7 @@ STEPS = {
     "step": _STEP,
     "member": _MEMBER,
     "loss": Column("float32", "nats per token", "mean cross-entropy of the training batch"),
-    "val_loss": Column(
-        "float32", "nats per token", "mean cross-entropy on held-out data; NaN where not evaluated"
-    ),
+    "val_loss": Column("float32", "nats per token", "mean cross-entropy on held-out data; NaN where not evaluated"),
     "grad_norm": Column("float32", "", "L2 norm of the whole gradient, before clipping"),
     "clip_factor": Column("float32", "", "what clipping multiplied the gradient by; 1 = nothing"),
     "lr": Column("float32", "", "learning rate of this update"),
@@ -104,9 +102,7 @@ STEPS = {
     ),
     "tokens": Column("int64", "tokens", "tokens seen so far, this step's included"),
     "step_ms": Column("float32", "ms", "wall time of the step on the host"),
-    "output_logit_max": Column(
-        "float32", "nats", "largest LM-head logit", "Chowdhery et al. 2022 (PaLM)"
-    ),
+    "output_logit_max": Column("float32", "nats", "largest LM-head logit", "Chowdhery et al. 2022 (PaLM)"),
     "log_z": Column(
         "float32",
         "nats",
@@ -147,18 +143,10 @@ HEADS = {
         "largest attn_logit",
         "Dehghani et al. 2023; Wortsman et al. 2023; Kimi K2 2025",
     ),
-    "max_logit_bound": Column(
-        "float32", "nats", "scale * max |q| * max |k| over all rows, no attn_logit is above it"
-    ),
-    "logits_over_5": Column(
-        "float32", "share of visible logits", "attn_logits further than 5 from their row's mean"
-    ),
-    "softmax_gain": Column(
-        "float32", "0 to 1", "mean of 1 - sum p^2: at 0 no gradient reaches q and k"
-    ),
-    "sink": Column(
-        "float32", "0 to 1", "mean attention weight on the first visible key", "Gu et al. 2024"
-    ),
+    "max_logit_bound": Column("float32", "nats", "scale * max |q| * max |k| over all rows, no attn_logit is above it"),
+    "logits_over_5": Column("float32", "share of visible logits", "attn_logits further than 5 from their row's mean"),
+    "softmax_gain": Column("float32", "0 to 1", "mean of 1 - sum p^2: at 0 no gradient reaches q and k"),
+    "sink": Column("float32", "0 to 1", "mean attention weight on the first visible key", "Gu et al. 2024"),
 }
 
 LAYERS = {
@@ -187,12 +175,7 @@ PARAMS = {
     "nonfinite": Column("int64", "entries", "NaN and Inf in the gradient"),
 }
 
-COLUMNS: Mapping[str, Mapping[str, Column]] = {
-    "steps": STEPS,
-    "heads": HEADS,
-    "layers": LAYERS,
-    "params": PARAMS,
-}
+COLUMNS: Mapping[str, Mapping[str, Column]] = {"steps": STEPS, "heads": HEADS, "layers": LAYERS, "params": PARAMS}
 KEYS: Mapping[str, tuple[str, ...]] = {
     "steps": ("step", "member"),
     "heads": ("step", "member", "layer", "head"),
@@ -207,10 +190,7 @@ def schema_of(table: str) -> "pa.Schema":
     import pyarrow as pa
 
     return pa.schema(
-        [
-            pa.field(name, pa.type_for_alias(column.kind), nullable=False)
-            for name, column in COLUMNS[table].items()
-        ]
+        [pa.field(name, pa.type_for_alias(column.kind), nullable=False) for name, column in COLUMNS[table].items()]
     )
 
 

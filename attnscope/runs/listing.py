@@ -38,9 +38,7 @@ def list_runs(folder: str | Path) -> list[RunSummary]:
         try:
             manifest = read_manifest(path)
         except RunError as error:
-            summaries.append(
-                RunSummary(path=path, name=name, status="unreadable", problem=str(error))
-            )
+            summaries.append(RunSummary(path=path, name=name, status="unreadable", problem=str(error)))
             continue
         parts, holder = parts_of(path, manifest), writer_of(path)
         last = [part.end.get("last_step") for part in parts if part.end]

@@ -60,9 +60,7 @@ def read_manifest(run: Path, *, as_written: bool = False) -> Manifest:
             f"{name} was made by a newer attnscope: its format is {version}, this one reads "
             f"{SCHEMA_VERSION}. Upgrade: pip install --upgrade attnscope."
         )
-    entries = take(
-        raw, "members", lambda x: isinstance(x, list) and len(x) > 0, "a list of members"
-    )
+    entries = take(raw, "members", lambda x: isinstance(x, list) and len(x) > 0, "a list of members")
     if len(entries) > MAX_MEMBERS:
         damaged("the number of members", len(entries), f"at most {MAX_MEMBERS}")
     members: list[MemberEntry] = []
@@ -73,9 +71,7 @@ def read_manifest(run: Path, *, as_written: bool = False) -> Manifest:
             MemberEntry(
                 name=take(entry, "name", lambda x: isinstance(x, str), "a text"),
                 part=take(entry, "part", lambda x: is_whole(x, 0, MAX_PART), f"0 to {MAX_PART}"),
-                index=take(
-                    entry, "index", lambda x: is_whole(x, 0, MAX_INDEX), f"0 to {MAX_INDEX}"
-                ),
+                index=take(entry, "index", lambda x: is_whole(x, 0, MAX_INDEX), f"0 to {MAX_INDEX}"),
                 settings=take(entry, "settings", _is_table, "a table"),
             )
         )

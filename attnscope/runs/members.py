@@ -68,13 +68,7 @@ def member_record(
         unigram=unigram,
         seen=None if seen_events is None else _losses_seen(entry, steps, seen_events),
     )
-    return MemberRecord(
-        name=entry.name,
-        part=entry.part,
-        index=entry.index,
-        settings=entry.settings,
-        **asdict(end),
-    )
+    return MemberRecord(name=entry.name, part=entry.part, index=entry.index, settings=entry.settings, **asdict(end))
 
 
 def end_status_of(part: PartFiles, *, run_status: str, is_held: bool) -> str | None:
@@ -94,9 +88,7 @@ def end_status_of(part: PartFiles, *, run_status: str, is_held: bool) -> str | N
     return {"killed": None, "running": None, "failed": "interrupted"}.get(run_status, run_status)
 
 
-def _losses_seen(
-    entry: MemberEntry, steps: Mapping[str, NDArray[Any]], events: Sequence[Event]
-) -> NDArray[Any]:
+def _losses_seen(entry: MemberEntry, steps: Mapping[str, NDArray[Any]], events: Sequence[Event]) -> NDArray[Any]:
     """Of watched code, whose loss may not be seen: a loss that is NaN, and that the recorder saw, is in the events."""
     broken = [
         event.step

@@ -86,8 +86,7 @@ def outcome(
         seen_S = np.asarray(seen, dtype=bool)
         steps_S, losses_S = steps_S[seen_S], losses_S[seen_S]
         grad_norms, loss_scales = (
-            None if values is None else np.asarray(values)[seen_S]
-            for values in (grad_norms, loss_scales)
+            None if values is None else np.asarray(values)[seen_S] for values in (grad_norms, loss_scales)
         )
     if not len(steps_S):
         recorded = "trained" if last_step is not None else "interrupted"

@@ -23,15 +23,7 @@ from attnscope.runs.atomic import reason_of, remedy_of, replace_file
 from attnscope.runs.checksums import hexadecimal, sealed
 from attnscope.runs.foreign import is_folder
 from attnscope.runs.holder import hold, release
-from attnscope.runs.layout import (
-    END_FILE,
-    END_STATUSES,
-    TABLE_FILE,
-    part_folder,
-    segment_of,
-    table_file,
-    to_json,
-)
+from attnscope.runs.layout import END_FILE, END_STATUSES, TABLE_FILE, part_folder, segment_of, table_file, to_json
 from attnscope.runs.parts import Written, files_as_found, files_as_json, find_part
 from attnscope.runs.streams import END_OF_STREAM, encode_batch, encode_schema
 
@@ -159,10 +151,7 @@ class PartWriter:
 
     def _end(self, said: Mapping[str, object]) -> bytes:
         """The bytes of end.json: what is said, and which files there must be."""
-        own = {
-            name: Written(bytes=done.bytes, crc32=hexadecimal(done.crc32))
-            for name, done in self._done.items()
-        }
+        own = {name: Written(bytes=done.bytes, crc32=hexadecimal(done.crc32)) for name, done in self._done.items()}
         return sealed(to_json({**said, "files": files_as_json({**self._before, **own})})).encode()
 
     def close(self) -> None:
@@ -194,9 +183,7 @@ class PartWriter:
             while rest:
                 rest = rest[file.write(rest) :]
             # One assignment: an interrupt must not find half of it.
-            self._done[name] = _Done(
-                done.bytes + len(data), crc32(data, done.crc32), done.writes + 1
-            )
+            self._done[name] = _Done(done.bytes + len(data), crc32(data, done.crc32), done.writes + 1)
         except OSError as error:
             with contextlib.suppress(OSError, KeyError):  # half a batch helps nobody
                 self._files[name].truncate(self._done.get(name, _Done()).bytes)
@@ -211,8 +198,6 @@ class PartWriter:
             kept = "What was recorded before is kept."
             if self._last_step is not None:
                 kept = f"The records up to step {self._last_step} are kept."
-            rest = (
-                f"{kept} {remedy_of(error)}, then: attnscope train --resume {shlex.quote(str(run))}"
-            )
+            rest = f"{kept} {remedy_of(error)}, then: attnscope train --resume {shlex.quote(str(run))}"
         self._failure = RunWriteError(f"{path}: {reason_of(error)}. {rest}")
         raise self._failure from None

@@ -82,22 +82,14 @@ def find_part(run: Path, index: int) -> PartFiles:
     try:
         if not is_folder(path):
             path.lstat()
-            return PartFiles(
-                index=index, path=path, lost=(f"{name}: is a link or no folder; not followed",)
-            )
+            return PartFiles(index=index, path=path, lost=(f"{name}: is a link or no folder; not followed",))
         entries = {entry.name: entry.lstat() for entry in path.iterdir()}
         # An empty file is one whose first write failed: nothing was begun.
-        entries = {
-            entry: found
-            for entry, found in entries.items()
-            if found.st_size or not stat.S_ISREG(found.st_mode)
-        }
+        entries = {entry: found for entry, found in entries.items() if found.st_size or not stat.S_ISREG(found.st_mode)}
     except FileNotFoundError:
         return PartFiles(index=index, path=path)
     except OSError as error:
-        return PartFiles(
-            index=index, path=path, lost=(f"{name}: cannot be read: {reason_of(error)}",)
-        )
+        return PartFiles(index=index, path=path, lost=(f"{name}: cannot be read: {reason_of(error)}",))
     found = [TABLE_FILE.fullmatch(entry) or EVENTS_FILE.fullmatch(entry) for entry in entries]
     segments = sorted({int(match["segment"]) for match in found if match})
     times = [entries[match.string].st_mtime for match in found if match]
@@ -201,11 +193,7 @@ def strangers(run: Path, known: Iterable[int]) -> tuple[str, ...]:
         found = sorted(entry.name for entry in run.iterdir() if PART.fullmatch(entry.name))
     except OSError as error:
         return (f"the folder cannot be listed: {reason_of(error)}",)
-    return tuple(
-        f"{name}: no member of run.json is in it; left out"
-        for name in found
-        if name not in expected
-    )
+    return tuple(f"{name}: no member of run.json is in it; left out" for name in found if name not in expected)
 
 
 def status_of(parts: Sequence[PartFiles], writer: Holder | None) -> str:
@@ -316,9 +304,7 @@ def without_steps(
         file = table_file("steps", segment)
         if later > last and file not in part.written:  # else it was said already
             until = f"at {last}" if last >= 0 else "before the first"
-            notes.append(
-                f"{part.path.name}/{file}: {table} go on to step {later}, but steps end {until}"
-            )
+            notes.append(f"{part.path.name}/{file}: {table} go on to step {later}, but steps end {until}")
     return notes
 
 

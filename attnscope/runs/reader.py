@@ -24,11 +24,7 @@ from attnscope.runs.divergence import FED
 from attnscope.runs.events import Event
 from attnscope.runs.foreign import printable
 from attnscope.runs.holder import writer_of
-from attnscope.runs.layout import (
-    RUN_FILE,
-    Manifest,
-    table_file,
-)
+from attnscope.runs.layout import RUN_FILE, Manifest, table_file
 from attnscope.runs.listing import runs_in
 from attnscope.runs.manifest import change_of, is_whole, read_manifest
 from attnscope.runs.members import MemberRecord, end_status_of, member_record
@@ -163,10 +159,7 @@ class Run:
             if event.step < end
         ]
         rows.sort(key=lambda row: row[:2])
-        codes = [
-            -1 if event.member is None else self._numbers[part].get(event.member, -1)
-            for part, _, event in rows
-        ]
+        codes = [-1 if event.member is None else self._numbers[part].get(event.member, -1) for part, _, event in rows]
         return pd.DataFrame(
             {
                 "part": np.array([part for part, _, _ in rows], dtype=np.int32),
@@ -187,10 +180,7 @@ class Run:
         order_N = np.argsort(codes_N, kind="stable")
         bounds = np.searchsorted(codes_N[order_N], np.arange(len(self._names) + 1))
         columns = {name: self.steps[name].to_numpy()[order_N] for name in FED}
-        ends = {
-            part.index: end_status_of(part, run_status=self.status, is_held=self._is_held)
-            for part in self._parts
-        }
+        ends = {part.index: end_status_of(part, run_status=self.status, is_held=self._is_held) for part in self._parts}
         errors = {part.index: error_of(part) for part in self._parts}
         return tuple(
             member_record(
@@ -255,9 +245,7 @@ class Run:
                 self._notes += gaps_in(part, steps, starts, ends)
             for segment, each in found.items():
                 steps_N, members_N = each.columns["step"], each.columns["member"]
-                code_of = np.full(
-                    1 << 16, -1, dtype=np.int32
-                )  # of every int16; negative ones at the end
+                code_of = np.full(1 << 16, -1, dtype=np.int32)  # of every int16; negative ones at the end
                 for index, number in self._numbers[part.index].items():
                     if 0 <= index < 1 << 15:
                         code_of[index] = number
@@ -279,9 +267,7 @@ class Run:
         for name in list(chunks[0]):
             pieces = [chunk.pop(name) for chunk in chunks]
             if isinstance(pieces[0], pd.Categorical):
-                joined = union_categoricals(
-                    pieces
-                )  # its names may have become pandas' own text type
+                joined = union_categoricals(pieces)  # its names may have become pandas' own text type
                 columns[name] = joined.rename_categories(pd.Index(joined.categories, dtype=object))
             else:
                 columns[name] = np.concatenate(pieces)
@@ -293,12 +279,8 @@ class Run:
 
         columns: dict[str, Any] = dict(table.columns)
         for name, words in table.words.items():
-            columns[name] = pd.Categorical.from_codes(
-                columns[name], categories=pd.Index(words, dtype=object)
-            )
-        columns["member"] = pd.Categorical.from_codes(
-            codes_N, categories=pd.Index(self._names, dtype=object)
-        )
+            columns[name] = pd.Categorical.from_codes(columns[name], categories=pd.Index(words, dtype=object))
+        columns["member"] = pd.Categorical.from_codes(codes_N, categories=pd.Index(self._names, dtype=object))
         return columns
 
     def _table(self, part: PartFiles, segment: int, table: str) -> TableData:
@@ -333,9 +315,7 @@ class Run:
         return [event.step for event in events if event.kind == "start"]
 
     def _events_of(self, part: int) -> list[Event]:
-        return [
-            event for (of, _), found in self._events_in.items() if of == part for event in found
-        ]
+        return [event for (of, _), found in self._events_in.items() if of == part for event in found]
 
     @cached_property
     def _events_in(self) -> dict[tuple[int, int], list[Event]]:

@@ -25,13 +25,10 @@ def report_dir(run: Run) -> Path:
             found = entry.lstat()
             if not (is_folder(entry) or (stat.S_ISREG(found.st_mode) and found.st_nlink == 1)):
                 raise RunError(
-                    f"{printable(entry, 400)} could lead out of the run. Delete {printable(folder, 400)} "
-                    "and try again."
+                    f"{printable(entry, 400)} could lead out of the run. Delete {printable(folder, 400)} and try again."
                 )
     except FileExistsError:
-        raise RunError(
-            f"{printable(folder, 400)} is a link or a file. Delete it and try again."
-        ) from None
+        raise RunError(f"{printable(folder, 400)} is a link or a file. Delete it and try again.") from None
     except OSError as error:
         raise RunWriteError(
             f"{printable(folder, 400)}: {reason_of(error)}. {remedy_of(error)} and try again."

@@ -134,8 +134,6 @@ def load_snapshot(path: str | Path) -> Snapshot:
 def snapshots_of(run_dir: Path) -> list[Path]:
     """The snapshots of all parts of a run, by part and step."""
     try:
-        return sorted(
-            path for path in run_dir.glob("part-*/*") if SNAPSHOT_FILE.fullmatch(path.name)
-        )
+        return sorted(path for path in run_dir.glob("part-*/*") if SNAPSHOT_FILE.fullmatch(path.name))
     except OSError:
         return []

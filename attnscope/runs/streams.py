@@ -91,9 +91,7 @@ def _array(values: ArrayLike, kind: "pa.DataType") -> "pa.Array":
     if pa.types.is_string(kind):
         texts = [str(text).encode() for text in np.asarray(values)]
         ends = np.cumsum([0, *map(len, texts)], dtype=np.int32)
-        return pa.StringArray.from_buffers(
-            len(texts), pa.py_buffer(ends), pa.py_buffer(b"".join(texts))
-        )
+        return pa.StringArray.from_buffers(len(texts), pa.py_buffer(ends), pa.py_buffer(b"".join(texts)))
     found = np.ascontiguousarray(np.asarray(values).astype(kind.to_pandas_dtype()))
     return pa.Array.from_buffers(kind, len(found), [None, pa.py_buffer(found)])
 
@@ -103,9 +101,7 @@ def decode_table(data: bytes, table: str) -> TableData:
     import pyarrow as pa
 
     unreadable = (pa.ArrowException, ValueError, OSError, EOFError, MemoryError, struct.error)
-    current = (
-        pa.ipc.MetadataVersion.V5
-    )  # older ones compress in a way that `_unpacked_bytes` does not see
+    current = pa.ipc.MetadataVersion.V5  # older ones compress in a way that `_unpacked_bytes` does not see
     source = pa.BufferReader(data)
     messages = pa.ipc.MessageReader.open_stream(source)
     schema: pa.Schema | None = None
@@ -129,9 +125,7 @@ def decode_table(data: bytes, table: str) -> TableData:
                     raise ValueError("is there twice")
                 unpacked_bytes += _unpacked_bytes(message)
                 if unpacked_bytes > MAX_TABLE_BYTES:
-                    raise RunError(
-                        f"unpacks to more than the {MAX_TABLE_BYTES} bytes that are read"
-                    )
+                    raise RunError(f"unpacks to more than the {MAX_TABLE_BYTES} bytes that are read")
                 batch = _batch_in(message, schema, usable)
                 if number is None:
                     unnumbered.append(batch)
@@ -187,9 +181,7 @@ def _schema_in(message: "pa.Message", table: str, lost: list[str]) -> tuple["pa.
     return pa.schema([pa.field(name, kind) for name, kind in found]), usable
 
 
-def _batch_in(
-    message: "pa.Message", schema: "pa.Schema", usable: Sequence[int]
-) -> "pa.RecordBatch":
+def _batch_in(message: "pa.Message", schema: "pa.Schema", usable: Sequence[int]) -> "pa.RecordBatch":
     """The columns of one batch that the layout knows, checked."""
     import pyarrow as pa
 
@@ -226,10 +218,7 @@ def _seal_in(header: bytes) -> int | None:
     for index in range(_number("<I", header, pairs)):
         slot = pairs + 4 + 4 * index
         pair = slot + _number("<I", header, slot)
-        key, value = (
-            at + _number("<I", header, at)
-            for at in (_field_at(header, pair, field) for field in (0, 1))
-        )
+        key, value = (at + _number("<I", header, at) for at in (_field_at(header, pair, field) for field in (0, 1)))
         if header[key + 4 : key + 4 + _number("<I", header, key)] == SEAL:
             if _number("<I", header, value) != 2 * DIGITS + 1:
                 raise ValueError("no number and checksum")

@@ -16,15 +16,7 @@ from attnscope.config import Config, Member, to_table, to_toml
 from attnscope.errors import RunError, RunWriteError
 from attnscope.runs.atomic import reason_of, remedy_of, replace_file, sync_folder
 from attnscope.runs.foreign import is_folder
-from attnscope.runs.layout import (
-    CONFIG_FILE,
-    MAX_PART,
-    RUN_FILE,
-    SCHEMA_VERSION,
-    Manifest,
-    MemberEntry,
-    part_folder,
-)
+from attnscope.runs.layout import CONFIG_FILE, MAX_PART, RUN_FILE, SCHEMA_VERSION, Manifest, MemberEntry, part_folder
 from attnscope.runs.manifest import encode_manifest, read_manifest
 from attnscope.runs.part_writer import PartWriter
 
@@ -70,9 +62,7 @@ class RunWriter:
             command=tuple(command),
             config={} if config is None else to_table(config),
             members=tuple(
-                MemberEntry(
-                    name=member.name, part=member.part, index=member.index, settings=member.settings
-                )
+                MemberEntry(name=member.name, part=member.part, index=member.index, settings=member.settings)
                 for member in members
             ),
             environment=dict(environment),
@@ -149,15 +139,9 @@ class RunWriter:
         data = dict(manifest.data)
         others = data.get("parts")
         if isinstance(others, dict) and str(index) in others:
-            data["parts"] = {
-                **others,
-                str(new): others[str(index)],
-                str(new + 1): others[str(index)],
-            }
+            data["parts"] = {**others, str(new): others[str(index)], str(new + 1): others[str(index)]}
         try:
-            replace_file(
-                self.path / RUN_FILE, encode_manifest(replace(manifest, members=members, data=data))
-            )
+            replace_file(self.path / RUN_FILE, encode_manifest(replace(manifest, members=members, data=data)))
         except OSError as error:
             raise RunWriteError(
                 f"{self.path / RUN_FILE}: {reason_of(error)}. {remedy_of(error)} and resume the run."
@@ -192,8 +176,5 @@ def next_run_path(folder: Path, stem: str) -> Path:
 def _refuse(path: Path, *, resumable: bool) -> NoReturn:
     way_out = "Choose another --name."
     if resumable and (path / RUN_FILE).is_file():
-        way_out = (
-            "Choose another --name, or go on with it: "
-            f"attnscope train --resume {shlex.quote(str(path))}"
-        )
+        way_out = f"Choose another --name, or go on with it: attnscope train --resume {shlex.quote(str(path))}"
     raise RunError(f"{path} already exists. {way_out}")

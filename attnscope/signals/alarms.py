@@ -54,9 +54,7 @@ class Alarms:
                 found += self.feed(member, *(steps[name][mine] for name in FED))
         return sorted(found, key=lambda event: event.step)
 
-    def feed(
-        self, member: int, steps: Array, losses: Array, grad_norms: Array, loss_scales: Array
-    ) -> list[Event]:
+    def feed(self, member: int, steps: Array, losses: Array, grad_norms: Array, loss_scales: Array) -> list[Event]:
         """Watch a member's loss alone: columns FED. A resumed run feeds what was recorded before it went on."""
         watch = self._watches.setdefault(member, LossWatch())
         watch.feed(steps, losses, grad_norms, loss_scales)
@@ -75,9 +73,7 @@ class Alarms:
         if watch.diverged_at is None or member in self._diverged:
             return []
         self._diverged.add(member)
-        return [
-            Event(kind="diverged", step=watch.diverged_at, member=member, fields={"why": watch.why})
-        ]
+        return [Event(kind="diverged", step=watch.diverged_at, member=member, fields={"why": watch.why})]
 
     def _breaks(self, looked: Looked) -> list[Event]:
         """The steps at which a tensor of a member is broken that was sound before."""
@@ -110,8 +106,6 @@ class Alarms:
         elif looked.layer_N is not None:
             layers = looked.layer_N[rows].tolist()
             groups = [None] * len(layers) if looked.group_N is None else looked.group_N[rows]
-            places = (
-                self._place(layer, group) for layer, group in zip(layers, groups, strict=True)
-            )
+            places = (self._place(layer, group) for layer, group in zip(layers, groups, strict=True))
             fields["where"] = list(dict.fromkeys(places))[:MOST_PLACES]
         return Event(kind="nonfinite", step=step, member=member, fields=fields)

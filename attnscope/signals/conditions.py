@@ -98,15 +98,11 @@ class Stopper:
         if not table:
             return None
         values = table[column].astype(np.float64)
-        bad = (
-            values > condition.threshold if condition.sign == ">" else values < condition.threshold
-        )
+        bad = values > condition.threshold if condition.sign == ">" else values < condition.threshold
         if not bad.any():
             return None
         worst = np.flatnonzero(bad)[0]
-        place = ", ".join(
-            f"{key} {table[key][worst]}" for key in KEYS[TABLE_OF[column]] if key != "member"
-        )
+        place = ", ".join(f"{key} {table[key][worst]}" for key in KEYS[TABLE_OF[column]] if key != "member")
         return f"{column} {values[worst]:.4g} at {place}"
 
 

@@ -35,9 +35,7 @@ def spikes_of(run: Run) -> tuple[NDArray[Any], ...]:
             middle_N = np.median(window_NW, axis=1)
             mad_N = np.median(np.abs(window_NW - middle_N[:, None]), axis=1)
             median_N[start:end] = middle_N
-            limit_N[start:end] = middle_N + np.maximum(
-                SIGMAS * 1.4826 * mad_N, LEAST_EXCESS * np.abs(middle_N)
-            )
+            limit_N[start:end] = middle_N + np.maximum(SIGMAS * 1.4826 * mad_N, LEAST_EXCESS * np.abs(middle_N))
     whole_N = np.zeros(n, dtype=bool)  # the window holds losses of this member only
     whole_N[WINDOW:] = codes_N[WINDOW:] == codes_N[: max(0, n - WINDOW)]
     sound_N = step_N < diverged_at(run)[codes_N]

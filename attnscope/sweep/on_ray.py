@@ -33,9 +33,7 @@ class RayWorkers:
         try:
             import ray
         except ImportError:
-            raise AttnscopeError(
-                'ray is not installed. Install it: pip install "attnscope[ray]"'
-            ) from None
+            raise AttnscopeError('ray is not installed. Install it: pip install "attnscope[ray]"') from None
         self._ray: Any = ray
         if address is not None:
             _check_answer(address)
@@ -101,9 +99,7 @@ def _check_answer(address: str) -> None:
     try:
         socket.create_connection((host, int(port)), timeout=ANSWER_S).close()
     except (OSError, OverflowError) as error:
-        raise AttnscopeError(
-            f"--ray-address {address}: {error}. Start the cluster first: ray start --head"
-        ) from None
+        raise AttnscopeError(f"--ray-address {address}: {error}. Start the cluster first: ray start --head") from None
 
 
 def _train_there(path: str, part: int, cpus: int) -> str:

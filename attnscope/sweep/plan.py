@@ -87,9 +87,7 @@ class Plan:
         return max(free_at)
 
 
-def plan_sweep(
-    members: Sequence[Member], *, jobs: int, machines: int = 1, memory_bytes: int | None = None
-) -> Plan:
+def plan_sweep(members: Sequence[Member], *, jobs: int, machines: int = 1, memory_bytes: int | None = None) -> Plan:
     """Divide members into parts.
 
     Args:
@@ -117,9 +115,7 @@ def plan_sweep(
                 f"{group[0].name}: one member needs {gib(trials[0].peak_bytes)} of memory, but a part may take "
                 f"{gib(limit)}. Use fewer jobs, a smaller model or a smaller batch."
             )
-        most = min(
-            most, -(-len(group) // (jobs * machines))
-        )  # nobody waits while another trains all
+        most = min(most, -(-len(group) // (jobs * machines)))  # nobody waits while another trains all
         n_parts = -(-len(group) // most)
         for number in range(n_parts):
             # Parts of nearly equal size.
@@ -146,9 +142,7 @@ def plan_sweep(
 def members_at_once(trials: Sequence[Trial], n_members: int, limit_bytes: int) -> int:
     """The largest size that is about as fast per member as the fastest, and fits; 0 if not even one member does."""
     fastest_s = min(trial.step_s / trial.n_members for trial in trials)
-    sizes = [
-        trial.n_members for trial in trials if trial.step_s / trial.n_members <= AS_FAST * fastest_s
-    ]
+    sizes = [trial.n_members for trial in trials if trial.step_s / trial.n_members <= AS_FAST * fastest_s]
     fitting = min(max(sizes), n_members)
     while fitting and peak_bytes(trials, fitting) > limit_bytes:
         fitting = min(fitting - 1, int(fitting * 0.9))
@@ -183,9 +177,7 @@ def measure(configs: Sequence[Config], *, threads: int) -> list[Trial]:
     """
     found: list[Trial] = []
     sizes = [size for size in SIZES if size < len(configs)] + [min(len(configs), SIZES[-1])]
-    with ProcessPoolExecutor(
-        max_workers=1, mp_context=fresh_processes(), initializer=end_with_parent
-    ) as pool:
+    with ProcessPoolExecutor(max_workers=1, mp_context=fresh_processes(), initializer=end_with_parent) as pool:
         for size in sizes:
             if found and found[-1].step_s * size / found[-1].n_members > LONGEST_STEP_S:
                 break
@@ -199,9 +191,7 @@ def measure(configs: Sequence[Config], *, threads: int) -> list[Trial]:
                 raise ConfigError(
                     f"one member cannot be trained here: {str(error).splitlines()[0]}. Use a smaller model or batch."
                 ) from None
-            if found[-1].step_s / size > AS_FAST * min(
-                each.step_s / each.n_members for each in found
-            ):
+            if found[-1].step_s / size > AS_FAST * min(each.step_s / each.n_members for each in found):
                 break  # larger ones are no faster
     return found
 
@@ -271,12 +261,7 @@ def _try(configs: Sequence[Config], threads: int) -> Trial:
         )
     steps_s = [after - before for before, after in itertools.pairwise(ticks[1:])] or [0.0]
     peak, free = _memory_here(part.device)
-    return Trial(
-        n_members=len(configs),
-        step_s=statistics.median(steps_s),
-        peak_bytes=peak,
-        free_bytes=free,
-    )
+    return Trial(n_members=len(configs), step_s=statistics.median(steps_s), peak_bytes=peak, free_bytes=free)
 
 
 def _memory_here(device: "torch.device") -> tuple[int, int]:

@@ -105,9 +105,7 @@ def resume_sweep(
         RunError: another process still writes it, or there is nothing left to do.
     """
     if not parts_left(open_run(path)):
-        raise RunError(
-            f"{path} is finished: there is nothing to resume. Read it: attnscope report {path}"
-        )
+        raise RunError(f"{path} is finished: there is nothing to resume. Read it: attnscope report {path}")
     with holding(path):
         return _Supervisor(path, workers, on_look, should_stop).carry_out()
 
@@ -118,9 +116,7 @@ class _Supervisor:
     Invariant: every part that is left is in exactly one of `_waiting`, `_running` and `_failures`.
     """
 
-    def __init__(
-        self, path: Path, workers: Workers, on_look: OnLook, should_stop: Callable[[], bool]
-    ) -> None:
+    def __init__(self, path: Path, workers: Workers, on_look: OnLook, should_stop: Callable[[], bool]) -> None:
         run = open_run(path)
         self._path = path
         self._workers = workers
@@ -156,10 +152,9 @@ class _Supervisor:
             for future in done:
                 self._take(self._running.pop(future), future)
             self._look(always=bool(done))
+        status = "interrupted" if self._interrupted or self._waiting else "finished"
         if self._failures:
             status = "failed"
-        else:
-            status = "interrupted" if self._interrupted or self._waiting else "finished"
         return SweepEnd(status=status, failures=tuple(self._failures), divided=tuple(self._divided))
 
     def _take(self, part: int, future: Future[str]) -> None:

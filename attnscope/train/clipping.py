@@ -16,10 +16,7 @@ def clip_state(mode: str, n_members: int, device: torch.device) -> dict[str, Ten
     """What adaptive clipping remembers: mean and variance of the gradient norm and how many it has seen, (M,)."""
     if mode != "adaptive":
         return {}
-    return {
-        name: torch.zeros(n_members, device=device)
-        for name in ("clip_mean", "clip_variance", "clip_count")
-    }
+    return {name: torch.zeros(n_members, device=device) for name in ("clip_mean", "clip_variance", "clip_count")}
 
 
 def clip_gradients(
@@ -59,9 +56,7 @@ def clip_gradients(
     return clipped, factor_M
 
 
-def _zclip(
-    threshold_M: Tensor, grad_norm_M: Tensor, state: Mapping[str, Tensor], step: int
-) -> Tensor:
+def _zclip(threshold_M: Tensor, grad_norm_M: Tensor, state: Mapping[str, Tensor], step: int) -> Tensor:
     mean_M, variance_M = state["clip_mean"], state["clip_variance"]
     deviation_M = grad_norm_M - mean_M
     if step < ZCLIP_WARMUP:  # plain running mean and variance (Welford)

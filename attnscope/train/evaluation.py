@@ -32,9 +32,7 @@ def reachable_lengths(setup: Setup) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def held_out_loss(
-    setup: Setup, parameters: Mapping[str, Tensor], data: Corpus, *, seq_len: int
-) -> Tensor:
+def held_out_loss(setup: Setup, parameters: Mapping[str, Tensor], data: Corpus, *, seq_len: int) -> Tensor:
     """Mean cross-entropy on the same held-out batches every time, (M,), nats per token."""
     losses_M = []
     for batch in data.val_batches(seq_len=seq_len, count=BATCHES):
@@ -55,9 +53,7 @@ def loss_from_prefixes(setup: Setup, parameters: Mapping[str, Tensor], data: Cor
     seq_len = setup.config.model.seq_len
     batches = data.val_batches(seq_len=seq_len, count=BATCHES)
     tokens_BT = torch.cat([each.tokens_BT for each in batches])[:PREFIX_SEQUENCES].to(setup.device)
-    targets_BT = torch.cat([each.targets_BT for each in batches])[:PREFIX_SEQUENCES].to(
-        setup.device
-    )
+    targets_BT = torch.cat([each.targets_BT for each in batches])[:PREFIX_SEQUENCES].to(setup.device)
     last_logits_MBV = []
     for length in range(1, seq_len + 1):
         logits_MNV = _forward(setup, parameters, tokens_BT[:, :length], None)
@@ -68,9 +64,7 @@ def loss_from_prefixes(setup: Setup, parameters: Mapping[str, Tensor], data: Cor
 
 
 @torch.no_grad()
-def generate(
-    setup: Setup, parameters: Mapping[str, Tensor], prompt_T: Tensor, *, n_tokens: int
-) -> Tensor:
+def generate(setup: Setup, parameters: Mapping[str, Tensor], prompt_T: Tensor, *, n_tokens: int) -> Tensor:
     """Sample n_tokens tokens per member after a prompt, at temperature 1, each member with its own generator.
 
     The model sees the last seq_len tokens. A member whose logits are not finite goes on with token 0.
@@ -104,20 +98,14 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         batch,
         tokens_BT=batch.tokens_BT.to(device, non_blocking=True),
         targets_BT=batch.targets_BT.to(device, non_blocking=True),
-        visible_BS=(
-            None if batch.visible_BS is None else batch.visible_BS.to(device, non_blocking=True)
-        ),
+        visible_BS=(None if batch.visible_BS is None else batch.visible_BS.to(device, non_blocking=True)),
     )
 
 
-def _forward(
-    setup: Setup, parameters: Mapping[str, Tensor], tokens: Tensor, real_BS: Tensor | None
-) -> Tensor:
+def _forward(setup: Setup, parameters: Mapping[str, Tensor], tokens: Tensor, real_BS: Tensor | None) -> Tensor:
     seq_len = tokens.shape[-1]
     place = (
-        setup.place
-        if seq_len == setup.place.seq_len
-        else geometry(setup.config, seq_len=seq_len, device=setup.device)
+        setup.place if seq_len == setup.place.seq_len else geometry(setup.config, seq_len=seq_len, device=setup.device)
     )
     return setup.forward(
         {name: value.to(setup.dtype) for name, value in parameters.items()},

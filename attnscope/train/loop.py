@@ -131,20 +131,13 @@ def last_look(part: Part, setup: Setup, data: Corpus) -> list[Event]:
     for seq_len in evaluation.reachable_lengths(setup):
         val_loss_M = evaluation.held_out_loss(setup, part.parameters, data, seq_len=seq_len)
         events += [
-            Event(
-                kind="evaluation",
-                step=part.step,
-                member=member,
-                fields={"seq_len": seq_len, "val_loss": val_loss},
-            )
+            Event(kind="evaluation", step=part.step, member=member, fields={"seq_len": seq_len, "val_loss": val_loss})
             for member, val_loss in zip(part.alive, val_loss_M.tolist(), strict=True)
         ]
     if config.train.sample_tokens:
         prompt_T = data.prompt(config.model.seq_len)
         prefix_loss_M = evaluation.loss_from_prefixes(setup, part.parameters, data).tolist()
-        tokens_MT = evaluation.generate(
-            setup, part.parameters, prompt_T, n_tokens=config.train.sample_tokens
-        )
+        tokens_MT = evaluation.generate(setup, part.parameters, prompt_T, n_tokens=config.train.sample_tokens)
         events += [
             Event(
                 kind="generation",
@@ -156,8 +149,6 @@ def last_look(part: Part, setup: Setup, data: Corpus) -> list[Event]:
                     "loss_from_prefixes": prefix_loss,
                 },
             )
-            for member, prefix_loss, tokens_T in zip(
-                part.alive, prefix_loss_M, tokens_MT, strict=True
-            )
+            for member, prefix_loss, tokens_T in zip(part.alive, prefix_loss_M, tokens_MT, strict=True)
         ]
     return events

@@ -26,9 +26,7 @@ class Part:
     Invariant: every tensor in `parameters` and `state` has the members of `alive` along its first axis.
     """
 
-    def __init__(
-        self, configs: Sequence[Config], *, vocab_size: int, resume_from: Checkpoint | None = None
-    ) -> None:
+    def __init__(self, configs: Sequence[Config], *, vocab_size: int, resume_from: Checkpoint | None = None) -> None:
         self.configs = configs
         self.device = device_of(configs[0])
         self._forward = _compiled() if configs[0].train.compile else forward
@@ -83,12 +81,8 @@ class Part:
         keep = [p for p in range(len(self.alive)) if p not in set(positions)]
         index_M = torch.tensor(keep, dtype=torch.int64, device=self.device)
         with torch.no_grad():
-            self.parameters = {
-                name: value.index_select(0, index_M) for name, value in self.parameters.items()
-            }
-            self.state = {
-                name: value.index_select(0, index_M) for name, value in self.state.items()
-            }
+            self.parameters = {name: value.index_select(0, index_M) for name, value in self.parameters.items()}
+            self.state = {name: value.index_select(0, index_M) for name, value in self.state.items()}
         self.alive = [self.alive[p] for p in keep]
         self._prepare()
 
@@ -149,7 +143,5 @@ def device_of(config: Config) -> torch.device:
     if wanted == "auto":
         return torch.device("cuda" if available["cuda"] else "cpu")
     if not available.get(wanted, True):
-        raise ConfigError(
-            f"train.device is {wanted}, but PyTorch sees no such device here. Use cpu or auto."
-        )
+        raise ConfigError(f"train.device is {wanted}, but PyTorch sees no such device here. Use cpu or auto.")
     return torch.device(wanted)

@@ -17,13 +17,7 @@ from torch import Tensor
 
 from attnscope.config import Config
 from attnscope.data import Batch
-from attnscope.metrics.activations import (
-    SEQUENCES,
-    activation_rms,
-    token_cosine,
-    token_norms,
-    token_total,
-)
+from attnscope.metrics.activations import SEQUENCES, activation_rms, token_cosine, token_norms, token_total
 from attnscope.metrics.attention import statistics_of, statistics_of_all
 from attnscope.metrics.gradients import (
     PARAMETER_STATISTICS,
@@ -154,11 +148,7 @@ class Recorder:
     def output(self, output_logits_MNV: Tensor, losses: TokenLosses) -> None:
         """What the forward pass alone decides."""
         self._compare_tokens()
-        self._now.forward_M = [
-            losses.loss_M.detach(),
-            losses.log_z_M.detach(),
-            output_logit_max(output_logits_MNV),
-        ]
+        self._now.forward_M = [losses.loss_M.detach(), losses.log_z_M.detach(), output_logit_max(output_logits_MNV)]
 
     def _compare_tokens(self) -> None:
         """All layers at once: four small operations instead of four per layer."""
@@ -269,10 +259,7 @@ class Recorder:
     def _layers(self, measured: Sequence[StepSeen]) -> list[Tensor]:
         """LAYER_COLUMNS, each (S, M, L)."""
         total_SLMBD = torch.stack([_there(each.token_total_LMBD) for each in measured])
-        found_LSM = (
-            self._activation_rms(measured),
-            token_cosine(total_SLMBD, seq_len=self._seq_len).transpose(0, 1),
-        )
+        found_LSM = (self._activation_rms(measured), token_cosine(total_SLMBD, seq_len=self._seq_len).transpose(0, 1))
         return [x_LSM.permute(1, 2, 0) for x_LSM in found_LSM]
 
     def _parameters(self, measured: Sequence[StepSeen]) -> dict[str, dict[str, Tensor]]:
@@ -291,15 +278,10 @@ class Recorder:
             each_layer = [stats for seen in measured for stats in seen.stats]
             found = {name: torch.stack([x[name] for x in each_layer]) for name in HEAD_COLUMNS}
         else:
-            pieces = [
-                statistics_of(rows) for rows in self._shelf.pieces(len(measured) * self._n_layers)
-            ]
+            pieces = [statistics_of(rows) for rows in self._shelf.pieces(len(measured) * self._n_layers)]
             self._shelf.clear()
             found = {name: torch.cat([piece[name] for piece in pieces]) for name in HEAD_COLUMNS}
-        return {
-            name: x.unflatten(0, (len(measured), self._n_layers)).transpose(1, 2)
-            for name, x in found.items()
-        }
+        return {name: x.unflatten(0, (len(measured), self._n_layers)).transpose(1, 2) for name, x in found.items()}
 
 
 def _stacked(*rows: Sequence[Tensor]) -> Tensor:

@@ -77,16 +77,12 @@ def resume_run(
         RunError: another process still writes it, there is nothing left to do, or the data is not what the run began with.
     """
     if not parts_left(open_run(path)):
-        raise RunError(
-            f"{path} is finished: there is nothing to resume. Read it: attnscope report {path}"
-        )
+        raise RunError(f"{path} is finished: there is nothing to resume. Read it: attnscope report {path}")
     with holding(path):
         return _train_parts(path, on_progress, should_stop)
 
 
-def create_run(
-    config: Config, members: Sequence[Member], path: Path, *, command: Sequence[str]
-) -> None:
+def create_run(config: Config, members: Sequence[Member], path: Path, *, command: Sequence[str]) -> None:
     """Make the run directory of `members`, whose parts are trained with `train_part_of`.
 
     Raises:
@@ -121,8 +117,7 @@ def members_in(run: Run) -> tuple[Member, ...]:
             f"{len(run.entries)}. Restore run.json, or start a new run."
         )
     return tuple(
-        replace(member, part=entry.part, index=entry.index)
-        for member, entry in zip(resolved, run.entries, strict=True)
+        replace(member, part=entry.part, index=entry.index) for member, entry in zip(resolved, run.entries, strict=True)
     )
 
 
@@ -163,21 +158,12 @@ def train_part_of(
         with _said_how_it_ended(writer):
             for note in notes:
                 writer.event("checkpoint_left_out", step=part.step, why=note)
-            status = train_part(
-                part,
-                data,
-                writer=writer,
-                alarms=alarms,
-                on_progress=report,
-                should_stop=should_stop,
-            )
+            status = train_part(part, data, writer=writer, alarms=alarms, on_progress=report, should_stop=should_stop)
             writer.finish(status)
             return status
 
 
-def _begun(
-    run: Run, index: int, members: Sequence[Member], data: Corpus
-) -> tuple[Part, Alarms, tuple[str, ...]]:
+def _begun(run: Run, index: int, members: Sequence[Member], data: Corpus) -> tuple[Part, Alarms, tuple[str, ...]]:
     """A part at its first step or last checkpoint, alarms that have heard all before, and why newer checkpoints will not do."""
     configs = [member.config for member in members]
     checkpoint = load_checkpoint(run.path / part_folder(index))
@@ -197,13 +183,7 @@ def _train_parts(path: Path, on_progress: OnProgress, should_stop: Callable[[], 
     run = open_run(path)
     parts = by_part(members_in(run))
     for index in parts_left(run):
-        status = train_part_of(
-            run,
-            index,
-            parts[index],
-            report=partial(on_progress, index),
-            should_stop=should_stop,
-        )
+        status = train_part_of(run, index, parts[index], report=partial(on_progress, index), should_stop=should_stop)
         if status != "finished":
             return status
     return "finished"
@@ -247,8 +227,7 @@ def _said_how_it_ended(writer: PartWriter) -> Iterator[None]:
 def _describe(corpora: Mapping[int, Corpus]) -> dict[str, object]:
     """The data of run.json: that of the first part, and of other parts where it differs."""
     described = {
-        index: {"fingerprint": data.fingerprint, "reference": asdict(data.reference)}
-        for index, data in corpora.items()
+        index: {"fingerprint": data.fingerprint, "reference": asdict(data.reference)} for index, data in corpora.items()
     }
     first = described[min(described)]
     others = {str(index): each for index, each in described.items() if each != first}

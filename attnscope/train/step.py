@@ -31,11 +31,7 @@ LOSS_SCALE_INTERVAL = 2000
 
 QK_CLIP_ALPHA = 0.5  # Kimi K2: both W_q and W_k take the square root of what the logits lose
 
-_GROUPS_OF = {
-    "token_embedding": ("embedding",),
-    "position_embedding": ("embedding",),
-    "qkv": QKV,
-}
+_GROUPS_OF = {"token_embedding": ("embedding",), "position_embedding": ("embedding",), "qkv": QKV}
 _NOT_LAYERED = ("token_embedding", "position_embedding", "head", "norm_final")
 
 
@@ -117,8 +113,7 @@ def set_up(
         ones_M=numbers([1.0] * len(configs)),
         clips=config.clip.mode != "none" and min(limits) < float("inf"),
         decays=any(o.weight_decay for o in optimizers),
-        schedules=config.optimizer.schedule != "constant"
-        or any(o.warmup_steps for o in optimizers),
+        schedules=config.optimizer.schedule != "constant" or any(o.warmup_steps for o in optimizers),
         regularizes=any(o.z_loss for o in optimizers),
         updates=_updates(parameters),
     )
@@ -243,9 +238,7 @@ def _update(
         )
     if observer is not None:
         scale_M = setup.ones_M if loss_scale_M is None else loss_scale_M
-        observer.gradients(
-            gradients, Clipped(factor_M=factor_M, lr_M=hyper.lr_M, loss_scale_M=scale_M)
-        )
+        observer.gradients(gradients, Clipped(factor_M=factor_M, lr_M=hyper.lr_M, loss_scale_M=scale_M))
     optimizer = OPTIMIZERS[config.optimizer.name]
     for name in optimizer(clipped, state, hyper, setup.updates):
         parameter, update = parameters[name], setup.updates[name]
@@ -352,10 +345,7 @@ def _dropout_seeds(setup: Setup, step: int) -> list[list[int]] | None:
     if not config.attention.dropout:
         return None
     n_layers = config.model.n_layers
-    return [
-        [hash((each.train.seed, step, layer)) & (2**63 - 1) for each in setup.configs]
-        for layer in range(n_layers)
-    ]
+    return [[hash((each.train.seed, step, layer)) & (2**63 - 1) for each in setup.configs] for layer in range(n_layers)]
 
 
 def _groups_of(name: str) -> tuple[str, ...]:

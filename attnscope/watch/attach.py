@@ -61,9 +61,7 @@ def watch_model(
         RunError: the run exists, or this process is being watched already.
         RunWriteError: the place cannot be written.
     """
-    settings = Settings(
-        every=every, rows=rows, layers=layers, stop_on=stop_on, snapshot=snapshot, log_to=log_to
-    )
+    settings = Settings(every=every, rows=rows, layers=layers, stop_on=stop_on, snapshot=snapshot, log_to=log_to)
     if optimizer is not None and model is not None:
         mine = {id(p) for p in model.parameters()}
         strange = sum(id(p) not in mine for p in parameters_of(optimizer, with_gradient=False))
@@ -89,9 +87,7 @@ def open_watcher(path: Path, settings: Settings, *, command: Sequence[str]) -> W
     """
     already = watching()
     if already is not None:
-        raise RunError(
-            f"{path}: this process is being watched already, into {already.path}. Stop that one first."
-        )
+        raise RunError(f"{path}: this process is being watched already, into {already.path}. Stop that one first.")
     settings.checked()
     rank, n_ranks = _rank()
     if rank == 0:
@@ -100,18 +96,9 @@ def open_watcher(path: Path, settings: Settings, *, command: Sequence[str]) -> W
             path,
             command=command,
             config=None,
-            members=[
-                MemberEntry(name=name, part=part, index=0, settings={})
-                for part, name in enumerate(names)
-            ],
+            members=[MemberEntry(name=name, part=part, index=0, settings={}) for part, name in enumerate(names)],
             environment=environment(),
-            data={
-                "watched": {
-                    "every": settings.every,
-                    "rows": settings.rows,
-                    "layers": list(settings.layers),
-                }
-            },
+            data={"watched": {"every": settings.every, "rows": settings.rows, "layers": list(settings.layers)}},
         )
     else:
         _wait_for(path)

@@ -116,9 +116,7 @@ class HuggingFaceCallback:
             trainer = frame.f_locals["self"]
             trainer.train = _told_of_errors(trainer.train, self._trainings)
 
-    def on_train_begin(
-        self, *_about: object, model: nn.Module | None = None, **_more: object
-    ) -> None:
+    def on_train_begin(self, *_about: object, model: nn.Module | None = None, **_more: object) -> None:
         """Start to watch."""
         self._trainings.begin(model)
 
@@ -193,9 +191,7 @@ def _imported(name: str, *, extra: str) -> Any:
         return import_module(name)
     except ImportError as error:
         missing = (error.name or name).partition(".")[0]
-        raise AttnscopeError(
-            f'{missing} is not installed. Install it: pip install "attnscope[{extra}]"'
-        ) from None
+        raise AttnscopeError(f'{missing} is not installed. Install it: pip install "attnscope[{extra}]"') from None
 
 
 def _told_of_errors(train: Callable[..., Any], trainings: Trainings) -> Callable[..., Any]:

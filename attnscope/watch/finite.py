@@ -18,13 +18,7 @@ from attnscope.capture.names import module_of_call
 from attnscope.capture.patches import Patches
 
 # What the modules of transformers are made of; what comes between them shows in the next one's output.
-OPERATORS = (
-    "linear",
-    "embedding",
-    "layer_norm",
-    "rms_norm",
-    "addmm",
-)  # Conv1D of Hugging Face is an addmm
+OPERATORS = ("linear", "embedding", "layer_norm", "rms_norm", "addmm")  # Conv1D of Hugging Face is an addmm
 MOST = 4096  # outputs of one step
 
 
@@ -55,12 +49,7 @@ class _Step:
 class Finite:
     """Collects the sums of the step that goes on."""
 
-    def __init__(
-        self,
-        patches: Patches,
-        *,
-        on_call: Callable[[nn.Module | None], None],
-    ) -> None:
+    def __init__(self, patches: Patches, *, on_call: Callable[[nn.Module | None], None]) -> None:
         """`on_call` is told of each call in training before its output is looked at."""
         self._on_call = on_call
         self._step = _Step()
@@ -73,10 +62,7 @@ class Finite:
         if not step.totals:
             return None
         device = step.totals[0].device
-        return Outputs(
-            modules=tuple(step.modules),
-            total_N=torch.stack([x.to(device) for x in step.totals]),
-        )
+        return Outputs(modules=tuple(step.modules), total_N=torch.stack([x.to(device) for x in step.totals]))
 
     def _look(self, _args: tuple[Any, ...], _kwargs: dict[str, Any], out: Any) -> None:
         if torch.is_grad_enabled() and why_unseen(out) is None and not in_backward():

@@ -73,9 +73,7 @@ class Guard:
         count = self._counts[what, reason] = self._counts.get((what, reason), 0) + 1
         if count == 1 and self.failure is None:
             try:
-                self._recorder.event(
-                    "not_measured", step=step, name=what, backend=INTERNAL, shapes=[], reason=reason
-                )
+                self._recorder.event("not_measured", step=step, name=what, backend=INTERNAL, shapes=[], reason=reason)
             except RunWriteError as error:
                 self.fail(error)
 
@@ -105,9 +103,7 @@ class _Measuring:
         self._aside = Unobserved()
         self._aside.__enter__()
 
-    def __exit__(
-        self, _kind: object, error: BaseException | None, _trace: TracebackType | None
-    ) -> bool:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: TracebackType | None) -> bool:
         self._aside.__exit__(None, None, None)
         if isinstance(error, RunWriteError):
             self._guard.fail(error)

@@ -95,9 +95,7 @@ class Layers:
             return
         purpose = _purpose(module)
         known = step.heads.get(self._numbers.get(name, -1), ())
-        if (
-            purpose == EVALUATES and len(known) >= MOST_EVALUATED
-        ):  # a text that is generated token by token
+        if purpose == EVALUATES and len(known) >= MOST_EVALUATED:  # a text that is generated token by token
             return
         self.calls += 1
         try:
@@ -150,14 +148,7 @@ class Layers:
         if module is not None and not self._wants(name):
             return
         self._unmeasured[key] = None
-        self._on_event(
-            "not_measured",
-            step=step.number,
-            name=name,
-            backend=backend,
-            shapes=shapes,
-            reason=reason,
-        )
+        self._on_event("not_measured", step=step.number, name=name, backend=backend, shapes=shapes, reason=reason)
 
     def _path_of(self, module: nn.Module | None) -> str:
         return OUTSIDE if module is None else self._modules.name_of(module)
@@ -183,9 +174,7 @@ class Layers:
         found: dict[int, str | None] = self._names_of.setdefault(module, {})
         return found
 
-    def _new_name(
-        self, module: nn.Module | None, path: str, n_heads: int, *, has_others: bool
-    ) -> str:
+    def _new_name(self, module: nn.Module | None, path: str, n_heads: int, *, has_others: bool) -> str:
         """The path of the module; where that is taken, with its number of heads, the class of its model, or a count."""
         if getattr(module, "_is_replica", False):  # DataParallel copies modules at every call
             return path
@@ -211,9 +200,7 @@ class Layers:
 
     def _wants(self, *names: str) -> bool:
         """Whether one of the names of a layer was asked for; the first is the module's path."""
-        wanted = not self._patterns or any(
-            fnmatchcase(name, each) for name in names for each in self._patterns
-        )
+        wanted = not self._patterns or any(fnmatchcase(name, each) for name in names for each in self._patterns)
         if not wanted:
             self._left_out[names[0]] = None
         return wanted

@@ -38,9 +38,7 @@ class Output:
 
 
 @torch.no_grad()
-def see_cross_entropy(
-    output: Output, logits: Tensor, targets: Tensor, ignore_index: int, *, measured: bool
-) -> None:
+def see_cross_entropy(output: Output, logits: Tensor, targets: Tensor, ignore_index: int, *, measured: bool) -> None:
     """Add a call; targets that are probabilities are no tokens.
 
     Args:

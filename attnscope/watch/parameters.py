@@ -29,12 +29,7 @@ _T = TypeVar("_T")
 
 def parameters_of(optimizer: torch.optim.Optimizer, *, with_gradient: bool = True) -> list[Tensor]:
     """What an optimizer moves; by default only what has a gradient."""
-    return [
-        p
-        for group in optimizer.param_groups
-        for p in group["params"]
-        if not with_gradient or p.grad is not None
-    ]
+    return [p for group in optimizer.param_groups for p in group["params"] if not with_gradient or p.grad is not None]
 
 
 class Parameters:
@@ -184,9 +179,7 @@ def gradient_sizes(parameters: Sequence[Tensor]) -> dict[str, Tensor]:
     """grad_norm, grad_max and nonfinite, (P,) each; 0 where there is no gradient."""
     gradients = _gradients_of(parameters)
     norm_P = gradient_norms(parameters)
-    largest_P = _lined_up(
-        [p.new_zeros(()) if p.grad is None else _largest(p.grad) for p in parameters]
-    )
+    largest_P = _lined_up([p.new_zeros(()) if p.grad is None else _largest(p.grad) for p in parameters])
     if norm_P.device.type == "cpu" and bool(norm_P.isfinite().all()):
         nonfinite_P = torch.zeros_like(norm_P)  # nobody to wait for: a finite norm has finite terms
     else:
@@ -246,9 +239,7 @@ def _norms(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _total(norm_P: Tensor) -> Tensor:
-    wide = (
-        torch.float64 if norm_P.device.type == "cpu" else torch.float32
-    )  # not every device has it
+    wide = torch.float64 if norm_P.device.type == "cpu" else torch.float32  # not every device has it
     return torch.linalg.vector_norm(norm_P, dtype=wide).float()
 
 

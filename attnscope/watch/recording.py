@@ -99,9 +99,7 @@ class WatchRecorder:
     Invariant: a block has whole steps only.
     """
 
-    def __init__(
-        self, writer: PartWriter, modules: Modules, on_block: OnBlock | None = None
-    ) -> None:
+    def __init__(self, writer: PartWriter, modules: Modules, on_block: OnBlock | None = None) -> None:
         self._writer = writer
         self._modules = modules
         self._on_block = on_block
@@ -216,10 +214,7 @@ class WatchRecorder:
         where = []
         for step in block:
             broken = [] if step.outputs is None else step.outputs.broken()
-            first = (
-                "outside of modules" if module is None else self._modules.name_of(module)
-                for module in broken[:1]
-            )
+            first = ("outside of modules" if module is None else self._modules.name_of(module) for module in broken[:1])
             where.append(list(first))
         return _looked("activation", block, where)
 
@@ -230,11 +225,7 @@ def _gradients_in(block: Sequence[Step]) -> Looked:
 
 def _looked(tensor: str, block: Sequence[Step], where: Sequence[Sequence[str]]) -> Looked:
     """One row for each place of a step at which a tensor is broken, and one for a step at which it is sound."""
-    rows = [
-        (step.number, place)
-        for step, places in zip(block, where, strict=True)
-        for place in (places or [""])
-    ]
+    rows = [(step.number, place) for step, places in zip(block, where, strict=True) for place in (places or [""])]
     return Looked(
         tensor=tensor,
         step_N=np.array([step for step, _ in rows]),

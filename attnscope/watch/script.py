@@ -77,9 +77,7 @@ def find_program(target: str, *, is_module: bool) -> Program:
         line = getattr(error, "lineno", None)
         place = f"{path}:{line}" if line else str(path)
         said = getattr(error, "msg", None) or error
-        raise ConfigError(
-            f"{place}: this is not Python: {said}. Give the script that trains."
-        ) from None
+        raise ConfigError(f"{place}: this is not Python: {said}. Give the script that trains.") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from None
     return Program(target=target, file=file, module=target if is_module else None, code=code)
@@ -164,9 +162,7 @@ def _main_file(module: str) -> Path:
     try:
         spec = importlib.util.find_spec(_main_name(module))
     except (ImportError, ValueError, AttributeError) as error:
-        raise ConfigError(
-            f"-m {module}: no such module: {error}. Is it installed, or below this folder?"
-        ) from None
+        raise ConfigError(f"-m {module}: no such module: {error}. Is it installed, or below this folder?") from None
     if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
         raise ConfigError(
             f"-m {module}: no such module, or it has no main program in Python. Is it installed, or below this folder?"
@@ -180,6 +176,4 @@ def _main_name(module: str) -> str:
     return f"{module}.__main__" if spec is not None and spec.submodule_search_locations else module
 
 
-_OURS = str(Path(__file__).parent.parent / "_")[
-    :-1
-]  # of the package, with the separator at its end
+_OURS = str(Path(__file__).parent.parent / "_")[:-1]  # of the package, with the separator at its end

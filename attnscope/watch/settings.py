@@ -40,13 +40,9 @@ class Settings:
         if self.every < 1:
             raise ConfigError(f"every is {self.every!r}, but must be at least 1.")
         if self.rows != "all" and (isinstance(self.rows, str) or self.rows < 1):
-            raise ConfigError(
-                f'rows is {self.rows!r}, but must be a whole number, at least 1, or "all".'
-            )
+            raise ConfigError(f'rows is {self.rows!r}, but must be a whole number, at least 1, or "all".')
         if self.snapshot < 0:
-            raise ConfigError(
-                f"snapshot is {self.snapshot!r}, but must be a number of steps, or 0 for none."
-            )
+            raise ConfigError(f"snapshot is {self.snapshot!r}, but must be a number of steps, or 0 for none.")
         if isinstance(self.layers, str) or isinstance(self.stop_on, str):
             raise ConfigError("layers and stop_on are lists: write stop_on=['nonfinite'].")
         if self.log_to is not None:

@@ -70,9 +70,7 @@ class Snapshots:
         self._steps.clear()
         return [save_snapshot(part_dir, each) for each in steps]
 
-    def _before_forward(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.is_grad_enabled() and not in_backward():
             self._keep(model, _named(model, args, kwargs))
 
@@ -89,9 +87,7 @@ class Snapshots:
             weights = last.weights
         else:
             batches, rngs, weights = [batch], [rng], _weights_of(model)
-        self._steps.append(
-            Snapshot(step=step, weights=weights, batches=batches, rng=rngs, left_out=left_out)
-        )
+        self._steps.append(Snapshot(step=step, weights=weights, batches=batches, rng=rngs, left_out=left_out))
 
 
 def _weights_of(model: nn.Module) -> dict[str, Tensor]:
@@ -123,9 +119,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def _flatten(
-    value: object, name: str, batch: dict[str, Argument], left_out: list[str], depth: int
-) -> None:
+def _flatten(value: object, name: str, batch: dict[str, Argument], left_out: list[str], depth: int) -> None:
     if isinstance(value, Tensor):
         batch[name] = value.detach().clone()
     elif isinstance(value, PLAIN):

@@ -22,12 +22,7 @@ from attnscope.capture.seen import Seen
 from attnscope.watch.finite import Outputs
 from attnscope.watch.guard import Guard
 from attnscope.watch.layers import Layers
-from attnscope.watch.numbers import (
-    UnreadableError,
-    copy_of_scalar,
-    device_name,
-    why_without_numbers,
-)
+from attnscope.watch.numbers import UnreadableError, copy_of_scalar, device_name, why_without_numbers
 from attnscope.watch.output import see_cross_entropy
 from attnscope.watch.parameters import Parameters, parameters_of
 from attnscope.watch.recording import MOST_PLACES, WatchRecorder, broken_gradients
@@ -36,9 +31,7 @@ from attnscope.watch.turns import Turns
 
 FIRST = 20  # steps that are all measured, whatever the cadence: what explodes, explodes early
 MOST_LOSSES = 1000  # of one step
-ANOTHER_THREAD = (
-    "another thread trains at the same time: only the steps of the first one are recorded"
-)
+ANOTHER_THREAD = "another thread trains at the same time: only the steps of the first one are recorded"
 
 _P = ParamSpec("_P")
 
@@ -48,9 +41,7 @@ def _guarded(
 ) -> Callable[[Callable[Concatenate["Steps", _P], None]], Callable[Concatenate["Steps", _P], None]]:
     """One thread at a time, only while somebody watches; what goes wrong costs no more than this."""
 
-    def guarding(
-        method: Callable[Concatenate["Steps", _P], None],
-    ) -> Callable[Concatenate["Steps", _P], None]:
+    def guarding(method: Callable[Concatenate["Steps", _P], None]) -> Callable[Concatenate["Steps", _P], None]:
         @functools.wraps(method)
         def guarded(self: "Steps", *args: _P.args, **kwargs: _P.kwargs) -> None:
             if self.is_on:
@@ -142,9 +133,7 @@ class Steps:
             self._layers.see(self.now, module, seen)
 
     @_guarded("attention")
-    def unmeasured(
-        self, module: nn.Module | None, backend: str, shapes: list[list[int]], reason: str
-    ) -> None:
+    def unmeasured(self, module: nn.Module | None, backend: str, shapes: list[list[int]], reason: str) -> None:
         """An attention call that cannot be measured."""
         self._begin()
         self._layers.unmeasured(self.now, module, backend, shapes, reason)
@@ -154,9 +143,7 @@ class Steps:
         """See `OnTraining`."""
         if not self.repeats and self._turns.is_mine(trains=False):
             self._begin()
-            see_cross_entropy(
-                self.now.output, logits, targets, ignore_index, measured=self.now.measured
-            )
+            see_cross_entropy(self.now.output, logits, targets, ignore_index, measured=self.now.measured)
 
     # -- what is done with it --
 
@@ -239,9 +226,7 @@ class Steps:
         why = why_without_numbers(parameters[0])
         if why is not None and all(why_without_numbers(p) for p in parameters):
             raise UnreadableError(why)
-        if (
-            id(optimizer) in self._moved
-        ):  # the same gradients again, or some that nobody computed here
+        if id(optimizer) in self._moved:  # the same gradients again, or some that nobody computed here
             self._begin()
         self._open.add(id(optimizer))
         now = self.now
@@ -301,9 +286,7 @@ class Steps:
             self._lacks_loss(now)
         if self._moved_nothing and not now.updated and not self._lacks_gradient:
             self._lacks_gradient = True
-            self._guard.event(
-                "step_without_gradient", step=now.number, optimizer=self._moved_nothing
-            )
+            self._guard.event("step_without_gradient", step=now.number, optimizer=self._moved_nothing)
         self._moved_nothing = ""
         self._recorder.add(now)
         self.stepped = False

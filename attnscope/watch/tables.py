@@ -103,8 +103,7 @@ def params_of(block: Sequence[Step]) -> dict[str, Array]:
         names = list(dict.fromkeys(step.parameters))
         place = np.array([names.index(each) for each in step.parameters])
         found = {
-            name: np.concatenate([x.cpu().double().numpy() for x in step.sizes[name]])
-            for name in PARAMETER_COLUMNS
+            name: np.concatenate([x.cpu().double().numpy() for x in step.sizes[name]]) for name in PARAMETER_COLUMNS
         }
         with np.errstate(all="ignore"):
             sizes = {
@@ -116,9 +115,7 @@ def params_of(block: Sequence[Step]) -> dict[str, Array]:
         with np.errstate(invalid="ignore"):
             np.maximum.at(largest, place, found["grad_max"])
         sizes["grad_max"] = largest
-        sizes["nonfinite"] = np.bincount(
-            place, weights=found["nonfinite"], minlength=len(names)
-        ).astype(np.int64)
+        sizes["nonfinite"] = np.bincount(place, weights=found["nonfinite"], minlength=len(names)).astype(np.int64)
         rows["step"].append(np.full(len(names), step.number))
         rows["member"].append(np.zeros(len(names), dtype=np.int64))
         rows["layer"].append(np.array([layer for layer, _ in names]))

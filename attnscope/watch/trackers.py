@@ -93,14 +93,10 @@ def check_tracker(name: str) -> None:
         ConfigError: there is no such tracker, or it is not installed.
     """
     if name not in TRACKERS:
-        raise ConfigError(
-            f"log_to is {name!r}, but must be {', '.join(list(TRACKERS)[:-1])} or {list(TRACKERS)[-1]}."
-        )
+        raise ConfigError(f"log_to is {name!r}, but must be {', '.join(list(TRACKERS)[:-1])} or {list(TRACKERS)[-1]}.")
     found = find_spec(name)
     if found is None or found.origin is None:  # a bare folder, which wandb makes where it writes
-        raise ConfigError(
-            f'log_to is {name!r}, which is not installed. Install it: pip install "attnscope[trackers]"'
-        )
+        raise ConfigError(f'log_to is {name!r}, which is not installed. Install it: pip install "attnscope[trackers]"')
 
 
 def moments_of(steps: Mapping[str, Array], heads: Mapping[str, Array]) -> list[LoggedStep]:
@@ -141,11 +137,7 @@ def to_tensorboard(path: Path) -> Write:
             Event(
                 wall_time=now,
                 step=moment.step,
-                summary=Summary(
-                    value=[
-                        Summary.Value(tag=tag, simple_value=x) for tag, x in moment.values.items()
-                    ]
-                ),
+                summary=Summary(value=[Summary.Value(tag=tag, simple_value=x) for tag, x in moment.values.items()]),
             )
             for moment in moments
         ]

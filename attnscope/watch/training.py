@@ -9,10 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from attnscope.capture.dispatch import Original, outside, why_unseen
@@ -80,10 +77,7 @@ class Training:
         replace([torch.optim.Optimizer], "zero_grad", self._zero_grad)
         replace([torch.nn.Module], "zero_grad", self._zero_grad)
         patches.listen("cross_entropy_loss", self._cross_entropy)
-        self._hooks = [
-            register_optimizer_step_pre_hook(self._before),
-            register_optimizer_step_post_hook(self._after),
-        ]
+        self._hooks = [register_optimizer_step_pre_hook(self._before), register_optimizer_step_post_hook(self._after)]
 
     def remove(self) -> None:
         """Take the hooks of optimizers away; patches are restored by their owner."""
@@ -167,9 +161,7 @@ class Training:
                 logits, targets = outside(args[:2])
                 self._told.cross_entropy(logits, targets, args[4] if len(args) > 4 else -100)
 
-    def _scaler_step(
-        self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _scaler_step(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._stepped = False
         scaler = args[0]
         value = getattr(scaler, "_scale", None) if scaler.is_enabled() else None

@@ -47,9 +47,7 @@ class Watcher:
 
     path: Path
 
-    def __init__(
-        self, path: Path, recorder: WatchRecorder, modules: Modules, settings: Settings
-    ) -> None:
+    def __init__(self, path: Path, recorder: WatchRecorder, modules: Modules, settings: Settings) -> None:
         """Use `watch_model` or `watch_script`."""
         self.path = path
         self._recorder = recorder
@@ -74,15 +72,11 @@ class Watcher:
             on_forward_over=lambda: self._capture.forget(),
             on_end=self._step_over,
         )
-        self._snapshots = (
-            Snapshots(settings.snapshot, self._step_of_forward) if settings.snapshot else None
-        )
+        self._snapshots = Snapshots(settings.snapshot, self._step_of_forward) if settings.snapshot else None
         self._written: tuple[Path, ...] = ()
         self._probes: Probes | None = None
         steps = self._steps
-        self._seeing = Patches(
-            lambda: steps.is_on and (steps.now.measured or steps.stepped), self._failed("attention")
-        )
+        self._seeing = Patches(lambda: steps.is_on and (steps.now.measured or steps.stepped), self._failed("attention"))
         self._hearing = Patches(lambda: steps.is_on, self._failed("training"))
         self._checking = Patches(lambda: steps.is_on, self._failed("outputs of modules"))
 
@@ -91,9 +85,7 @@ class Watcher:
     def __enter__(self) -> "Watcher":
         return self
 
-    def __exit__(
-        self, _kind: object, error: BaseException | None, _trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: TracebackType | None) -> None:
         self.stop_after(error)
 
     def start(self) -> None:
@@ -109,9 +101,7 @@ class Watcher:
             )
         _watching = self
         self._steps.is_on = True
-        self._capture = Capture(
-            self._seeing, on_attention=self._on_attention, on_unmeasured=self._on_unmeasured
-        )
+        self._capture = Capture(self._seeing, on_attention=self._on_attention, on_unmeasured=self._on_unmeasured)
         self._finite = Finite(self._checking, on_call=self._on_forward)
         self._training = Training(self._hearing, self._steps)
         self._hearing.replace([torch], "compile", self._compile)
@@ -268,9 +258,7 @@ class Watcher:
         self._on_forward(module)
         self._steps.attention(module, seen)
 
-    def _on_unmeasured(
-        self, module: nn.Module | None, backend: str, shapes: list[list[int]], reason: str
-    ) -> None:
+    def _on_unmeasured(self, module: nn.Module | None, backend: str, shapes: list[list[int]], reason: str) -> None:
         self._on_forward(module)
         self._steps.unmeasured(module, backend, shapes, reason)
 
@@ -314,9 +302,7 @@ class Watcher:
         if self._probes is None:
             from attnscope.capture.compiled import Probes
 
-            self._probes = Probes(
-                self._on_compiled, lambda reason: self._on_unmeasured(None, "compiled", [], reason)
-            )
+            self._probes = Probes(self._on_compiled, lambda reason: self._on_unmeasured(None, "compiled", [], reason))
 
     def _step_over(self) -> None:
         """A step is over, as the next one begins; here the script may be stopped."""
@@ -339,9 +325,7 @@ class Watcher:
 
     def _flush(self, step: int) -> Tables | None:
         with self._seeing.undisturbed():
-            return self._guard.write(
-                "records", step, lambda: self._recorder.flush(self._guard.measuring)
-            )
+            return self._guard.write("records", step, lambda: self._recorder.flush(self._guard.measuring))
 
     def _snapshot(self, why: str | None) -> None:
         """Training broke, or nothing happened: then `why` is None. Only the first time is kept."""

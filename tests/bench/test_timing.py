@@ -7,9 +7,7 @@ from attnscope.bench.timing import TOGETHER, interleave, ratio
 
 def test_competitors_take_turns_in_both_directions():
     calls = []
-    seconds = interleave(
-        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=2, warmup=1
-    )
+    seconds = interleave({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=2, warmup=1)
     assert calls == ["b", "a", "a", "b", "b", "a"]
     assert {name: len(times) for name, times in seconds.items()} == {"a": 2, "b": 2}
     assert all(time >= 0 for times in seconds.values() for time in times)

@@ -68,6 +68,4 @@ def test_a_mask_is_broadcast_as_pytorch_does(shape):
     mask[..., 0] = True
     seen = seen_fused(q, k, k, attn_mask=mask)
     z = (seen.q @ seen.k.mT * seen.scale).masked_fill(~seen.logits.visible, -math.inf)
-    torch.testing.assert_close(
-        z.softmax(-1) @ k, F.scaled_dot_product_attention(q, k, k, attn_mask=mask)
-    )
+    torch.testing.assert_close(z.softmax(-1) @ k, F.scaled_dot_product_attention(q, k, k, attn_mask=mask))

@@ -88,10 +88,7 @@ def test_a_table_of_checks_at_80_columns_plain_in_a_pipe(folder, target):
     done = check(target)
     assert done.exit_code == 0, done.stderr
     *said, last = done.stdout.splitlines()
-    assert (
-        said[0]
-        == "passed      future leak              Looks causal: none of 51 pairs of an output"
-    )
+    assert said[0] == "passed      future leak              Looks causal: none of 51 pairs of an output"
     assert max(map(len, said)) <= 80
     assert not [line for line in said if line != line.rstrip()], "trailing blanks"
     assert "\x1b" not in done.stdout

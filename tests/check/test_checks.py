@@ -292,8 +292,7 @@ def test_a_scale_applied_twice_is_seen_before_the_call():
         model = model_of(Twice()).requires_grad_(not frozen)
         found = checked(model)["attention scale"]
         assert (
-            found.status == "failed"
-            and "0.125 (1/d_head: 1/sqrt(d_head) before the call and in it)" in found.finding
+            found.status == "failed" and "0.125 (1/d_head: 1/sqrt(d_head) before the call and in it)" in found.finding
         )
         assert all(p.requires_grad is not frozen for p in model.parameters())
 

@@ -45,12 +45,8 @@ def test_a_classifier_is_checked_in_all_that_needs_no_positions():
     assert {name: each.status for name, each in found.items() if each.status != "passed"} == {
         "future leak": "not looked"
     }
-    assert found["future leak"].finding == (
-        "The output has no position axis (3 rows, one a sequence)."
-    )
-    assert (
-        "none of 3 outputs of sequences in evaluation and training" in found["padding leak"].finding
-    )
+    assert found["future leak"].finding == ("The output has no position axis (3 rows, one a sequence).")
+    assert "none of 3 outputs of sequences in evaluation and training" in found["padding leak"].finding
 
 
 def test_a_classifier_that_ignores_padding_or_takes_its_mean():
@@ -106,11 +102,7 @@ def block_mask(sees):
     [
         flexible(block_mask=block_mask(lambda b, h, i, j: j <= i)),
         flexible(score_mod=lambda z, b, h, i, j: torch.where(j <= i, z, -math.inf)),
-        By(
-            lambda _, q, k, v, __: COMPILED(
-                q, k, v, block_mask=block_mask(lambda b, h, i, j: j <= i)
-            )
-        ),
+        By(lambda _, q, k, v, __: COMPILED(q, k, v, block_mask=block_mask(lambda b, h, i, j: j <= i))),
     ],
     ids=["mask_mod", "score_mod", "compiled"],
 )
@@ -153,10 +145,7 @@ def test_a_function_that_changes_the_scale():
 )  # fmt: skip
 def test_a_causal_mask_that_hides_nothing(core, words):
     said = only("future leak", checked(model_of(By(core), By(core))))
-    assert (
-        "for the mask of layers.0, layers.1 hides nothing: logits of later keys are " + words
-        in said
-    )
+    assert "for the mask of layers.0, layers.1 hides nothing: logits of later keys are " + words in said
     assert "of the weight" in said
 
 
@@ -180,16 +169,11 @@ def test_a_padding_mask_of_zeros_and_ones_that_is_added_hides_nothing():
 
 def test_keys_repeated_along_the_sequence():
     def core(_, q, k, v, __):
-        k, v = (
-            x[:, :2].transpose(1, 2).repeat_interleave(2, dim=1).transpose(1, 2) for x in (k, v)
-        )
+        k, v = (x[:, :2].transpose(1, 2).repeat_interleave(2, dim=1).transpose(1, 2) for x in (k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
     said = only("head shapes", checked(model_of(By(core))))
-    assert (
-        "layers.0 has 24 keys for 12 queries: each key stands 2 times on the axis of positions"
-        in said
-    )
+    assert "layers.0 has 24 keys for 12 queries: each key stands 2 times on the axis of positions" in said
 
 
 @pytest.mark.parametrize("kept", [1, 12])
@@ -201,9 +185,7 @@ def test_is_causal_with_more_keys_than_queries(kept):
 
     found = checked(model_of(By(core)), FLOATS[:, :kept])
     queries = "1 query" if kept == 1 else "12 queries"
-    assert (
-        f"layers.0 says is_causal for {queries} and {kept + 5} keys" in found["head shapes"].finding
-    )
+    assert f"layers.0 says is_causal for {queries} and {kept + 5} keys" in found["head shapes"].finding
     assert found["head shapes"].status == "failed"
 
 
@@ -224,9 +206,7 @@ def test_lines_of_a_softmax_over_the_queries():
         "layers.1.attn (sdpa, [[3, 4, 12, 8]]): nested tensors",
         "softmax over the queries' axis",
     ]
-    assert wrong_axes(lines) == [
-        ("layers.0.attn", "softmax over the queries' axis: each key's weights sum to 1")
-    ]
+    assert wrong_axes(lines) == [("layers.0.attn", "softmax over the queries' axis: each key's weights sum to 1")]
     assert wrong_axes([]) == []
 
 
@@ -236,9 +216,7 @@ def test_a_softmax_over_the_queries_is_a_failed_check_that_says_where():
     from attnscope.check.masks import softmax_axis
 
     line = "layers.0.attn (eager, [[3, 4, 12, 12]]): softmax over the queries' axis"
-    found = softmax_axis(
-        open_case(model_of(), TOKENS), Looked(calls=(), why=line, unseen=(line,), reacts={})
-    )
+    found = softmax_axis(open_case(model_of(), TOKENS), Looked(calls=(), why=line, unseen=(line,), reacts={}))
     assert found.status == "failed"
     assert found.finding == (
         "1 of 1 attention call takes the softmax over the axis of the queries instead of the keys: layers.0.attn."

@@ -13,9 +13,7 @@ MASK[0, 8:] = 0
 
 
 def not_passed(found):
-    return {
-        name: each.status for name, each in found.items() if each.status not in ("passed", "stated")
-    }
+    return {name: each.status for name, each in found.items() if each.status not in ("passed", "stated")}
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
@@ -116,9 +114,7 @@ def test_forms_of_outputs(form):
 def test_an_output_without_tensors_is_an_error_that_says_what_came():
     with pytest.raises(ShapeError) as caught:
         check_model(Returning(lambda y: "nothing"), TOKENS)
-    assert str(caught.value) == (
-        "the model returned a str without tensors, but no floating tensor."
-    )
+    assert str(caught.value) == ("the model returned a str without tensors, but no floating tensor.")
 
 
 @pytest.mark.parametrize(
@@ -189,6 +185,4 @@ def test_other_dtypes(dtype):
 
 
 def test_compiled_models_are_looked_into():
-    assert not_passed(checked(torch.compile(model_of(), backend="eager"), TOKENS)) == {
-        "padding leak": "not looked"
-    }
+    assert not_passed(checked(torch.compile(model_of(), backend="eager"), TOKENS)) == {"padding leak": "not looked"}

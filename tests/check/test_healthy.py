@@ -24,9 +24,7 @@ with warnings.catch_warnings():  # of PyTorch, which imports its compiler
 
 def encoder(**more):
     layer = nn.TransformerEncoderLayer(D, H, 64, **more)
-    return built(
-        nn.TransformerEncoder, layer, 2, enable_nested_tensor=more.get("batch_first", False)
-    )
+    return built(nn.TransformerEncoder, layer, 2, enable_nested_tensor=more.get("batch_first", False))
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["batch first", "positions first"])
@@ -201,17 +199,13 @@ def test_a_prefix_that_no_attention_shows():
 
 
 def test_flex_attention_in_all_its_forms():
-    mask = create_block_mask(
-        lambda b, h, i, j: (j <= i) & (i - j < 4), None, None, 12, 12, device="cpu"
-    )
+    mask = create_block_mask(lambda b, h, i, j: (j <= i) & (i - j < 4), None, None, 12, 12, device="cpu")
     slopes = SLOPES_H11.flatten()
 
     def alibi(z, b, h, i, j):
         return z - slopes[h] * (i - j).abs()
 
-    plain = built(
-        Decoder, lambda _, q, k, v: flex_attention(q, k, v, score_mod=alibi, block_mask=mask)
-    )
+    plain = built(Decoder, lambda _, q, k, v: flex_attention(q, k, v, score_mod=alibi, block_mask=mask))
     compiled = built(Decoder, lambda _, q, k, v: COMPILED(q, k, v, block_mask=mask))
     for model in (plain, compiled):
         sound(model, TOKENS, future_leak="passed", attention_scale="passed", masked_rows="passed")
@@ -289,9 +283,7 @@ def test_models_without_attention_or_positions():
     network = nn.Sequential(nn.Linear(20, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 5))
     found = sound(network, torch.randn(8, 20), batch_leak="stated", future_leak="not_looked")
     assert "It is a BatchNorm1d." in found["batch leak"].finding
-    network = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 14 * 14, 5)
-    )
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 14 * 14, 5))
     sound(network, {"input": PICTURES}, batch_leak="stated")
     sound(network, (PICTURES * 20).to(torch.uint8).float(), dtypes="passed")
 
@@ -301,9 +293,7 @@ def test_latents_that_attend_to_positions():
         def __init__(self):
             super().__init__()
             self.latents = nn.Parameter(torch.randn(5, D))
-            self.read, self.write = (
-                nn.MultiheadAttention(D, H, batch_first=True) for _ in range(2)
-            )
+            self.read, self.write = (nn.MultiheadAttention(D, H, batch_first=True) for _ in range(2))
 
         def forward(self, x):
             latents = self.latents.expand(len(x), -1, -1)
@@ -325,9 +315,7 @@ class Padded(nn.Module):
         self.encoder, self.head = encoder(batch_first=True), nn.Linear(D, 3)
 
     def classify(self, x, hidden):
-        y = self.encoder(self.embedding(x), src_key_padding_mask=hidden).masked_fill(
-            hidden[..., None], 0
-        )
+        y = self.encoder(self.embedding(x), src_key_padding_mask=hidden).masked_fill(hidden[..., None], 0)
         return self.head(y.sum(dim=1) / (~hidden).sum(dim=1, keepdim=True))
 
 

@@ -81,7 +81,5 @@ def test_x_transformers():
     x_transformers = pytest.importorskip("x_transformers", reason="x-transformers models")
     for stack, more in (("Encoder", {"alibi_pos_bias": True}), ("Decoder", {"rel_pos_bias": True})):
         layers = getattr(x_transformers, stack)(dim=D, depth=2, heads=4, attn_dim_head=8, **more)
-        model = built(
-            x_transformers.TransformerWrapper, num_tokens=V, max_seq_len=16, attn_layers=layers
-        )
+        model = built(x_transformers.TransformerWrapper, num_tokens=V, max_seq_len=16, attn_layers=layers)
         sound(model, {"x": TOKENS, "mask": MASK.bool()})

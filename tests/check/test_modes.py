@@ -32,9 +32,7 @@ def in_modes(training, evaluation):
 def sdpa(scale=None, is_causal=True, dropout=0.1):
     def core(self, q, k, v, _):
         p = dropout if self.training else 0.0
-        return F.scaled_dot_product_attention(
-            q, k, v, is_causal=is_causal, scale=scale, dropout_p=p
-        )
+        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale, dropout_p=p)
 
     return core
 
@@ -135,9 +133,7 @@ def test_layers_in_a_list_are_not_registered():
     del model.layers
     model.layers = layers
     said = only("registered layers", checked(model))
-    assert said.startswith(
-        "The parameters of 2 of 2 attention calls are not among those of the model"
-    )
+    assert said.startswith("The parameters of 2 of 2 attention calls are not among those of the model")
     for layer in layers:
         layer.requires_grad_(False)  # as of a teacher
     assert not failed(checked(model))

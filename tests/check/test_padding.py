@@ -36,9 +36,7 @@ def inverted(kind):
         return by_hand(q, k, v, ~padding[:, None, None])
 
     def flex(_, q, k, v, padding):
-        return flex_attention(
-            q, k, v, score_mod=lambda z, b, h, i, j: torch.where(padding[b, j], z, -math.inf)
-        )
+        return flex_attention(q, k, v, score_mod=lambda z, b, h, i, j: torch.where(padding[b, j], z, -math.inf))
 
     return By({"fused": fused, "eager": eager, "flex": flex}[kind])
 
@@ -50,9 +48,7 @@ def test_an_inverted_padding_mask_is_named(kind, wrap, side):
     mask = PADDED if side == "right" else PADDED.flip(1)
     found = checked(wrap(model_of(inverted(kind), inverted(kind))), (TOKENS, mask))
     said = only("padding leak", found)
-    assert said.startswith(
-        "The padding mask is inverted: real keys are hidden and padded keys are seen in "
-    )
+    assert said.startswith("The padding mask is inverted: real keys are hidden and padded keys are seen in ")
     assert "layers.0" in said and "layers.1" in said
     assert "~mask" in found["padding leak"].remedy
 

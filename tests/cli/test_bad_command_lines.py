@@ -22,29 +22,19 @@ CASES = {
         "--lr",
         "fast",
     ): 'error: --lr: optimizer.lr is "fast", but must be a finite number at least 0.',
-    ("train", "--clip", "0"): (
-        "error: --clip: clip.threshold is 0, but must be a finite number above 0 or none."
-    ),
+    ("train", "--clip", "0"): ("error: --clip: clip.threshold is 0, but must be a finite number above 0 or none."),
     ("train", "--init", "xavier"): (
         'error: --init: init.scheme is "xavier", but must be one of xavier_uniform, xavier_normal, kaiming, '
         "normal, orthogonal, gpt2. Did you mean xavier_normal?"
     ),
     ("train", "--gain", "0"): "error: --gain: init.gain is 0, but must be a finite number above 0.",
-    ("train", "--steps", "0"): (
-        "error: --steps: train.steps is 0, but must be a whole number, at least 1."
-    ),
-    ("train", "--steps", "1.5"): (
-        "error: --steps: train.steps is 1.5, but must be a whole number, at least 1."
-    ),
-    ("train", "--seed", "-3"): (
-        "error: --seed: train.seed is -3, but must be a whole number, at least 0."
-    ),
+    ("train", "--steps", "0"): ("error: --steps: train.steps is 0, but must be a whole number, at least 1."),
+    ("train", "--steps", "1.5"): ("error: --steps: train.steps is 1.5, but must be a whole number, at least 1."),
+    ("train", "--seed", "-3"): ("error: --seed: train.seed is -3, but must be a whole number, at least 0."),
     ("train", "--precision", "fp16"): (
         'error: --precision: precision.dtype is "fp16", but must be one of float32, bfloat16, float16.'
     ),
-    ("train", "--no-control"): (
-        "error: --no-control has no effect without --no-scale. Add it, or drop the flag."
-    ),
+    ("train", "--no-control"): ("error: --no-control has no effect without --no-scale. Add it, or drop the flag."),
     ("train", "--set", "model.d_model"): (
         "error: --set model.d_model: write section.setting=value, for example model.d_model=64."
     ),
@@ -53,12 +43,10 @@ CASES = {
     ),
     ("train", "--resume", "nowhere"): "error: nowhere: no such run. List them: attnscope runs",
     ("train", "--resume", "nowhere", "--lr", "1"): (
-        "error: --resume goes on with a run as it was configured, but --lr was given too. Drop one of "
-        "them."
+        "error: --resume goes on with a run as it was configured, but --lr was given too. Drop one of them."
     ),
     ("train", "--set", "data.source=missing.txt"): (
-        "error: data.source = missing.txt: no such file or folder. Sources: stdlib, markov, recall, modular, or "
-        "a path."
+        "error: data.source = missing.txt: no such file or folder. Sources: stdlib, markov, recall, modular, or a path."
     ),
     ("sweep",): (
         "error: sweep: nothing varies. Add settings, for example --vary attention.scale=inverse_sqrt,none, or "
@@ -75,8 +63,7 @@ CASES = {
         "error: --vary init.gain was given twice. Put all its values into one list."
     ),
     ("sweep", "--vary", "init.gain=1,2", "--set", "init.gain=3"): (
-        "error: --set init.gain: init.gain varies in this sweep. Drop it, or give --vary init.gain with that one "
-        "value."
+        "error: --set init.gain: init.gain varies in this sweep. Drop it, or give --vary init.gain with that one value."
     ),
     ("sweep", "--vary", "optimizer.lr=log:0:1:3"): (
         'error: --vary optimizer.lr=log:0:1:3: optimizer.lr is "log:0:1:3", but equal ratios need LOW above 0. '
@@ -110,9 +97,7 @@ CASES = {
     ),
     ("report", "nowhere"): "error: nowhere: no such run. List them: attnscope runs",
     ("diagnose", "nowhere"): "error: nowhere: no such run. List them: attnscope runs",
-    ("runs", "nowhere"): (
-        "error: nowhere: no such folder. Make a run first: attnscope train --no-scale"
-    ),
+    ("runs", "nowhere"): ("error: nowhere: no such folder. Make a run first: attnscope train --no-scale"),
 }
 
 

@@ -66,9 +66,7 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing(folder):
 
 def test_flags_add_to_the_file_and_replace_its_axes(folder):
     words = ["--vary", "optimizer.lr=0.1,0.2", "--vary", "init.gain=1,2", "--seeds", "4,7"]
-    plan = json.loads(
-        attnscope("sweep", "lr.toml", *words, "--dry-run", "--json", cwd=folder).stdout
-    )
+    plan = json.loads(attnscope("sweep", "lr.toml", *words, "--dry-run", "--json", cwd=folder).stdout)
     assert plan["vary"] == {
         "optimizer.lr": [0.1, 0.2],
         "attention.scale": ["none", "inverse_sqrt"],
@@ -132,9 +130,7 @@ def test_ctrl_c_keeps_what_there_is_and_names_the_way_on(folder):
 
 def test_without_ray_it_says_how_to_get_it(folder, tmp_path):
     (tmp_path / "ray.py").write_text("raise ImportError")
-    done = attnscope(
-        "sweep", "lr.toml", "--ray", cwd=folder, environment={"PYTHONPATH": str(tmp_path)}
-    )
+    done = attnscope("sweep", "lr.toml", "--ray", cwd=folder, environment={"PYTHONPATH": str(tmp_path)})
     assert done.returncode == 1
     assert done.stderr == 'error: ray is not installed. Install it: pip install "attnscope[ray]"\n'
 

@@ -192,9 +192,7 @@ def test_killed_at_20_random_moments_it_opens_reports_and_resumes(tmp_path):
         assert steps.tolist() == list(range(len(steps)))
         if len(steps):
             newest = max(path.stat().st_mtime for path in run.glob("part-0000/steps-*.arrow"))
-            assert (
-                killed_at - newest < 1.5
-            )  # half a second of records and a step, on a busy machine
+            assert killed_at - newest < 1.5  # half a second of records and a step, on a busy machine
         assert all(note for note in opened.lost)
         if number % 5 == 0:
             done = attnscope("train", "--resume", f"runs/{name}", cwd=tmp_path)
@@ -279,16 +277,12 @@ def test_runs_lists_what_is_there(tmp_path, folder):
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_compiled_training_records_the_same_first_steps(tmp_path):
     for name, flags in (("plain", []), ("compiled", ["--compile"])):
-        done = attnscope(
-            "train", "--no-scale", *FAST, *flags, "--steps", "4", "--name", name, cwd=tmp_path
-        )
+        done = attnscope("train", "--no-scale", *FAST, *flags, "--steps", "4", "--name", name, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     plain, compiled = (open_run(tmp_path / "runs" / name) for name in ("plain", "compiled"))
     assert compiled.config.train.compile
     for table, columns in (("steps", ["loss", "grad_norm"]), ("heads", ["entropy", "max_logit"])):
-        np.testing.assert_allclose(
-            getattr(plain, table)[columns], getattr(compiled, table)[columns], rtol=1e-3
-        )
+        np.testing.assert_allclose(getattr(plain, table)[columns], getattr(compiled, table)[columns], rtol=1e-3)
 
 
 @pytest.mark.slow
@@ -298,9 +292,7 @@ def test_without_a_compiler_compile_gives_one_line(tmp_path):
         "PATH": "",
         "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
     }
-    done = attnscope(
-        "train", *FAST, "--steps", "2", "--compile", cwd=tmp_path, environment=environment
-    )
+    done = attnscope("train", *FAST, "--steps", "2", "--compile", cwd=tmp_path, environment=environment)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: train.compile: PyTorch cannot compile the model here: ")

@@ -163,10 +163,7 @@ def message_of(make):
 
 @pytest.mark.parametrize("text", CASES, ids=range(len(CASES)))
 def test_message(text):
-    assert (
-        message_of(lambda: members_of(parse_toml(text, where="a.toml"), where="a.toml"))
-        == CASES[text]
-    )
+    assert message_of(lambda: members_of(parse_toml(text, where="a.toml"), where="a.toml")) == CASES[text]
 
 
 ASSIGNMENTS = {
@@ -231,9 +228,7 @@ def test_folders_and_files_below_files(here):
 
 def test_a_file_that_is_not_utf_8(here):
     (here / "latin.toml").write_bytes(b"# caf\xe9")
-    assert message_of(lambda: load_config("latin.toml")) == (
-        "latin.toml is not text in UTF-8. Save it as UTF-8."
-    )
+    assert message_of(lambda: load_config("latin.toml")) == ("latin.toml is not text in UTF-8. Save it as UTF-8.")
 
 
 @pytest.mark.parametrize("name", ["large.toml", "/dev/zero"])
@@ -250,8 +245,7 @@ def test_no_scale_refuses_a_config_that_has_arms(make):
         return parse_toml("".join(f'[[arm]]\nname = "{i}"\n' for i in range(n_arms)))
 
     assert message_of(lambda: make(config(2))) == (
-        "--no-scale makes its own two arms, but the config already has 2 (0, 1). Drop the flag, or the "
-        "[[arm]] tables."
+        "--no-scale makes its own two arms, but the config already has 2 (0, 1). Drop the flag, or the [[arm]] tables."
     )
     assert message_of(lambda: make(config(900))) == (
         "--no-scale makes its own two arms, but the config already has 900 (0, 1, 2, ...). Drop the flag, or "
@@ -290,9 +284,7 @@ def test_whatever_is_wrong_the_message_is_one_short_line(table, key, value, wher
     for attempt in (
         lambda: members_of(parse_table(table, where=where), where=where),
         lambda: apply_changes(Config(), {key: value}, where=where),
-        lambda: apply_changes(
-            Config(), dict([parse_assignment(f"{key}={value}")]), where=f"--set {key}={value}"
-        ),
+        lambda: apply_changes(Config(), dict([parse_assignment(f"{key}={value}")]), where=f"--set {key}={value}"),
     ):
         try:
             attempt()

@@ -6,9 +6,7 @@ from attnscope.config import SECTIONS, SETTINGS, Config, apply_changes, get_sett
 from attnscope.config.change import check_name, flatten, nest, plain
 from attnscope.errors import ConfigError
 
-OPTIMIZER = (
-    "name, lr, momentum, betas, eps, weight_decay, warmup_steps, schedule, z_loss"  # its settings
-)
+OPTIMIZER = "name, lr, momentum, betas, eps, weight_decay, warmup_steps, schedule, z_loss"  # its settings
 
 
 def test_a_change_touches_what_it_names_and_nothing_else():
@@ -42,8 +40,7 @@ def test_every_setting_has_a_value_that_it_accepts():
         ),
         (
             {"optimizer.dropout": 1},
-            '[optimizer] has no setting "dropout". Did you mean attention.dropout? '
-            f"Settings: {OPTIMIZER}.",
+            f'[optimizer] has no setting "dropout". Did you mean attention.dropout? Settings: {OPTIMIZER}.',
         ),
         (
             {"optimizer.xyz": 1},
@@ -104,9 +101,7 @@ def test_a_place_and_a_value_stay_on_one_line():
 def test_names_are_checked_without_a_value():
     for key in SETTINGS:
         check_name(key, "here")
-    with pytest.raises(
-        ConfigError, match=r"^here: \[init\] has no setting \"gian\"\. Did you mean gain\?"
-    ):
+    with pytest.raises(ConfigError, match=r"^here: \[init\] has no setting \"gian\"\. Did you mean gain\?"):
         check_name("init.gian", "here")
 
 

@@ -80,9 +80,7 @@ def test_toml_and_json_bring_every_setting_back(change, arm):
 @settings(max_examples=20)
 @given(data=st.data())
 def test_every_value_of_every_setting_survives_toml_and_json(key, data):
-    config = apply_changes(
-        Config(), {key: data.draw(values_of(check_of(SETTINGS[key])))}, where="test"
-    )
+    config = apply_changes(Config(), {key: data.draw(values_of(check_of(SETTINGS[key])))}, where="test")
     assert parse_toml(to_toml(config)) == config
     assert parse_table(json.loads(json.dumps(to_table(config)))) == config
 
@@ -218,9 +216,7 @@ def test_assignments_on_the_command_line(text, expected):
 
 
 def arms(*changes):
-    return parse_table(
-        {"arm": [{"name": f"arm {i}", **change} for i, change in enumerate(changes)]}
-    )
+    return parse_table({"arm": [{"name": f"arm {i}", **change} for i, change in enumerate(changes)]})
 
 
 def test_members_that_differ_in_numbers_share_a_part():
@@ -263,9 +259,7 @@ def test_no_scale_trains_a_twin_that_differs_in_the_scale_alone():
 
 def test_members_with_a_trained_scale_share_a_part_of_their_own():
     learned = {"attention": {"scale": "learned"}}
-    members = members_of(
-        arms({}, learned, {"optimizer": {"lr": 0.1}}, learned | {"init": {"gain": 2}})
-    )
+    members = members_of(arms({}, learned, {"optimizer": {"lr": 0.1}}, learned | {"init": {"gain": 2}}))
     assert [(member.part, member.index) for member in members] == [(0, 0), (1, 0), (0, 1), (1, 1)]
 
 
@@ -308,9 +302,7 @@ IDLE = {
     "model.norm_kind has no effect with model.norm = none": {"model.norm_kind": "rmsnorm"},
     "optimizer.lr is 0: nothing will be learned": {"optimizer.lr": 0},
     "clip.mode = adaptive has no effect while clip.threshold is none": {"clip.mode": "adaptive"},
-    "optimizer.warmup_steps = 301 is more than train.steps = 300: lr is never reached": {
-        "optimizer.warmup_steps": 301
-    },
+    "optimizer.warmup_steps = 301 is more than train.steps = 300: lr is never reached": {"optimizer.warmup_steps": 301},
     "attention.qk_clip = 50 has no effect: attention.logit_softcap = 30 keeps logits below it": {
         "attention.qk_clip": 50,
         "attention.logit_softcap": 30,

@@ -186,14 +186,10 @@ def test_the_grid_has_every_combination_the_first_axis_slowest_and_seeds_fastest
 
 
 def test_settings_that_change_the_graph_make_parts():
-    members = members_of(
-        swept("model.norm=none,pre", "init.gain=1,2", "attention.qk_norm=false,true")
-    )
+    members = members_of(swept("model.norm=none,pre", "init.gain=1,2", "attention.qk_norm=false,true"))
     by_part = {}
     for member in members:
-        by_part.setdefault(member.part, set()).add(
-            (member.config.model.norm, member.config.attention.qk_norm)
-        )
+        by_part.setdefault(member.part, set()).add((member.config.model.norm, member.config.attention.qk_norm))
     assert len(by_part) == 4 and all(len(graphs) == 1 for graphs in by_part.values())
 
 
@@ -266,9 +262,7 @@ def test_the_longest_name_that_stays_one(length, numbered):
     assert len(set(found)) == 8
 
 
-@pytest.mark.parametrize(
-    "texts", [["init.gain=1.0000001,1.0000002"], ["init.gain=1234567,1234568", "init.std=1,2"]]
-)
+@pytest.mark.parametrize("texts", [["init.gain=1.0000001,1.0000002"], ["init.gain=1234567,1234568", "init.std=1,2"]])
 def test_members_have_names_of_their_own_even_where_values_are_close(texts):
     found = names(swept(*texts))
     assert len(set(found)) == len(found)
@@ -398,15 +392,11 @@ def test_a_setting_that_varies_twice_is_refused():
 def test_a_setting_of_an_arm_cannot_vary_too(arm, sweep, key):
     with pytest.raises(ConfigError) as refused:
         parse_table({"arm": [{"name": "a", **arm}], "sweep": sweep}, where="c.toml")
-    assert str(refused.value) == (
-        f"c.toml: sweep: {key} varies, but arm a sets it too. Drop one of them."
-    )
+    assert str(refused.value) == (f"c.toml: sweep: {key} varies, but arm a sets it too. Drop one of them.")
 
 
 def test_a_cell_that_cannot_be_is_named():
-    with pytest.raises(
-        ConfigError, match=r"d_model=65: model\.n_heads is 2, which does not divide"
-    ):
+    with pytest.raises(ConfigError, match=r"d_model=65: model\.n_heads is 2, which does not divide"):
         members_of(swept("model.d_model=64,65"))
 
 

@@ -47,9 +47,7 @@ def test_a_batch_is_a_pure_function_of_seed_and_step(source, objective):
 @pytest.mark.parametrize("source", SOURCES)
 def test_held_out_batches_are_the_same_every_time(source):
     data = corpus(source)
-    for left, right in zip(
-        data.val_batches(seq_len=32, count=3), data.val_batches(seq_len=32, count=3), strict=True
-    ):
+    for left, right in zip(data.val_batches(seq_len=32, count=3), data.val_batches(seq_len=32, count=3), strict=True):
         assert torch.equal(left.tokens_BT, right.tokens_BT)
 
 
@@ -124,9 +122,7 @@ def test_the_markov_chain_has_the_entropy_rate_it_says():
         index = (batch.tokens_BT * 64 + batch.targets_BT).flatten()
         pairs += torch.bincount(index, minlength=64 * 64).view(64, 64)
     log_p = data.transition_VV.log()
-    assert float(-(pairs * log_p).sum() / pairs.sum()) == pytest.approx(
-        data.reference.optimum, rel=2e-3
-    )
+    assert float(-(pairs * log_p).sum() / pairs.sum()) == pytest.approx(data.reference.optimum, rel=2e-3)
     assert data.reference.optimum == data.reference.bigram < data.reference.unigram
     assert torch.allclose(pairs.sum(dim=1) / pairs.sum(), data.stationary_V, atol=2e-3)
 
@@ -161,9 +157,7 @@ def test_recall_sequences_are_trained_on_or_held_out_never_both():
 
     def sides(batch):
         pairs = batch.tokens_BT[:, : 2 * data.fingerprint["pairs"]].unflatten(1, (-1, 2))
-        return set(
-            ((pairs[..., 1] - RECALL_KEYS).sum(dim=1) + pairs[:, 0, 0]).remainder(4).tolist()
-        )
+        return set(((pairs[..., 1] - RECALL_KEYS).sum(dim=1) + pairs[:, 0, 0]).remainder(4).tolist())
 
     assert sides(data.train_batch(0)) == {1, 2, 3}
     assert sides(data.val_batches(seq_len=32, count=1)[0]) == {0}
@@ -208,9 +202,7 @@ def test_masking_hides_fifteen_percent_in_sequences_of_different_length():
     assert float(chosen[real].float().mean()) == pytest.approx(0.15, abs=0.01)
     fate = collections.Counter(
         "mask" if now == mask else "kept" if now == was else "random"
-        for now, was in zip(
-            batch.tokens_BT[chosen].tolist(), original[chosen].tolist(), strict=True
-        )
+        for now, was in zip(batch.tokens_BT[chosen].tolist(), original[chosen].tolist(), strict=True)
     )
     assert fate["mask"] / chosen.sum() == pytest.approx(0.8, abs=0.03)
     assert fate["random"] / chosen.sum() == pytest.approx(0.1, abs=0.03)

@@ -83,9 +83,7 @@ def test_gradients_that_overflow_under_loss_scaling_are_no_finding(tmp_path, nor
 
 def test_a_member_that_failed_is_told_with_its_error(tmp_path):
     steps = steps_table([[4.0, 4.0]])
-    run = run_of(
-        tmp_path / "r", steps=steps, end="failed", error="ValueError: no\x1b data", planned=9
-    )
+    run = run_of(tmp_path / "r", steps=steps, end="failed", error="ValueError: no\x1b data", planned=9)
     (finding,) = [f for f in diagnose(run) if f.rule == "failed"]
     name = run.entries[0].name
     assert finding.summary == f"{name} failed after step 1: ValueError: no� data"

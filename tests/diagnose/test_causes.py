@@ -78,9 +78,7 @@ def twins_run(path, losses, *, scale="none", heads=None, **other):
 def test_an_end_worse_than_that_of_the_twin_makes_it_a_cause(tmp_path):
     flat = np.full(60, 4.0)
     run = twins_run(tmp_path / "a", [flat + 0.07, flat])
-    assert "It ends 0.07 nats above usual, which differs in the scale alone" in (
-        applied_scale(run).summary
-    )
+    assert "It ends 0.07 nats above usual, which differs in the scale alone" in (applied_scale(run).summary)
     assert unusual_scale(run) is None
     same = twins_run(tmp_path / "b", [flat + 0.05, flat])
     assert applied_scale(same) is None and unusual_scale(same).members == ("odd",)
@@ -103,9 +101,7 @@ def test_divergence_makes_it_a_cause_where_attention_was_saturated_before(tmp_pa
     unscaled = {"attention": {"scale": "none"}}
     run = run_of(tmp_path / "a", unscaled, steps=steps_table(losses), heads=sharp)
     said = applied_scale(run)
-    assert "Before it diverged at step 40" in said.summary and "max_logit 5e+03 at step 30" in (
-        said.summary
-    )
+    assert "Before it diverged at step 40" in said.summary and "max_logit 5e+03 at step 30" in (said.summary)
     run = run_of(tmp_path / "b", unscaled, steps=steps_table(losses), heads=calm)
     assert applied_scale(run) is None and unusual_scale(run) is not None
     flat = {"attention": {"scale": "inverse"}}

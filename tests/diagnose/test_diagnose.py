@@ -112,9 +112,7 @@ def test_a_run_that_was_killed_early_is_diagnosed(tmp_path, recorded):
     (tmp_path / "r" / "part-0000" / "end.json").unlink()
     for path in (tmp_path / "r" / "part-0000").iterdir():
         os.utime(path, (1, 1))
-    assert rules_of(open_run(tmp_path / "r")) == [
-        "unusual_scale"
-    ]  # the unscaled twin, as configured
+    assert rules_of(open_run(tmp_path / "r")) == ["unusual_scale"]  # the unscaled twin, as configured
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 0.0, -1e30])

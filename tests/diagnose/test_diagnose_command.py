@@ -47,9 +47,7 @@ def exploded(tmp_path):
 
 @pytest.fixture
 def healthy(tmp_path):
-    run_of(
-        tmp_path / "healthy", steps=steps_table(np.full((1, 40), 4.0)), heads=heads_table(1, [0])
-    )
+    run_of(tmp_path / "healthy", steps=steps_table(np.full((1, 40), 4.0)), heads=heads_table(1, [0]))
     return tmp_path / "healthy"
 
 

@@ -223,11 +223,7 @@ def test_terminal_json_and_report_say_where_nobody_could_look(tmp_path):
     line = "loss_spike: fewer than 21 losses in a row before divergence"
 
     def diagnosed(*words):
-        return (
-            CliRunner()
-            .invoke(app, ["diagnose", str(run.path), *words], env={"COLUMNS": "80"})
-            .stdout
-        )
+        return CliRunner().invoke(app, ["diagnose", str(run.path), *words], env={"COLUMNS": "80"}).stdout
 
     text = diagnosed()
     assert "with 10 of 11 rules: applied_scale, " in " ".join(text.split())

@@ -175,9 +175,7 @@ def test_what_happens_while_a_member_diverges_is_no_spike(tmp_path):
     assert run.members[0].diverged_at == 60
     assert loss_spike(run) is None
     losses[40] = 7.0
-    assert [
-        e.step for e in loss_spike(run_of(tmp_path / "s", steps=steps_table(losses))).evidence
-    ] == [40]
+    assert [e.step for e in loss_spike(run_of(tmp_path / "s", steps=steps_table(losses))).evidence] == [40]
 
 
 def test_a_finite_loss_above_the_unigram_loss_is_stalled(tmp_path, twins):

@@ -36,9 +36,7 @@ def test_what_was_written_is_said_with_the_command_that_shows_it(run_path):
         f"Next:    python -c \"import pandas; print(pandas.read_csv('{folder}/steps.csv'))\"",
     ]
     said = done.stdout.splitlines()[-1].partition("python ")[2]
-    shown = subprocess.run(
-        [sys.executable, *shlex.split(said)], capture_output=True, text=True, check=True
-    )
+    shown = subprocess.run([sys.executable, *shlex.split(said)], capture_output=True, text=True, check=True)
     assert "[8 rows x 14 columns]" in shown.stdout
 
 

@@ -60,9 +60,7 @@ def test_nan_and_inf_are_handed_on_but_no_loss_that_was_not_evaluated(run_path):
     moments = scalars(run_path)["unscaled"]
     assert math.isnan(moments[2].values["steps/loss"])
     assert moments[3].values["steps/loss"] == math.inf
-    assert ["steps/val_loss" in moment.values for moment in moments.values()] == [
-        *(True, False, False, False)
-    ]
+    assert ["steps/val_loss" in moment.values for moment in moments.values()] == [*(True, False, False, False)]
 
 
 def test_of_a_watched_run_what_was_not_measured_is_left_out_but_never_the_loss(watched):

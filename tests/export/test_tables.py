@@ -129,9 +129,7 @@ def test_an_export_replaces_the_one_before_but_no_other_folder(run_path, tmp_pat
     before = (tmp_path / "mine" / "steps.csv").read_bytes()
     with pytest.raises(AttnscopeError) as refused:
         export_run(open_run(run_path), "parquet", out=tmp_path / "mine")
-    assert str(refused.value) == (
-        f"{tmp_path / 'mine'} already exists. Choose another --out, or delete it."
-    )
+    assert str(refused.value) == (f"{tmp_path / 'mine'} already exists. Choose another --out, or delete it.")
     assert (tmp_path / "mine" / "steps.csv").read_bytes() == before
     assert {x.name for x in tmp_path.iterdir()} == {"mine", "r"}
     assert {x.name for x in (run_path / "export").iterdir()} == {"csv"}
@@ -181,8 +179,7 @@ def test_an_unknown_target_is_refused_with_the_nearest(run_path):
     with pytest.raises(AttnscopeError) as refused:
         export_run(open_run(run_path), "parket")
     assert str(refused.value) == (
-        "There is no export to parket. Did you mean parquet? "
-        "Use csv, parquet, tensorboard, wandb, mlflow."
+        "There is no export to parket. Did you mean parquet? Use csv, parquet, tensorboard, wandb, mlflow."
     )
 
 

@@ -48,9 +48,7 @@ def numbers(path):
 
 def same(found, expected, *, huge=math.inf):
     """Equal as float32, NaN for NaN; `huge` is what stands for Inf."""
-    stored = {
-        place: math.copysign(huge, x) if math.isinf(x) else x for place, x in expected.items()
-    }
+    stored = {place: math.copysign(huge, x) if math.isinf(x) else x for place, x in expected.items()}
     return found == pytest.approx(stored, nan_ok=True, rel=1e-7, abs=0)
 
 
@@ -64,11 +62,7 @@ def read_tensorboard(folder):
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
-    return {
-        (event.step, tag): event.value
-        for tag in events.Tags()["scalars"]
-        for event in events.Scalars(tag)
-    }
+    return {(event.step, tag): event.value for tag in events.Tags()["scalars"] for event in events.Scalars(tag)}
 
 
 def test_tensorboard_reads_every_number_of_every_member(run_path):
@@ -122,8 +116,7 @@ def read_wandb(folder):
                 about = about or record.run
             if record.HasField("history"):
                 items = {
-                    "/".join(item.nested_key) or item.key: json.loads(item.value_json)
-                    for item in record.history.item
+                    "/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item
                 }
                 step = items.pop("_step")
                 values |= {(step, k): float(x) for k, x in items.items() if k[0] != "_"}
@@ -294,7 +287,5 @@ def test_a_missing_package_is_named_with_the_way_to_get_it(run_path, monkeypatch
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(AttnscopeError) as refused:
         export_run(open_run(run_path), target)
-    assert str(refused.value) == (
-        f'{package} is not installed. Install it: pip install "attnscope[trackers]"'
-    )
+    assert str(refused.value) == (f'{package} is not installed. Install it: pip install "attnscope[trackers]"')
     assert not list(run_path.glob("export/*"))

@@ -39,9 +39,7 @@ def test_every_statistic_equals_its_slow_twin(size, masking, softcap, biased):
         visible[0, :, 4] = False
     bias = -torch.rand(2, 3, 5, 5) if biased else None
     got = attention_stats(q, k, 0.7, visible, bias=bias, softcap=softcap)
-    expected = reference.attention_stats(
-        q, k, scale=0.7, visible=visible, bias=bias, softcap=softcap
-    )
+    expected = reference.attention_stats(q, k, scale=0.7, visible=visible, bias=bias, softcap=softcap)
     assert set(got) == set(expected)
     for name, value in expected.items():
         torch.testing.assert_close(got[name].double(), value, rtol=2e-5, atol=2e-5, msg=name)
@@ -127,10 +125,7 @@ def test_sampled_rows_estimate_the_mean():
     q, k = qk((16, 2, 128, 16))
     exact = attention_stats(q, k, mask=causal(128, 128))
     estimates = torch.stack(
-        [
-            attention_stats(q, k, mask=causal(128, 128), rows=64, seed=s)["entropy"]
-            for s in range(50)
-        ]
+        [attention_stats(q, k, mask=causal(128, 128), rows=64, seed=s)["entropy"] for s in range(50)]
     )
     error = estimates.std(dim=0) / 50**0.5
     assert ((estimates.mean(dim=0) - exact["entropy"]).abs() < 5 * error).all()
@@ -151,10 +146,7 @@ def test_calls_measured_together_are_those_measured_one_by_one(monkeypatch, dtyp
     monkeypatch.setattr(rows, "LOGITS_AT_ONCE", 4 * 2 * 4 * 2 * 3 * 9)  # four calls in a piece
     shelf, device = rows.Shelf(), torch.device("cpu")
     for turn in range(2):  # the second time over the memory of the first
-        samples = [
-            rows.sample_rows(n_batch=6, n_queries=9, rows=12, seed=i + turn, device=device)
-            for i in range(10)
-        ]
+        samples = [rows.sample_rows(n_batch=6, n_queries=9, rows=12, seed=i + turn, device=device) for i in range(10)]
         calls = list(calls_of(10, dtype=dtype))
         for call, sample in zip(calls, samples, strict=True):
             shelf.put(call, sample)
@@ -235,18 +227,14 @@ def test_nan_in_q_is_recorded_not_raised():
 def test_entropy_stays_above_the_bound_of_theorem_3_1(seed, n_keys, d_head, size):
     """Zhai et al. 2023: attention logits X W Xᵀ with spectral norm σ cannot have less entropy than this."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.nn.functional.normalize(
-        torch.randn(n_keys, d_head, generator=generator, dtype=torch.float64), dim=-1
-    )
+    x = torch.nn.functional.normalize(torch.randn(n_keys, d_head, generator=generator, dtype=torch.float64), dim=-1)
     w = torch.randn(d_head, d_head, generator=generator, dtype=torch.float64) * size
     q, k = (x @ w)[None, None], x[None, None]
     # The proof needs rows of norm at most σ; as the rows of X are unit vectors, ‖W‖ ‖X‖ is such a σ.
     t = n_keys
     sigma = float(torch.linalg.matrix_norm(w, 2) * torch.linalg.matrix_norm(x, 2))
     beta = math.exp(-sigma * math.sqrt(t / (t - 1)))
-    bound = math.log(1 + (t - 1) * beta) + sigma * math.sqrt(t * (t - 1)) * beta / (
-        1 + (t - 1) * beta
-    )
+    bound = math.log(1 + (t - 1) * beta) + sigma * math.sqrt(t * (t - 1)) * beta / (1 + (t - 1) * beta)
     for row in range(t):
         entropy = attention_stats(q[:, :, row : row + 1], k, 1.0)["entropy"].item()
         assert entropy >= bound - 1e-9
@@ -266,15 +254,11 @@ def test_entropy_stays_above_the_bound_of_theorem_3_1(seed, n_keys, d_head, size
             "those of q.",
         ),
         (
-            lambda: attention_stats(
-                torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4), mask=torch.ones(3, 3)
-            ),
+            lambda: attention_stats(torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4), mask=torch.ones(3, 3)),
             "mask is torch.float32, but must be boolean, True = visible. Use bias= for a float mask.",
         ),
         (
-            lambda: attention_stats(
-                torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4), mask=torch.ones(4, 4) > 0
-            ),
+            lambda: attention_stats(torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4), mask=torch.ones(4, 4) > 0),
             "mask, bias or scale does not broadcast to (1, 2, 3, 3), the shape of q kᵀ.",
         ),
         (

@@ -110,9 +110,7 @@ def test_the_params_table_equals_a_loop_whatever_the_order_of_the_optimizer(orde
     for m in range(M):
         for g, (layer, group) in enumerate(GROUPING.rows):
             gradient = numbers_of(gradients, m, layer, group)
-            weight, update = (
-                length(numbers_of(tensors, m, layer, group)) for tensors in (weights, updates)
-            )
+            weight, update = (length(numbers_of(tensors, m, layer, group)) for tensors in (weights, updates))
             broken = sum(not math.isfinite(x) for x in gradient)
             expected = {
                 "weight_norm": weight,
@@ -134,16 +132,9 @@ def test_the_params_table_equals_a_loop_whatever_the_order_of_the_optimizer(orde
 
 
 def test_steps_may_be_stacked_in_front_of_the_members():
-    first, second = (
-        measured_in(list(SHAPES), drawn(seed), drawn(seed + 1), drawn(seed + 2)) for seed in (0, 7)
-    )
+    first, second = (measured_in(list(SHAPES), drawn(seed), drawn(seed + 1), drawn(seed + 2)) for seed in (0, 7))
     together = parameter_stats(
-        {
-            name: {
-                what: torch.stack([first[name][what], second[name][what]]) for what in first[name]
-            }
-            for name in first
-        },
+        {name: {what: torch.stack([first[name][what], second[name][what]]) for what in first[name]} for name in first},
         GROUPING,
     )
     for s, alone in enumerate((first, second)):
@@ -191,9 +182,7 @@ def test_what_is_not_scored_has_neither_influence_nor_gradient():
     assert (gradient[:, ignored] == 0).all() and (gradient[:, ~ignored] != 0).all()
     changed = logits.detach().clone()
     changed[:, ignored] = 1e4
-    torch.testing.assert_close(
-        token_losses(changed, TARGETS_N, ignore=IGNORE).loss_M, losses.loss_M
-    )
+    torch.testing.assert_close(token_losses(changed, TARGETS_N, ignore=IGNORE).loss_M, losses.loss_M)
 
 
 def test_where_everything_is_scored_nothing_need_be_looked_for():

@@ -57,9 +57,7 @@ def check_together(parts, expected, *, bound=True):
     assert list(found) == list(HEAD_COLUMNS)
     for name in HEAD_COLUMNS:
         if name != "max_logit_bound" or bound:
-            torch.testing.assert_close(
-                found[name], expected[name], rtol=2e-6, atol=2e-6, equal_nan=True, msg=name
-            )
+            torch.testing.assert_close(found[name], expected[name], rtol=2e-6, atol=2e-6, equal_nan=True, msg=name)
 
 
 @settings(deadline=None, max_examples=60)

@@ -16,14 +16,11 @@ M, B, H, T, K = 2, 2, 3, 5, 4
 REAL_BS = torch.arange(T) < torch.tensor([[3], [T]])
 
 
-def attention_case(
-    *, mask="none", window=0, biased=False, softcap=0.0, dtype=torch.float64, size=2.0, seed=0
-):
+def attention_case(*, mask="none", window=0, biased=False, softcap=0.0, dtype=torch.float64, size=2.0, seed=0):
     """Inputs as `forward` puts them together, with another scale for each member; and v."""
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (
-        (torch.randn(M, B, H, T, K, generator=generator, dtype=torch.float64) * size).to(dtype)
-        for _ in range(3)
+        (torch.randn(M, B, H, T, K, generator=generator, dtype=torch.float64) * size).to(dtype) for _ in range(3)
     )
     visible_TS = visible_keys(mask=mask, window=window, n_queries=T, n_keys=T, device=CPU)
     alone = visible_TS is not None and mask != "padding" and not biased
@@ -154,9 +151,7 @@ def test_dropout_drops_its_share_and_keeps_the_mean(backend):
     weights = dropped_weights(backend, 0.3, [1, 2])
     # 40 000 draws: one standard error of the rate is 0.0023
     assert (weights == 0).float().mean().item() == pytest.approx(0.3, abs=0.01)
-    torch.testing.assert_close(
-        weights[weights > 0], torch.full((), 1 / 0.7).expand((weights > 0).sum())
-    )
+    torch.testing.assert_close(weights[weights > 0], torch.full((), 1 / 0.7).expand((weights > 0).sum()))
     assert weights.mean().item() == pytest.approx(1, abs=0.015)
 
 
@@ -178,9 +173,7 @@ def test_dropout_leaves_the_global_generator_alone(backend):
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.parametrize(
-    ("mask", "biased"), [("causal", True), ("padding", False), ("padding", True)]
-)
+@pytest.mark.parametrize(("mask", "biased"), [("causal", True), ("padding", False), ("padding", True)])
 def test_sdpa_masks_the_same_with_dropout(mask, biased):
     inputs, v = attention_case(mask=mask, window=2, biased=biased)
     none_dropped = BACKENDS["sdpa"](inputs, v, Dropout(p=1e-12, seeds=[1, 2]))

@@ -13,12 +13,8 @@ D, F, VOCAB, LAYERS = 96, 160, 80, 3
 
 
 def make(**changes):
-    config = parse_table(
-        {"model": {"d_model": D, "d_ff": F, "n_layers": LAYERS, "n_heads": 4, "seq_len": 16}}
-    )
-    return apply_changes(
-        config, {key.replace("__", "."): v for key, v in changes.items()}, where=""
-    )
+    config = parse_table({"model": {"d_model": D, "d_ff": F, "n_layers": LAYERS, "n_heads": 4, "seq_len": 16}})
+    return apply_changes(config, {key.replace("__", "."): v for key, v in changes.items()}, where="")
 
 
 def draw(**changes):
@@ -67,9 +63,7 @@ def test_orthogonal_matrices_have_orthonormal_rows_or_columns():
             rows, columns = matrix.shape
             gram = matrix.T @ matrix if rows >= columns else matrix @ matrix.T
             torch.testing.assert_close(gram, torch.eye(min(rows, columns)), rtol=0, atol=1e-5)
-    torch.testing.assert_close(
-        weights["head"].T @ weights["head"], torch.eye(VOCAB), rtol=0, atol=1e-5
-    )
+    torch.testing.assert_close(weights["head"].T @ weights["head"], torch.eye(VOCAB), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("scheme", ["xavier_uniform", "normal", "orthogonal", "gpt2"])
@@ -127,9 +121,7 @@ def test_drawing_leaves_the_global_generator_alone():
 
 def test_attn_scales_by_rule():
     members = [
-        parse_table(
-            {"model": {"d_model": 64, "n_heads": 4, "n_layers": 3}, "attention": {"scale": rule}}
-        )
+        parse_table({"model": {"d_model": 64, "n_heads": 4, "n_layers": 3}, "attention": {"scale": rule}})
         for rule in ("inverse_sqrt", "none", "inverse", "depth", "learned", 0.75)
     ]
     scales = attn_scales(members)

@@ -25,9 +25,7 @@ def small(**changes):
             "init": {"embedding_std": 0.7},
         }
     )
-    return apply_changes(
-        config, {key.replace("__", "."): v for key, v in changes.items()}, where=""
-    )
+    return apply_changes(config, {key.replace("__", "."): v for key, v in changes.items()}, where="")
 
 
 def weights(config, *, n_members=2):
@@ -37,11 +35,7 @@ def weights(config, *, n_members=2):
     generator = torch.Generator().manual_seed(9)
     return {
         name: value.double()
-        * (
-            1 + torch.rand(value.shape, generator=generator)
-            if name.startswith(("norm", "scale"))
-            else 1
-        )
+        * (1 + torch.rand(value.shape, generator=generator) if name.startswith(("norm", "scale")) else 1)
         for name, value in drawn.items()
     }
 
@@ -77,9 +71,7 @@ def assert_equals_twin(config, *, real_BS=None):
     assert out.shape == (2, B * T, VOCAB)
     for m in range(2):
         own = {name: value[m] for name, value in parameters.items()}
-        expected = reference.transformer(
-            own, config, TOKENS_BT, scale_L=SCALE_ML[m], real_BS=real_BS
-        )
+        expected = reference.transformer(own, config, TOKENS_BT, scale_L=SCALE_ML[m], real_BS=real_BS)
         torch.testing.assert_close(out[m], expected, rtol=0, atol=1e-9)
 
 
@@ -291,9 +283,7 @@ class LogitStd:
 
 def logit_std_at_step_0(norm, d_head):
     """Mean over heads of an unscaled and a scaled member with the same weights on real bytes, two times (L,)."""
-    scaled = parse_table(
-        {"model": {"n_heads": 128 // d_head, "norm": norm}, "data": {"batch_size": 4}}
-    )
+    scaled = parse_table({"model": {"n_heads": 128 // d_head, "norm": norm}, "data": {"batch_size": 4}})
     members = [apply_changes(scaled, {"attention.scale": "none"}, where=""), scaled]
     data = open_data(scaled.data, seq_len=scaled.model.seq_len)
     observer = LogitStd()

@@ -44,9 +44,7 @@ def browser():
 
     with sync_playwright() as playwright:
         path = shutil.which("chromium") or shutil.which("chromium-browser")
-        started = playwright.chromium.launch(
-            executable_path=path, args=["--no-sandbox", "--disable-gpu"]
-        )
+        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
         yield started
         started.close()
 
@@ -105,9 +103,7 @@ def test_a_table_sorts_by_mouse_and_by_keyboard(page):
     assert column(page, 4) == sorted(before, reverse=True)
     page.locator("#members th button", has_text="member").press("Space")
     names = page.locator("#members tbody tr td:first-child").all_text_contents()
-    assert names == page.evaluate(
-        "names => [...names].sort((a, b) => a.localeCompare(b, 'en'))", names
-    )
+    assert names == page.evaluate("names => [...names].sort((a, b) => a.localeCompare(b, 'en'))", names)
     assert header.get_attribute("aria-sort") is None
 
 
@@ -158,9 +154,7 @@ def test_dark_is_dark_and_figures_stay_on_light(page):
     dark = page.evaluate("matchMedia('(prefers-color-scheme: dark)').matches")
 
     def brightness(selector):
-        colour = page.evaluate(
-            f"getComputedStyle(document.querySelector('{selector}')).backgroundColor"
-        )
+        colour = page.evaluate(f"getComputedStyle(document.querySelector('{selector}')).backgroundColor")
         return sum(int(part) for part in colour.strip("rgb()").split(",")[:3]) / 3
 
     assert (brightness("body") < 60) is dark
@@ -170,7 +164,4 @@ def test_dark_is_dark_and_figures_stay_on_light(page):
 def test_print_shows_whole_tables(page):
     page.emulate_media(media="print")
     assert page.locator("#explorer").is_hidden()
-    assert (
-        page.locator(".table").first.evaluate("each => getComputedStyle(each).overflowX")
-        == "visible"
-    )
+    assert page.locator(".table").first.evaluate("each => getComputedStyle(each).overflowX") == "visible"

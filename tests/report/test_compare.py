@@ -40,9 +40,7 @@ def subject(status="trained", final=2.0, *, seed=0, step=99, data="d", first=6.0
             step=step,
             first_loss=first,
         ),
-        settings={
-            key: f"{value:g}" if isinstance(value, float) else value for key, value in shown.items()
-        }
+        settings={key: f"{value:g}" if isinstance(value, float) else value for key, value in shown.items()}
         | {"train.seed": str(seed)},
         numbers={key: value for key, value in shown.items() if isinstance(value, float)},
         seed=str(seed),
@@ -99,9 +97,7 @@ def test_a_clipping_mode_counts_only_where_something_is_clipped():
         {"clip__mode": "value", "clip__threshold": "0.1"},
     )
     found = compare([*cell("d", **off), *cell("t", **on)])
-    assert [(change.setting, change.value) for change in found.changes] == [
-        ("clip.threshold", "value 0.1")
-    ]
+    assert [(change.setting, change.value) for change in found.changes] == [("clip.threshold", "value 0.1")]
     found = compare([*cell("d", clip__mode="norm", clip__threshold="1"), *cell("t", **on)])
     assert found.changes == ()
 
@@ -185,9 +181,7 @@ def test_sensitivity_needs_every_learning_rate_of_a_seed():
 
 
 def test_sentences_say_what_was_found():
-    found = compare(
-        [*cell("ddd", a="0", b="0"), *cell("ttt", a="1", b="0"), *cell("sss", a="0", b="1")]
-    )
+    found = compare([*cell("ddd", a="0", b="0"), *cell("ttt", a="1", b="0"), *cell("sss", a="0", b="1")])
     assert sentence_on(found) == (
         "Baseline a=0 b=0: 3 diverged. Changed alone, a=1 rescues it; b=1 only hides it: nothing diverges, but not all "
         "learn."
@@ -205,9 +199,7 @@ def test_tables_have_a_cell_for_each_title():
 
 
 def test_numbers_in_words():
-    assert (
-        steps_text([7, 10, 17]) == "10 (7–17)" and steps_text([]) == "-" and steps_text([3]) == "3"
-    )
+    assert steps_text([7, 10, 17]) == "10 (7–17)" and steps_text([]) == "-" and steps_text([3]) == "3"
     assert with_interval(0.5, (0.25, 0.75), signed=True) == "+0.50 [0.25, 0.75]"
     assert with_interval(-0.5, None, signed=True) == "-0.50"
 
@@ -232,9 +224,7 @@ def runs(tmp_path_factory):
         "slow": train("slow", optimizer={"lr": 1e-3}),
         "fast": train("fast", optimizer={"lr": 1e-2}),
         "other": train("other", data={"source": "modular", "batch_size": 2}),
-        "swept": train(
-            "swept", sweep={"vary": {"attention": {"scale": ["inverse_sqrt", "none"]}}, "seeds": 2}
-        ),
+        "swept": train("swept", sweep={"vary": {"attention": {"scale": ["inverse_sqrt", "none"]}}, "seeds": 2}),
     }
 
 
@@ -251,9 +241,7 @@ def test_runs_side_by_side_differ_in_what_differs(runs):
 
 def test_a_member_of_a_sweep_beside_a_run(runs):
     name = "scale=none seed=1"
-    tables, found = side_by_side(
-        [Chosen(run=runs["swept"], members=(name,)), Chosen(run=runs["slow"])]
-    )
+    tables, found = side_by_side([Chosen(run=runs["swept"], members=(name,)), Chosen(run=runs["slow"])])
     assert [member.name for member in found.members] == [f"swept:{name}", "slow"]
     assert found.comparison.differences == (), "other seeds are no pair"
     assert len(tables.steps) == 60
@@ -278,9 +266,7 @@ def test_unlike_runs_are_compared_by_outcome_and_it_is_said(runs):
 
 
 def test_runs_of_one_name_are_told_apart(runs, tmp_path):
-    again = attnscope.train_model(
-        {**TINY, "optimizer": {"lr": 0.1}}, path=tmp_path / "else" / "slow"
-    )
+    again = attnscope.train_model({**TINY, "optimizer": {"lr": 0.1}}, path=tmp_path / "else" / "slow")
     _, found = side_by_side([Chosen(run=runs["slow"]), Chosen(run=again)])
     names = [member.name for member in found.members]
     assert len(set(names)) == 2 and names[1] == "else/slow"
@@ -299,9 +285,7 @@ def test_the_baseline_of_one_sweep_is_its_own_but_for_what_is_said(runs):
 
 
 def test_a_member_that_is_not_there_and_one_alone(runs):
-    with pytest.raises(
-        RunError, match=r"has no member 'x'\. Members: stalled|has no member 'x'\. Members: "
-    ):
+    with pytest.raises(RunError, match=r"has no member 'x'\. Members: stalled|has no member 'x'\. Members: "):
         side_by_side([Chosen(run=runs["slow"], members=("x",))])
     with pytest.raises(RunError, match="there is nothing to compare it with"):
         side_by_side([Chosen(run=runs["slow"])])

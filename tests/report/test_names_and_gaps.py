@@ -191,7 +191,4 @@ def test_a_sweep_in_which_members_recorded_nothing_is_reported_as_that(tmp_path,
     assert ("nan" in text.split("## Definitions")[0]) is ("value" in how)
     if not how:
         assert "12 killed" in said["report"]
-        assert (
-            "Nothing was recorded of their attention." in said["report"]
-            or "Baseline" in said["report"]
-        )
+        assert "Nothing was recorded of their attention." in said["report"] or "Baseline" in said["report"]

@@ -65,9 +65,7 @@ def test_members_of_an_exploded_run(exploded):
     hot, cold = contents(exploded).members
     assert (hot.status, hot.nonfinite_at) == ("diverged", exploded.members[0].nonfinite_at)
     assert hot.step == exploded.members[0].diverged_at
-    assert cold.val_loss == pytest.approx(
-        next(f["val_loss"] for f in exploded.events["fields"] if "seq_len" in f)
-    )
+    assert cold.val_loss == pytest.approx(next(f["val_loss"] for f in exploded.events["fields"] if "seq_len" in f))
     heads = exploded.heads[exploded.heads["member"] == "cold"]
     for at, found in ((0, cold.start), (39, cold.end)):
         table = heads[heads["step"] == at]
@@ -104,18 +102,14 @@ def test_the_report_has_what_a_reader_looks_for(exploded):
 
 def test_findings_json_is_what_diagnose_says(exploded):
     found = json.loads((write_report(exploded).parent / "findings.json").read_text())
-    assert [each["rule"] for each in found["findings"]] == [
-        each.rule for each in diagnose(exploded)
-    ]
+    assert [each["rule"] for each in found["findings"]] == [each.rule for each in diagnose(exploded)]
     assert "applied_scale" in {each["rule"] for each in found["findings"]}
 
 
 def test_the_same_run_gives_the_same_bytes(exploded):
     def everything():
         folder = write_report(exploded).parent
-        return {
-            path.name: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
-        }
+        return {path.name: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
     first = everything()
     assert first == everything()
@@ -150,9 +144,7 @@ def test_a_run_of_nothing_but_nan_is_reported(tmp_path):
         part.append(
             table,
             {
-                name: np.full(len(values), np.nan)
-                if values.dtype == float and name not in KEYS
-                else values
+                name: np.full(len(values), np.nan) if values.dtype == float and name not in KEYS else values
                 for name, values in columns(table, [0, 1], members=(0, 1)).items()
             },
         )
@@ -263,9 +255,7 @@ def test_a_full_disk_leaves_the_old_report(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr("attnscope.report.replace_file", full)
-    with pytest.raises(
-        RunWriteError, match=r"no space left on device\. Free space and write the report again"
-    ):
+    with pytest.raises(RunWriteError, match=r"no space left on device\. Free space and write the report again"):
         write_report(run)
     assert place.read_bytes() == before
 

@@ -25,17 +25,13 @@ def test_a_long_curve_keeps_its_peak_its_valley_and_where_it_breaks():
 
 
 def test_the_largest_of_each_step_and_not_a_number_wins():
-    steps, values = largest_per_step(
-        np.array([0.0, 0.0, 2.0, 2.0]), np.array([1.0, 5.0, np.nan, 3.0])
-    )
+    steps, values = largest_per_step(np.array([0.0, 0.0, 2.0, 2.0]), np.array([1.0, 5.0, np.nan, 3.0]))
     assert steps.tolist() == [0, 2] and values[0] == 5 and np.isnan(values[1])
     assert len(largest_per_step(np.empty(0), np.empty(0))[0]) == 0
 
 
 def heads(steps, n_layers=2, n_heads=2, value=lambda step, layer, head: step):
-    rows = [
-        (s, i, h, value(s, i, h)) for s in steps for i in range(n_layers) for h in range(n_heads)
-    ]
+    rows = [(s, i, h, value(s, i, h)) for s in steps for i in range(n_layers) for h in range(n_heads)]
     return pd.DataFrame(rows, columns=["step", "layer", "head", "max_prob"])
 
 

@@ -57,11 +57,7 @@ def simulated(law, n, sweeps, seed):
     generator = np.random.default_rng(seed)
     found, without = [], 0
     while len(found) < sweeps:
-        noise = (
-            generator.normal(size=n) - 0.3
-            if law == "normal"
-            else generator.lognormal(sigma=0.75, size=n)
-        )
+        noise = generator.normal(size=n) - 0.3 if law == "normal" else generator.lognormal(sigma=0.75, size=n)
         interval = mean_interval(noise)
         found += [interval] if interval else []
         without += interval is None
@@ -151,14 +147,9 @@ def test_no_interval_ends_where_one_value_tells_the_others_apart(values):
 
 
 def test_more_seeds_give_a_shorter_interval():
-    lengths = {
-        n: np.median([high - low for low, high in simulated("normal", n, 40, seed=n)[0]])
-        for n in (5, 10, 40)
-    }
+    lengths = {n: np.median([high - low for low, high in simulated("normal", n, 40, seed=n)[0]]) for n in (5, 10, 40)}
     assert lengths[5] > lengths[10] > lengths[40]
-    assert lengths[40] == pytest.approx(2 * 1.96 / math.sqrt(40), rel=0.15), (
-        "as normal theory has it"
-    )
+    assert lengths[40] == pytest.approx(2 * 1.96 / math.sqrt(40), rel=0.15), "as normal theory has it"
 
 
 def test_more_values_give_the_same_interval_each_time():

@@ -47,9 +47,7 @@ def test_one_diverges_beside_its_twin():
         final_loss=math.nan,
         start=SHARP,
     )
-    said = verdict(
-        [unscaled, member("scaled")], {"attention.scale": ("none", "inverse_sqrt")}, unigram=3.15
-    )
+    said = verdict([unscaled, member("scaled")], {"attention.scale": ("none", "inverse_sqrt")}, unigram=3.15)
     assert said == (
         "unscaled diverged at step 6: its loss was 21.1 at first and became non-finite at step 10; scaled trained to "
         "a loss of 3.04, below the unigram loss 3.15.",
@@ -143,13 +141,9 @@ def test_every_member_is_held_against_its_own_data():
 
 
 def test_without_a_unigram_loss_nothing_is_said_of_it():
-    assert verdict([member()], {}, unigram=None)[0] == (
-        "a ran to its end at a loss of 3.04, 18.0 at first."
-    )
+    assert verdict([member()], {}, unigram=None)[0] == ("a ran to its end at a loss of 3.04, 18.0 at first.")
     rising = member(final_loss=90.0, is_falling=False)
-    assert verdict([rising], {}, unigram=None)[0] == (
-        "a ran to its end at a loss of 90.0, 18.0 at first."
-    )
+    assert verdict([rising], {}, unigram=None)[0] == ("a ran to its end at a loss of 90.0, 18.0 at first.")
 
 
 def test_attention_of_a_single_member():
@@ -163,9 +157,7 @@ def test_attention_of_a_single_member():
 
 def test_members_that_begin_alike_are_told_apart_at_the_end():
     rope = member("rope", end=replace(FLAT, step=299, max_prob=0.31))
-    assert verdict([rope, member("alibi")], {"model.position": ("rope", "alibi")}, unigram=None)[
-        1
-    ] == (
+    assert verdict([rope, member("alibi")], {"model.position": ("rope", "alibi")}, unigram=None)[1] == (
         "They differ in model.position alone: at step 0 their attention is alike (max_prob 0.68 to 0.68), when last "
         "finite it is rope 0.31 (step 299), alibi 0.60 (step 299)."
     )

@@ -20,9 +20,7 @@ def unsealed(path: Path) -> dict:
     return raw
 
 
-def new_run(
-    path: Path, *, twins: bool = True, unigram: object = 3.0, config: Config | None = None
-) -> RunWriter:
+def new_run(path: Path, *, twins: bool = True, unigram: object = 3.0, config: Config | None = None) -> RunWriter:
     if config is None:
         config = with_control(Config()) if twins else Config()
     return RunWriter.create(
@@ -35,13 +33,9 @@ def new_run(
     )
 
 
-def columns(
-    table: str, steps, *, members=(0,), value: float = 1.0, seed: int = 0, n_layers=2, n_heads=2
-):
+def columns(table: str, steps, *, members=(0,), value: float = 1.0, seed: int = 0, n_layers=2, n_heads=2):
     """All columns of a table, one row per step, member and (heads: layer and head; params: group of 3)."""
-    each = {"steps": 1, "heads": n_layers * n_heads, "layers": n_layers, "params": len(GROUPS)}[
-        table
-    ]
+    each = {"steps": 1, "heads": n_layers * n_heads, "layers": n_layers, "params": len(GROUPS)}[table]
     steps = np.asarray(steps)
     n = len(steps) * len(members) * each
     noise = np.random.default_rng(seed).normal(size=(len(COLUMNS[table]), n))

@@ -61,9 +61,7 @@ def test_older_checkpoints_go_once_the_new_one_is_there(tmp_path):
 @pytest.mark.parametrize("broken", ["fsync", "replace"])
 @pytest.mark.parametrize("works_before", [0, 1])
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
-    tmp_path, monkeypatch, broken, works_before, error
-):
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch, broken, works_before, error):
     part = tmp_path / "a" / "part-0000"
     part.mkdir(parents=True)
     save_checkpoint(part, step=100, tensors=tensors(), state={})
@@ -76,9 +74,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
         raise error
 
     monkeypatch.setattr(os, broken, fail)
-    with pytest.raises(
-        RunWriteError if isinstance(error, OSError) else KeyboardInterrupt
-    ) as raised:
+    with pytest.raises(RunWriteError if isinstance(error, OSError) else KeyboardInterrupt) as raised:
         save_checkpoint(part, step=200, tensors=tensors(), state={})
     monkeypatch.undo()
     if isinstance(error, OSError):
@@ -122,9 +118,7 @@ def test_tensors_without_their_json_are_no_checkpoint(tmp_path):
     assert load_checkpoint(tmp_path) is None
 
 
-@pytest.mark.parametrize(
-    "payload", [b"", b"\x00" * 7, b"\xff" * 40, b"\x80\x04cos\nsystem\n", b"\x02\0\0\0\0\0\0\0{}"]
-)
+@pytest.mark.parametrize("payload", [b"", b"\x00" * 7, b"\xff" * 40, b"\x80\x04cos\nsystem\n", b"\x02\0\0\0\0\0\0\0{}"])
 def test_tensors_that_are_none_are_refused_even_with_the_right_hash(tmp_path, payload):
     save_checkpoint(tmp_path, step=100, tensors=tensors(), state={})
     path = tmp_path / "checkpoint-00000100.json"

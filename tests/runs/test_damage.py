@@ -77,9 +77,7 @@ CHANGES = (flip, flip, flip, overwrite, cut, cut_out, swap, zero)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_what_is_read_from_damaged_files_is_what_was_written_or_the_damage_is_said(
-    original, tmp_path, seed
-):
+def test_what_is_read_from_damaged_files_is_what_was_written_or_the_damage_is_said(original, tmp_path, seed):
     whole, _ = seen_in(original)
     chance = random.Random(seed)
     files = sorted(path.relative_to(original) for path in original.rglob("*") if path.is_file())
@@ -171,9 +169,7 @@ def test_steps_that_are_gone_from_a_killed_part_are_missed_by_the_other_tables(t
         for table in ("heads", "layers", "params")
     )
     file.unlink()
-    assert (
-        "heads go on to step 7, but steps end before the first" in open_run(tmp_path / "a").lost[0]
-    )
+    assert "heads go on to step 7, but steps end before the first" in open_run(tmp_path / "a").lost[0]
 
 
 def test_training_that_went_on_after_records_were_lost_says_which(tmp_path):
@@ -225,9 +221,7 @@ def test_a_damaged_checkpoint_is_not_gone_on_from(tmp_path):
     assert resume_run(path) == "finished" and open_run(path).lost == ()
 
 
-@pytest.mark.parametrize(
-    "text", ['{"a": 1}', '{\n "a": {"crc32": "01234567"}\n}', '{"ä": [1.5, null]}']
-)
+@pytest.mark.parametrize("text", ['{"a": 1}', '{\n "a": {"crc32": "01234567"}\n}', '{"ä": [1.5, null]}'])
 def test_a_sealed_object_is_json_and_fits_its_checksum(text):
     for space in (" ", "\n "):
         whole = sealed(text, space=space)

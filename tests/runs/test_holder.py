@@ -46,9 +46,7 @@ def writing(tmp_path):
 
     def begin(what):
         command = [sys.executable, "-c", WRITE, str(path), what]
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         begun.append(process)
         assert process.stdout.readline() == "ready\n"
         return path, process
@@ -172,16 +170,12 @@ def test_a_file_system_without_links_will_do(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "link", fail)
     number = hold(tmp_path, run=tmp_path)
-    assert holder_of(tmp_path).is_me and [p.name for p in tmp_path.iterdir()] == [
-        "writer-0000.json"
-    ]
+    assert holder_of(tmp_path).is_me and [p.name for p in tmp_path.iterdir()] == ["writer-0000.json"]
     release(tmp_path, number)
     assert holder_of(tmp_path) is None
 
 
-@pytest.mark.parametrize(
-    "content", ["", "{", "[]", '{"pid": -1}', '{"host": 1, "pid": 1, "started": "", "since": ""}']
-)
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": -1}', '{"host": 1, "pid": 1, "started": "", "since": ""}'])
 def test_a_file_that_names_nobody_holds_nothing(tmp_path, content):
     path = made_up.new_run(tmp_path / "a").path
     (path / "writer-9999.json").write_text(content)

@@ -175,9 +175,7 @@ def test_a_huge_run_json_is_not_read(run_path):
         file.truncate(MAX_JSON_BYTES + 1)
     with pytest.raises(RunError) as error:
         open_run(run_path)
-    assert str(error.value) == (
-        f"{run_path}/run.json: has 67108865 bytes, more than the 67108864 that are read"
-    )
+    assert str(error.value) == (f"{run_path}/run.json: has 67108865 bytes, more than the 67108864 that are read")
 
 
 def test_a_run_of_a_newer_attnscope_says_so(run_path):
@@ -216,20 +214,12 @@ JUNK = st.recursive(
 
 def places(value, at=()):
     yield at
-    items = (
-        value.items()
-        if isinstance(value, dict)
-        else enumerate(value)
-        if isinstance(value, list)
-        else ()
-    )
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
         yield from places(item, (*at, key))
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_junk_anywhere_in_run_json_is_an_error_in_one_line_or_harmless(run_path, data):
     original = (run_path / "run.json").read_text()
@@ -248,9 +238,7 @@ def test_junk_anywhere_in_run_json_is_an_error_in_one_line_or_harmless(run_path,
         (run_path / "run.json").write_text(original)
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_flipped_bytes_anywhere_are_an_error_in_one_line_or_harmless(run_path, data):
     path = data.draw(st.sampled_from(sorted(p for p in run_path.rglob("*") if p.is_file())))
@@ -267,20 +255,14 @@ def test_flipped_bytes_anywhere_are_an_error_in_one_line_or_harmless(run_path, d
         path.write_bytes(original)
 
 
-@pytest.mark.parametrize(
-    "name", ["steps-0000.arrow", "heads-0000.arrow", "events-0000.jsonl", "end.json"]
-)
+@pytest.mark.parametrize("name", ["steps-0000.arrow", "heads-0000.arrow", "events-0000.jsonl", "end.json"])
 def test_a_link_in_a_part_is_not_followed(run_path, tmp_path, name):
     path = run_path / "part-0000" / name
     path.rename(tmp_path / "outside")
     path.symlink_to(tmp_path / "outside")
     run = look_at_everything(run_path)
-    assert run.lost == (
-        f"part-0000/{name}: is a link, which could lead out of the run; not followed",
-    )
-    missing = {"steps": run.steps, "heads": run.heads, "events": run.events}.get(
-        name[:5].strip("-")
-    )
+    assert run.lost == (f"part-0000/{name}: is a link, which could lead out of the run; not followed",)
+    missing = {"steps": run.steps, "heads": run.heads, "events": run.events}.get(name[:5].strip("-"))
     assert missing is None or len(missing) == 0
 
 

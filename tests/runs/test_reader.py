@@ -77,9 +77,7 @@ def test_members_say_how_they_ended(tmp_path):
     assert (scaled.status, scaled.final_loss, scaled.last_step) == ("trained", 2.5, 299)
 
 
-@pytest.mark.parametrize(
-    ("unigram", "status"), [(3.0, "trained"), (0.5, "stalled"), ("x", "trained")]
-)
+@pytest.mark.parametrize(("unigram", "status"), [(3.0, "trained"), (0.5, "stalled"), ("x", "trained")])
 def test_the_unigram_loss_of_the_data_tells_trained_from_stalled(tmp_path, unigram, status):
     run = open_run(finished(tmp_path / "a", unigram=unigram).path)
     assert run.members[0].status == status
@@ -182,9 +180,7 @@ def test_rows_are_there_once_even_if_the_steps_of_the_later_segment_are_gone(tmp
 
 def test_events_come_back_with_numbers_that_are_not_finite(tmp_path):
     part = made_up.new_run(tmp_path / "a").part(0)
-    part.event(
-        "diverged", step=3, member=1, why="not finite", values=[np.float32("nan"), -math.inf, 2]
-    )
+    part.event("diverged", step=3, member=1, why="not finite", values=[np.float32("nan"), -math.inf, 2])
     part.event("note", step=np.int64(4), nested={"best": math.inf}, text="NaN\n\u2028é")
     part.close()
     lines = (part.path / "events-0000.jsonl").read_text().splitlines()
@@ -230,21 +226,12 @@ def test_lines_that_are_no_events_are_said(tmp_path):
     path.write_bytes(good + b"\n".join(bad) + b"\n" + good)
     run = open_run(tmp_path / "a")
     assert len(run.events) == 2
-    assert run.lost == (
-        "part-0000/events-0000.jsonl: 6 of 8 lines are no events, the first is line 2",
-    )
+    assert run.lost == ("part-0000/events-0000.jsonl: 6 of 8 lines are no events, the first is line 2",)
 
 
 def test_a_new_run_has_empty_tables_of_the_right_types(tmp_path):
     run = open_run(made_up.new_run(tmp_path / "a").path)
-    assert (
-        len(run.steps)
-        == len(run.heads)
-        == len(run.layers)
-        == len(run.params)
-        == len(run.events)
-        == 0
-    )
+    assert len(run.steps) == len(run.heads) == len(run.layers) == len(run.params) == len(run.events) == 0
     assert run.steps["loss"].dtype == np.float32 and run.steps["tokens"].dtype == np.int64
     assert [member.first_loss for member in run.members] == [None, None]
     assert run.status == "killed" and run.members[0].status == "killed"
@@ -308,9 +295,7 @@ def test_no_such_run_names_the_nearest(tmp_path):
     finished(tmp_path / "scaled-1")
     with pytest.raises(RunError) as error:
         open_run(tmp_path / "scaled-2")
-    assert str(error.value) == (
-        f"{tmp_path}/scaled-2: no such run. Did you mean scaled-1? List them: attnscope runs"
-    )
+    assert str(error.value) == (f"{tmp_path}/scaled-2: no such run. Did you mean scaled-1? List them: attnscope runs")
 
 
 def test_a_folder_of_runs_is_not_a_run(tmp_path):
@@ -318,8 +303,7 @@ def test_a_folder_of_runs_is_not_a_run(tmp_path):
     with pytest.raises(RunError) as error:
         open_run(tmp_path)
     assert str(error.value) == (
-        f"{tmp_path} is not a run directory: it has no run.json. "
-        f"It holds runs, for example {tmp_path}/a."
+        f"{tmp_path} is not a run directory: it has no run.json. It holds runs, for example {tmp_path}/a."
     )
 
 
@@ -327,9 +311,7 @@ def test_a_file_is_not_a_run(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(RunError) as error:
         open_run(tmp_path / "file")
-    assert str(error.value) == (
-        f"{tmp_path}/file is a file, not a run directory. Give the folder with run.json."
-    )
+    assert str(error.value) == (f"{tmp_path}/file is a file, not a run directory. Give the folder with run.json.")
 
 
 def test_runs_are_listed_and_a_broken_one_says_why(tmp_path):

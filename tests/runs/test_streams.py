@@ -31,9 +31,7 @@ def stream_of(table, n_batches, *, steps_each=2, members=(0, 1)):
     ends = [len(data)]
     for i in range(n_batches):
         steps = np.arange(steps_each) + i * steps_each
-        data += encode_batch(
-            table, made_up.columns(table, steps, members=members, seed=i), number=i
-        )
+        data += encode_batch(table, made_up.columns(table, steps, members=members, seed=i), number=i)
         ends.append(len(data))
     return data, ends
 
@@ -239,9 +237,7 @@ def test_a_batch_that_claims_less_than_nothing_does_not_make_room_for_others(mon
 
 def test_batches_of_an_older_metadata_version_are_refused():
     batch = pa.ipc.open_stream(
-        encode_schema("steps")
-        + encode_batch("steps", made_up.columns("steps", [0]))
-        + END_OF_STREAM
+        encode_schema("steps") + encode_batch("steps", made_up.columns("steps", [0])) + END_OF_STREAM
     ).read_next_batch()
     sink = io.BytesIO()
     old = pa.ipc.IpcWriteOptions(metadata_version=pa.ipc.MetadataVersion.V4)
@@ -259,16 +255,12 @@ def test_a_missing_column_is_nan_and_said():
 
 
 def test_an_unknown_column_is_ignored():
-    read = decode_table(
-        altered("steps", lambda b: b.append_column("mood", pa.array(["good", "bad"]))), "steps"
-    )
+    read = decode_table(altered("steps", lambda b: b.append_column("mood", pa.array(["good", "bad"]))), "steps")
     assert read.lost == () and read.columns.keys() == COLUMNS["steps"].keys()
 
 
 def test_a_column_of_another_type_is_nan_and_said():
-    read = decode_table(
-        altered("steps", lambda b: with_column(b, "loss", pa.array([1, 2], pa.int64()))), "steps"
-    )
+    read = decode_table(altered("steps", lambda b: with_column(b, "loss", pa.array([1, 2], pa.int64()))), "steps")
     assert np.isnan(read.columns["loss"]).all()
     assert read.lost == ("column loss is int64, not float",)
 
@@ -296,9 +288,7 @@ def test_a_table_without_usable_keys_or_with_strange_types_is_refused(change, lo
 
 def test_a_text_that_is_none_is_damage():
     offsets, letters = np.arange(4, dtype=np.int32), b"q\xffk"
-    groups = pa.Array.from_buffers(
-        pa.string(), 3, [None, pa.py_buffer(offsets), pa.py_buffer(letters)]
-    )
+    groups = pa.Array.from_buffers(pa.string(), 3, [None, pa.py_buffer(offsets), pa.py_buffer(letters)])
     stream = altered("params", lambda b: with_column(b.slice(0, 3), "group", groups))
     assert decode_table(stream, "params").lost == ("1 of 1 batches are damaged",)
 

@@ -39,8 +39,7 @@ def test_an_existing_run_is_refused(tmp_path):
     with pytest.raises(RunError) as error:
         made_up.new_run(run)
     assert str(error.value) == (
-        f"{run} already exists. Choose another --name, or go on with it: "
-        f"attnscope train --resume {run}"
+        f"{run} already exists. Choose another --name, or go on with it: attnscope train --resume {run}"
     )
     assert (run / "run.json").read_bytes() == before
 

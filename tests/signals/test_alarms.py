@@ -21,9 +21,7 @@ def tables(losses_SM, *, start=0, logits_SM=None, gradients_SM=None, grad_norms_
     sound = np.ones_like(losses_SM)
     logits_SM = sound if logits_SM is None else np.asarray(logits_SM, dtype=float)
     gradients_SM = 0 * sound if gradients_SM is None else np.asarray(gradients_SM)
-    norms_SM = (
-        np.where(np.isfinite(losses_SM), 1.0, NAN) if grad_norms_SM is None else grad_norms_SM
-    )
+    norms_SM = np.where(np.isfinite(losses_SM), 1.0, NAN) if grad_norms_SM is None else grad_norms_SM
     step, member = (x.ravel() for x in np.mgrid[start : start + n_steps, 0:n_members])
     both = {"step": np.repeat(step, 2), "member": np.repeat(member, 2), "layer": np.tile([0, 1], len(step))}  # fmt: skip
     logits = np.stack([np.ones(len(step)), logits_SM.ravel()], axis=1).ravel()
@@ -42,9 +40,7 @@ def tables(losses_SM, *, start=0, logits_SM=None, gradients_SM=None, grad_norms_
 
 
 def said(events):
-    return [
-        (e.step, e.member, e.fields.get("tensor", e.kind), e.fields.get("where")) for e in events
-    ]
+    return [(e.step, e.member, e.fields.get("tensor", e.kind), e.fields.get("where")) for e in events]
 
 
 def test_what_breaks_is_said_with_its_place_in_the_order_of_the_step():
@@ -68,9 +64,7 @@ def test_numbers_that_break_every_other_step_do_not_fill_the_disk():
 
 
 def test_places_may_be_named_by_whoever_knows_them():
-    found = Alarms(place=lambda layer, group: f"blocks.{layer}.{group}").look(
-        tables([[4.0]], gradients_SM=[[1]])
-    )
+    found = Alarms(place=lambda layer, group: f"blocks.{layer}.{group}").look(tables([[4.0]], gradients_SM=[[1]]))
     assert found[0].fields["where"] == ["blocks.1.q"] and MOST_PLACES > 1
 
 
@@ -99,8 +93,7 @@ def test_events_do_not_depend_on_the_blocks(data):
     n = data.draw(st.integers(1, 40))
     numbers = st.sampled_from([1.0, 4.0, 90.0, 4e3, NAN, INF])
     losses, logits, norms = (
-        np.array(data.draw(st.lists(numbers, min_size=2 * n, max_size=2 * n))).reshape(n, 2)
-        for _ in range(3)
+        np.array(data.draw(st.lists(numbers, min_size=2 * n, max_size=2 * n))).reshape(n, 2) for _ in range(3)
     )
     gradients = (~np.isfinite(norms)).astype(int)
     cuts = data.draw(st.lists(st.integers(0, n), max_size=6))

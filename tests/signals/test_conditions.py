@@ -53,10 +53,7 @@ def block(*, loss=2.0, is_seen=True, grad_norm=1.0, logit=3.0, bound=4.0, nonfin
             "nonfinite": [0, nonfinite],
         },
     }  # fmt: skip
-    return {
-        table: {name: np.array(x) for name, x in columns.items()}
-        for table, columns in tables.items()
-    }
+    return {table: {name: np.array(x) for name, x in columns.items()} for table, columns in tables.items()}
 
 
 @pytest.mark.parametrize(

@@ -23,10 +23,7 @@ MB = 2**20
 
 def trials(*pairs):
     """(members at once, seconds per step) with 100 MB and 10 MB per member."""
-    return [
-        Trial(n_members=n, step_s=s, peak_bytes=(100 + 10 * n) * MB, free_bytes=10_000 * MB)
-        for n, s in pairs
-    ]
+    return [Trial(n_members=n, step_s=s, peak_bytes=(100 + 10 * n) * MB, free_bytes=10_000 * MB) for n, s in pairs]
 
 
 def test_as_many_as_is_fastest_per_member():
@@ -53,9 +50,7 @@ def test_memory_and_time_between_and_beyond_what_was_tried():
 
 
 def test_jobs_share_the_parts():
-    parts = tuple(
-        PartPlan(part=i, n_members=1, seconds=s, peak_bytes=1) for i, s in enumerate([5, 3, 3])
-    )
+    parts = tuple(PartPlan(part=i, n_members=1, seconds=s, peak_bytes=1) for i, s in enumerate([5, 3, 3]))
     assert Plan(members=(), parts=parts, memory_bytes=1, jobs=1).seconds == 11
     assert Plan(members=(), parts=parts, memory_bytes=1, jobs=2).seconds == 6
 
@@ -76,8 +71,7 @@ def test_everyone_is_placed_once():
 def test_two_jobs_and_three_machines_share_a_group(monkeypatch):
     # As measured on a machine that does nothing else; on a busy one larger parts may not be faster.
     trials = [
-        Trial(n_members=n, step_s=0.003 * n**0.2, peak_bytes=(240 + n) * MB, free_bytes=4000 * MB)
-        for n in (1, 4, 12)
+        Trial(n_members=n, step_s=0.003 * n**0.2, peak_bytes=(240 + n) * MB, free_bytes=4000 * MB) for n in (1, 4, 12)
     ]
     monkeypatch.setattr("attnscope.sweep.plan.measure", lambda configs, *, threads: trials)
     found = members(sweep={"vary": {"init": {"gain": "lin:1:2:12"}}})

@@ -55,11 +55,7 @@ def test_a_node_that_is_killed_takes_no_part_with_it(cluster, tmp_path):
 
     def kill(standings):
         # Two parts in their first half: one on each node, which have a core each.
-        training = [
-            each
-            for each in standings.values()
-            if each.state == "training" and 5 < each.steps_done < STEPS / 2
-        ]
+        training = [each for each in standings.values() if each.state == "training" and 5 < each.steps_done < STEPS / 2]
         if len(training) >= 2 and not killed:
             cluster.remove_node(second, allow_graceful=False)
             killed.append(time.monotonic())
@@ -73,9 +69,7 @@ def test_a_node_that_is_killed_takes_no_part_with_it(cluster, tmp_path):
     run = open_run(tmp_path / "r")
     reported = {name for failure in end.failures for name in failure.members}
     finished = {
-        name
-        for name, each in table_of(tmp_path / "r").items()
-        if each[0] in ("trained", "stalled", "diverged")
+        name for name, each in table_of(tmp_path / "r").items() if each[0] in ("trained", "stalled", "diverged")
     }
     assert finished | reported == {member.name for member in run.members}
     assert not finished & reported

@@ -54,8 +54,7 @@ def plan():
     """Two parts, however fast this machine is just now."""
     found = members()
     parts = tuple(
-        PartPlan(part=part, n_members=len(group), seconds=1.0, peak_bytes=1)
-        for part, group in by_part(found).items()
+        PartPlan(part=part, n_members=len(group), seconds=1.0, peak_bytes=1) for part, group in by_part(found).items()
     )
     return Plan(members=found, parts=parts, memory_bytes=2**30, jobs=1)
 
@@ -71,9 +70,7 @@ def test_a_sweep_is_what_its_members_are_alone(uninterrupted, tmp_path):
     train_run(tiny(), tmp_path / "one-process")
     alone, swept = table_of(tmp_path / "one-process"), table_of(uninterrupted)
     assert alone.keys() == swept.keys() and len(alone) == 16
-    assert {name: each[:3] for name, each in alone.items()} == {
-        name: each[:3] for name, each in swept.items()
-    }
+    assert {name: each[:3] for name, each in alone.items()} == {name: each[:3] for name, each in swept.items()}
     assert len({status for status, *_ in swept.values()}) > 1, "or the comparison would show little"
 
 
@@ -99,13 +96,9 @@ def test_a_part_that_dies_is_divided_and_all_finish(uninterrupted, plan, tmp_pat
     end = run_sweep(tiny(), plan, tmp_path / "r", workers=workers)
     assert end.status == "finished" and len(end.divided) == 1
     assert "part 0 (8 members) ran out of memory; trained again as parts" in end.divided[0]
-    assert len(workers.given) == 2 + len(plan.parts) and len(set(workers.given)) == len(
-        workers.given
-    )
+    assert len(workers.given) == 2 + len(plan.parts) and len(set(workers.given)) == len(workers.given)
     found, whole = table_of(tmp_path / "r"), table_of(uninterrupted)
-    assert {name: each[:3] for name, each in found.items()} == {
-        name: each[:3] for name, each in whole.items()
-    }
+    assert {name: each[:3] for name, each in found.items()} == {name: each[:3] for name, each in whole.items()}
 
 
 def test_what_dies_twice_is_reported_and_the_others_are_kept(plan, tmp_path):
@@ -165,9 +158,7 @@ def test_stopping_keeps_what_there_is_and_resuming_makes_it_whole(uninterrupted,
             asked.append(part)
             return super().submit(path, part)
 
-    end = run_sweep(
-        tiny(), plan, tmp_path / "r", workers=Stopping(), should_stop=lambda: bool(asked)
-    )
+    end = run_sweep(tiny(), plan, tmp_path / "r", workers=Stopping(), should_stop=lambda: bool(asked))
     assert end.status == "interrupted" and asked == [0]
     workers = Here()
     assert resume_sweep(tmp_path / "r", workers=workers).status == "finished"
@@ -278,9 +269,7 @@ def living(session):
     for path in Path("/proc").iterdir():
         if path.name.isdigit():
             try:
-                state, parent, _, its_session, *_ = (
-                    (path / "stat").read_text().rpartition(")")[2].split()
-                )
+                state, parent, _, its_session, *_ = (path / "stat").read_text().rpartition(")")[2].split()
             except OSError:
                 continue
             if int(its_session) == session and state not in "ZX":

@@ -52,9 +52,7 @@ def test_norm_clipping_is_that_of_torch_with_a_threshold_per_member():
     thresholds = [1.0, 100.0, 2.5]
     clipped, factor_M = clip(gradients, norm_M, mode="norm", thresholds=thresholds)
     for m, threshold in enumerate(thresholds):
-        expected = clip_with_torch(
-            gradients, m, lambda leaves, t=threshold: torch.nn.utils.clip_grad_norm_(leaves, t)
-        )
+        expected = clip_with_torch(gradients, m, lambda leaves, t=threshold: torch.nn.utils.clip_grad_norm_(leaves, t))
         for value, twin in zip(clipped.values(), expected, strict=True):
             torch.testing.assert_close(value[m], twin)
     assert factor_M[1] == 1
@@ -67,9 +65,7 @@ def test_value_clipping_is_that_of_torch_with_a_threshold_per_member():
     thresholds = [0.5, 100.0, 2.0]
     clipped, factor_M = clip(gradients, norm_M, mode="value", thresholds=thresholds)
     for m, threshold in enumerate(thresholds):
-        expected = clip_with_torch(
-            gradients, m, lambda leaves, t=threshold: torch.nn.utils.clip_grad_value_(leaves, t)
-        )
+        expected = clip_with_torch(gradients, m, lambda leaves, t=threshold: torch.nn.utils.clip_grad_value_(leaves, t))
         for value, twin in zip(clipped.values(), expected, strict=True):
             assert torch.equal(value[m], twin)
     # The factor of value clipping is the norm after over the norm before.
@@ -84,9 +80,7 @@ def test_without_a_threshold_nothing_is_clipped_whatever_the_gradients(mode, ste
     gradients["a"][1, 0, 0] = INF
     gradients["b"] = gradients["b"] * torch.tensor([1.0, 1.0, 0.0])[:, None]
     gradients["a"][2] = 0
-    clipped, factor_M = clip(
-        gradients, norms_of(gradients), mode=mode, thresholds=[INF] * 3, step=step
-    )
+    clipped, factor_M = clip(gradients, norms_of(gradients), mode=mode, thresholds=[INF] * 3, step=step)
     assert factor_M.tolist() == [1, 1, 1]
     assert all(torch.equal(clipped[name], value) for name, value in gradients.items())
 
@@ -118,9 +112,7 @@ def test_adaptive_clipping_is_zclip_with_a_threshold_per_member():
     for step in range(60):
         norm_M = norms_MS[:, step]
         gradients = {"a": norm_M[:, None].clone()}
-        clipped, factor_M = clip(
-            gradients, norm_M, mode="adaptive", thresholds=thresholds, step=step, state=state
-        )
+        clipped, factor_M = clip(gradients, norm_M, mode="adaptive", thresholds=thresholds, step=step, state=state)
         torch.testing.assert_close(clipped["a"][:, 0], norm_M * factor_M)
         factors.append(factor_M)
     found_MS = torch.stack(factors, dim=1)
@@ -153,9 +145,7 @@ def test_constant_is_the_peak_after_a_warm_up_that_starts_at_lr_over_its_length(
 
 def test_cosine_falls_from_the_peak_to_a_tenth():
     rates = lrs("cosine", 100, lr=(2.0,), at=[0, 25, 50, 75, 99])[:, 0]
-    by_hand = [
-        2 * (0.1 + 0.9 * (1 + math.cos(math.pi * p)) / 2) for p in (0, 0.25, 0.5, 0.75, 0.99)
-    ]
+    by_hand = [2 * (0.1 + 0.9 * (1 + math.cos(math.pi * p)) / 2) for p in (0, 0.25, 0.5, 0.75, 0.99)]
     torch.testing.assert_close(rates, torch.tensor(by_hand))
     assert rates[0] == 2 and rates[2].item() == pytest.approx(1.1)
     assert 0.2 <= rates[-1] < 0.201

@@ -110,9 +110,7 @@ def test_members_follow_their_solo_runs_also_beside_one_that_explodes():
 
 
 def test_a_member_that_is_lost_is_dropped_and_the_others_go_on(tmp_path):
-    run = attnscope.train_model(
-        {"arm": PAIR, "train": {"steps": 40}, "model": {"seq_len": 16}}, path=tmp_path / "run"
-    )
+    run = attnscope.train_model({"arm": PAIR, "train": {"steps": 40}, "model": {"seq_len": 16}}, path=tmp_path / "run")
     unscaled, scaled = run.members
     assert unscaled.status == "diverged" and scaled.last_step == 39
     dropped = run.events[run.events["kind"] == "dropped"]
@@ -123,9 +121,7 @@ def test_a_member_that_is_lost_is_dropped_and_the_others_go_on(tmp_path):
 
 
 def test_when_all_are_gone_the_run_ends_early(tmp_path):
-    run = attnscope.train_model(
-        small(optimizer={"lr": 1e6}, train={"steps": 1000}), path=tmp_path / "run"
-    )
+    run = attnscope.train_model(small(optimizer={"lr": 1e6}, train={"steps": 1000}), path=tmp_path / "run")
     assert run.status == "finished"
     assert run.members[0].status == "diverged"
     assert run.steps["step"].max() < 50
@@ -263,9 +259,7 @@ def test_tables_are_what_the_metrics_say(tmp_path):
             for group in ("q", "mlp_out"):
                 row = table.loc[layer, group]
                 assert row["weight_norm"] == pytest.approx(float(weights[group][m, layer].norm()))
-                assert row["update_norm"] == pytest.approx(
-                    float(moved[group][m, layer].norm()), rel=1e-3
-                )
+                assert row["update_norm"] == pytest.approx(float(moved[group][m, layer].norm()), rel=1e-3)
                 assert row["grad_norm"] * 1e-3 == pytest.approx(row["update_norm"], rel=1e-3)
         total = math.sqrt((table["grad_norm"] ** 2).sum())
         step = run.steps[run.steps["member"] == name].iloc[0]
@@ -384,9 +378,7 @@ def test_a_run_on_disk_is_small():
     _, tables = recorder.flush([0])
     from attnscope.runs.streams import encode_batch, encode_schema
 
-    size = sum(
-        len(encode_schema(table)) + len(encode_batch(table, each)) for table, each in tables.items()
-    )
+    size = sum(len(encode_schema(table)) + len(encode_batch(table, each)) for table, each in tables.items())
     assert size / 20 * 1000 < 3_000_000
 
 

@@ -41,10 +41,7 @@ def hyper(**numbers):
     } | numbers  # fmt: skip
     n_members = max([len(v) for v in values.values() if isinstance(v, list)], default=1)
     return Hyper(
-        **{
-            f"{name}_M": torch.tensor(v if isinstance(v, list) else [v] * n_members)
-            for name, v in values.items()
-        }
+        **{f"{name}_M": torch.tensor(v if isinstance(v, list) else [v] * n_members) for name, v in values.items()}
     )
 
 
@@ -83,9 +80,7 @@ def assert_same(found, expected, tolerance=1e-6):
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_sgd_is_that_of_torch(momentum):
     found, _ = train("sgd", hyper(momentum=momentum))
-    expected = train_with_torch(
-        lambda leaves: torch.optim.SGD(leaves.values(), lr=0.01, momentum=momentum)
-    )
+    expected = train_with_torch(lambda leaves: torch.optim.SGD(leaves.values(), lr=0.01, momentum=momentum))
     assert_same(found, expected)
 
 
@@ -183,8 +178,7 @@ def test_every_member_has_its_own_numbers(name):
     for member in range(3):
         own = hyper(**{key: values[member] for key, values in lists.items()})
         gradients = [
-            {key: value[member : member + 1] for key, value in draw(3, seed=step + 1).items()}
-            for step in range(STEPS)
+            {key: value[member : member + 1] for key, value in draw(3, seed=step + 1).items()} for step in range(STEPS)
         ]
         parameters = {key: value[member : member + 1] for key, value in draw(3, seed=0).items()}
         alone, _ = train(name, own, parameters=parameters, gradients=gradients)

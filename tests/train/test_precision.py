@@ -26,17 +26,13 @@ def tiny(**changes):
             "data": {"batch_size": 3},
         }
     )
-    return apply_changes(
-        config, {key.replace("__", "."): v for key, v in changes.items()}, where=""
-    )
+    return apply_changes(config, {key.replace("__", "."): v for key, v in changes.items()}, where="")
 
 
 def batch_of(step):
     generator = torch.Generator().manual_seed(100 + step)
     tokens = torch.randint(VOCAB, (3, 7), generator=generator)
-    return Batch(
-        tokens_BT=tokens[:, :-1], targets_BT=tokens[:, 1:], scores_all=True, visible_BS=None
-    )
+    return Batch(tokens_BT=tokens[:, :-1], targets_BT=tokens[:, 1:], scores_all=True, visible_BS=None)
 
 
 class Training:
@@ -220,9 +216,7 @@ def test_z_loss_pulls_the_log_partition_towards_zero():
     batch = batch_of(0)
 
     def log_z_square_M():
-        return token_losses(
-            training.logits(batch), batch.targets_BT.flatten(), ignore=-100
-        ).log_z_square_M
+        return token_losses(training.logits(batch), batch.targets_BT.flatten(), ignore=-100).log_z_square_M
 
     start_M = log_z_square_M()
     assert start_M[0] == start_M[1]
@@ -244,9 +238,7 @@ def test_the_gradient_of_the_z_loss_is_two_log_z_times_the_softmax():
 
 def test_a_member_without_z_loss_does_not_feel_its_neighbours():
     plain, regular = tiny(), tiny(optimizer__z_loss=0.5)
-    torch.testing.assert_close(
-        Training(plain, regular).step(5)[:, 0], Training(plain).step(5)[:, 0]
-    )
+    torch.testing.assert_close(Training(plain, regular).step(5)[:, 0], Training(plain).step(5)[:, 0])
 
 
 class Largest:
@@ -299,16 +291,12 @@ def test_qk_clip_holds_attention_logits_while_a_model_trains():
     free.step(30, batch=batch)
     held.step(30, batch=batch)
     assert largest_logits(free, batch).max() > 20
-    assert (
-        largest_logits(held, batch).max() < 1.5 * 5
-    )  # clipped after the last update, not after the next
+    assert largest_logits(held, batch).max() < 1.5 * 5  # clipped after the last update, not after the next
 
 
 def test_qk_clip_does_not_end_a_head_whose_logits_are_infinite():
     # One dimension per head: q.k is a single product, infinite instead of Inf - Inf = NaN.
-    config = tiny(
-        attention__qk_clip=5.0, model__d_head=1, init__qk_gain=1e25, precision__loss_scaling=True
-    )
+    config = tiny(attention__qk_clip=5.0, model__d_head=1, init__qk_gain=1e25, precision__loss_scaling=True)
     training = Training(config)
     assert largest_logits(training, batch_of(0)).isposinf().any()
     before = training.snapshot()
@@ -379,6 +367,4 @@ def test_dropout_of_a_member_depends_on_its_seed_and_step_only():
     together, alone = Training(second, first), Training(first)
     torch.testing.assert_close(together.step(3)[:, 1], alone.step(3)[:, 0])
     without = Training(tiny())
-    assert not math.isclose(
-        without.step()[0].item(), Training(first).step()[0].item(), rel_tol=1e-3
-    )
+    assert not math.isclose(without.step()[0].item(), Training(first).step()[0].item(), rel_tol=1e-3)

@@ -33,6 +33,4 @@ def entropy_of_weights(p_BHTS):
     p = p_BHTS.double()
     entropy_BHT = -(torch.special.xlogy(p, p)).sum(dim=-1)
     seen_BHT = (p > 0).sum(dim=-1) >= 2
-    return torch.stack(
-        [entropy_BHT[:, h][seen_BHT[:, h]].mean() for h in range(p.shape[1])]
-    ).float()
+    return torch.stack([entropy_BHT[:, h][seen_BHT[:, h]].mean() for h in range(p.shape[1])]).float()

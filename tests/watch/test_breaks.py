@@ -58,9 +58,7 @@ class Stack(nn.Module):
 def nonfinite_of(run):
     return [
         (step, fields["tensor"], fields["direction"], fields.get("where"))
-        for step, kind, fields in zip(
-            run.events["step"], run.events["kind"], run.events["fields"], strict=True
-        )
+        for step, kind, fields in zip(run.events["step"], run.events["kind"], run.events["fields"], strict=True)
         if kind == "nonfinite"
     ]
 
@@ -82,9 +80,7 @@ def test_the_first_module_whose_output_is_not_finite_is_named(tmp_path):
     ]
     assert events[0][3][0] == "blocks.1.mlp.0"
     finding = next(f for f in diagnose(run) if f.rule == "nonfinite")
-    assert (
-        f"at step {BREAKS_AT}, in the forward pass: activation (blocks.1.mlp.0)" in finding.summary
-    )
+    assert f"at step {BREAKS_AT}, in the forward pass: activation (blocks.1.mlp.0)" in finding.summary
 
 
 def test_an_output_between_modules_shows_in_the_next_one(tmp_path):
@@ -190,9 +186,7 @@ def test_only_layers_with_a_name_that_was_asked_for_are_measured(tmp_path):
 
 def test_a_snapshot_shows_the_break_again(tmp_path):
     """Weights, batches and random numbers of the last two steps: their losses come out bit by bit."""
-    model = Stack(
-        breaks=lambda number, x: x / (0.0 if number == 2 * BREAKS_AT + 1 else 1.0), dropout=0.5
-    )
+    model = Stack(breaks=lambda number, x: x / (0.0 if number == 2 * BREAKS_AT + 1 else 1.0), dropout=0.5)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     generator = torch.Generator().manual_seed(5)
     losses = []
@@ -209,9 +203,7 @@ def test_a_snapshot_shows_the_break_again(tmp_path):
                 losses.append(2 * loss.detach())
             optimizer.step()
     paths = snapshots_of(tmp_path / "run")
-    assert [path.name for path in paths] == [
-        f"snapshot-{step:08d}.safetensors" for step in (BREAKS_AT - 1, BREAKS_AT)
-    ]
+    assert [path.name for path in paths] == [f"snapshot-{step:08d}.safetensors" for step in (BREAKS_AT - 1, BREAKS_AT)]
     assert list(watcher.snapshots) == paths
     (fields,) = open_run(tmp_path / "run").events.set_index("kind").loc[["snapshot"], "fields"]
     assert fields == {
@@ -375,8 +367,6 @@ def test_files_that_are_no_snapshots_give_one_line(tmp_path):
         {"step": "1", "batches": json.dumps([3]), "left_out": "[]"},
         {"step": "1", "batches": "[]", "left_out": "3"},
     ):
-        save_file(
-            {"batches/7/x": torch.ones(1)}, bad, {"format": "attnscope snapshot 1", **metadata}
-        )
+        save_file({"batches/7/x": torch.ones(1)}, bad, {"format": "attnscope snapshot 1", **metadata})
         with pytest.raises(RunError, match="is damaged"):
             load_snapshot(bad)

@@ -105,9 +105,7 @@ def test_hugging_face_sees_every_layer_and_changes_no_number(hugging_face, tmp_p
 
 
 @pytest.mark.parametrize("smooth", [0.0, 0.1])  # whether model or Trainer divides the losses
-def test_hugging_face_watched_without_a_callback_has_the_same_losses(
-    hugging_face, tmp_path, smooth
-):
+def test_hugging_face_watched_without_a_callback_has_the_same_losses(hugging_face, tmp_path, smooth):
     trainer, logs = hf_trainer(hugging_face, tmp_path, [], accumulate=3)
     trainer.args.label_smoothing_factor = smooth
     if smooth:
@@ -155,9 +153,7 @@ def test_hugging_face_stops_on_conditions_and_logs_to_a_tracker(hugging_face, tm
 
 
 @pytest.mark.slow
-def test_hugging_face_a_callback_added_later_stops_when_its_trainer_trains_again_or_is_freed(
-    hugging_face, tmp_path
-):
+def test_hugging_face_a_callback_added_later_stops_when_its_trainer_trains_again_or_is_freed(hugging_face, tmp_path):
     trainer, _ = hf_trainer(hugging_face, tmp_path, [], data=Tokens(breaks_at=40), steps=40)
     trainer.add_callback(HuggingFaceCallback(tmp_path / "run"))
     for _ in range(2):

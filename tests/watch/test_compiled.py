@@ -24,9 +24,7 @@ STEPS = 3
 pytestmark = [
     pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler"),
     pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning"),  # Inductor
-    pytest.mark.filterwarnings(
-        "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
-    ),  # Dynamo
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),  # Dynamo
     pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask:UserWarning"),
 ]
 
@@ -46,9 +44,7 @@ def trained(model, loss_of, step=None):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     data = torch.Generator().manual_seed(0)
-    if (
-        step is None
-    ):  # Adam would make much of the last bits, by which compiled code differs from eager code
+    if step is None:  # Adam would make much of the last bits, by which compiled code differs from eager code
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
         step = optimizer.step
     else:

@@ -51,9 +51,7 @@ def test_a_script_that_dies_of_an_error_is_said_to_have_failed_and_of_what(tmp_p
     (found,) = json.loads(CliRunner().invoke(app, ["runs", str(tmp_path), "--json"]).stdout)
     assert (found["status"], found["error"]) == ("failed", "ValueError: the data is broken")
     assert "ValueError: the data is broken" in said_by(tmp_path, "runs")
-    (told_in_json,) = json.loads(
-        CliRunner().invoke(app, ["diagnose", str(run.path), "--json"]).stdout
-    )["members"]
+    (told_in_json,) = json.loads(CliRunner().invoke(app, ["diagnose", str(run.path), "--json"]).stdout)["members"]
     assert told_in_json["status"] == "failed" and "broken" in told_in_json["error"]
     assert list_runs(tmp_path)[0].error == "ValueError: the data is broken"
 

@@ -52,9 +52,7 @@ COLUMNS = ["step", "loss", "grad_norm", "lr"]
     ],
 )
 @pytest.mark.parametrize("kind", [ValueError, MemoryError])
-def test_one_thing_that_fails_costs_the_others_nothing(
-    tmp_path, monkeypatch, plain, broken, lost, kind
-):
+def test_one_thing_that_fails_costs_the_others_nothing(tmp_path, monkeypatch, plain, broken, lost, kind):
     def fails(*_args, **_kwargs):
         raise kind("broken\nin two lines")
 
@@ -70,9 +68,7 @@ def test_one_thing_that_fails_costs_the_others_nothing(
         assert run.steps[columns].equals(plain.steps[columns])
     assert lost == "heads" or run.heads.equals(plain.heads)
     assert lost in ("params", "grad_norm") or run.params.equals(plain.params)
-    assert bool(run.lost) == (lost == "steps"), (
-        "a table that is not there is missed when the run is read"
-    )
+    assert bool(run.lost) == (lost == "steps"), "a table that is not there is missed when the run is read"
 
 
 def test_a_failure_that_comes_again_is_said_once_and_counted(tmp_path, monkeypatch):
@@ -282,9 +278,7 @@ def test_a_size_that_is_a_symbol_is_written_as_text(tmp_path):
     assert fields["shapes"] == [[2, str(x.shape[1]), 4]]
 
 
-def test_after_the_disk_refused_something_training_goes_on_and_nothing_is_kept_alive(
-    tmp_path, monkeypatch
-):
+def test_after_the_disk_refused_something_training_goes_on_and_nothing_is_kept_alive(tmp_path, monkeypatch):
     monkeypatch.setattr("attnscope.watch.watcher.FLUSH_SECONDS", 0.0)
 
     class Batch:
@@ -301,9 +295,7 @@ def test_after_the_disk_refused_something_training_goes_on_and_nothing_is_kept_a
         return weakref.ref(batch), weakref.ref(model)
 
     with watch_model(path=tmp_path / "run") as watcher:
-        with pytest.warns(
-            RuntimeWarning, match="no longer watches: .* run directory was taken away"
-        ):
+        with pytest.warns(RuntimeWarning, match="no longer watches: .* run directory was taken away"):
             refs = go()
         gc.collect()
     assert isinstance(watcher.failure, RunWriteError)

@@ -180,8 +180,7 @@ def test_several_block_masks_in_one_model(tmp_path):
         def __init__(self):
             super().__init__()
             self.layers = nn.ModuleList(
-                Attending(flex(block_mask=block_mask_of(FLEX[case][0])), frozen=True)
-                for case in ("causal", "window")
+                Attending(flex(block_mask=block_mask_of(FLEX[case][0])), frozen=True) for case in ("causal", "window")
             )
 
         def forward(self, x):
@@ -348,9 +347,7 @@ def test_the_compiled_function_in_models_that_are_not_compiled(tmp_path, compile
 
         return attend
 
-    model = nn.Sequential(
-        *(Attending(within(window), n_queries=T, frozen=True) for window in (3, 4, 5))
-    )
+    model = nn.Sequential(*(Attending(within(window), n_queries=T, frozen=True) for window in (3, 4, 5)))
 
     def call(x):
         return torch.stack([layer(x) for layer in model])
@@ -360,9 +357,7 @@ def test_the_compiled_function_in_models_that_are_not_compiled(tmp_path, compile
     assert [layer["name"] for layer in layers_of(run)] == ["0", "1", "2"]
     assert {layer["backend"] for layer in layers_of(run)} == {"compiled flex"}
     for number, window in enumerate((3, 4, 5)):
-        weights = weights_one_by_one(
-            *model[number].heads, K**-0.5, visible=lambda b, h, i, j, w=window: 0 <= i - j < w
-        )
+        weights = weights_one_by_one(*model[number].heads, K**-0.5, visible=lambda b, h, i, j, w=window: 0 <= i - j < w)
         assert torch.allclose(entropy_by_head(run, number), entropy_of_weights(weights), atol=1e-5)
 
 
@@ -391,9 +386,7 @@ def test_checkpoints_in_a_compiled_model(tmp_path, compiler, attend):
     with torch.no_grad():
         model.layer(X)
     weights = weights_one_by_one(*model.layer.heads, K**-0.5)
-    assert entropy_by_head(run, 0).sub(entropy_of_weights(weights)).abs().max() < 0.01, (
-        "one step on"
-    )
+    assert entropy_by_head(run, 0).sub(entropy_of_weights(weights)).abs().max() < 0.01, "one step on"
 
 
 @compiles
@@ -731,9 +724,7 @@ def test_a_library_imported_while_it_is_watched(tmp_path, libraries):
         assert type(module.__loader__).__name__ == type(module.__spec__.loader).__name__ == "SourceFileLoader"  # fmt: skip
 
 
-def test_a_library_that_is_only_looked_for_is_not_imported_and_not_watched_later(
-    tmp_path, libraries
-):
+def test_a_library_that_is_only_looked_for_is_not_imported_and_not_watched_later(tmp_path, libraries):
     with watch_model(nn.Linear(1, 1), path=tmp_path / "run"):
         spec = importlib.util.find_spec("flash_attn")
         assert spec.origin.endswith("__init__.py")
@@ -746,9 +737,7 @@ def test_a_library_that_is_only_looked_for_is_not_imported_and_not_watched_later
 
 
 def test_a_library_that_cannot_be_imported_fails_as_ever(tmp_path, libraries):
-    (tmp_path / "libraries" / "flash_attn" / "__init__.py").write_text(
-        "raise ImportError('no GPU')"
-    )
+    (tmp_path / "libraries" / "flash_attn" / "__init__.py").write_text("raise ImportError('no GPU')")
     with (
         watch_model(nn.Linear(1, 1), path=tmp_path / "run"),
         pytest.raises(ImportError, match="no GPU"),

@@ -47,9 +47,7 @@ def entropy_of(run, layer):
 
 
 @pytest.mark.parametrize("heads", [2, 4])
-@pytest.mark.parametrize(
-    ("second", "name"), [(Critic, "Critic.block.attn"), (Generator, "block.attn (2)")]
-)
+@pytest.mark.parametrize(("second", "name"), [(Critic, "Critic.block.attn"), (Generator, "block.attn (2)")])
 def test_two_models_with_the_same_paths_are_two_layers(tmp_path, heads, second, name):
     torch.manual_seed(0)
     models = Generator(), second(heads)

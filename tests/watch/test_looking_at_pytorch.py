@@ -91,9 +91,7 @@ def trained(net):
 
 
 def script_a_module():
-    net = torch.jit.script(
-        model(lambda: nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.LayerNorm(16)))
-    )
+    net = torch.jit.script(model(lambda: nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.LayerNorm(16))))
     return str(net.graph), trained(net)
 
 
@@ -485,9 +483,7 @@ def pickled_functions():
         F.layer_norm,
         torch.nn.utils.clip_grad_norm_,
     )
-    return [pickle.loads(pickle.dumps(f)) is f for f in keep], pickle.dumps(
-        (torch.matmul, F.linear)
-    )
+    return [pickle.loads(pickle.dumps(f)) is f for f in keep], pickle.dumps((torch.matmul, F.linear))
 
 
 class Holder(nn.Module):
@@ -696,8 +692,7 @@ WAYS = [
     and each.__module__ == __name__
     and name not in ("model", "batch", "trained", "weights_of")
     and not any(
-        p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
-        for p in inspect.signature(each).parameters.values()
+        p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in inspect.signature(each).parameters.values()
     )
 ]
 

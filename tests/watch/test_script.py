@@ -101,9 +101,7 @@ def script(tmp_path):
 
 def run(*words, cwd, **environment):
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(
-        [sys.executable, *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=300
-    )
+    return subprocess.run([sys.executable, *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
 def watch(*words, cwd, **environment):

@@ -37,9 +37,7 @@ def test_the_loss_is_the_function_whose_gradient_the_optimizer_is_given(tmp_path
 
     run = train(tmp_path / "run", step, steps=1)
     twin = Small()
-    together = sum(
-        loss_of(twin, half) * weight for half, weight in zip(X.split(2), weights, strict=True)
-    )
+    together = sum(loss_of(twin, half) * weight for half, weight in zip(X.split(2), weights, strict=True))
     together.backward()
     assert run.steps["loss"].tolist() == pytest.approx([together.item()])
     assert run.steps["grad_norm"].tolist() == pytest.approx([norm(twin)], rel=1e-5)
@@ -199,9 +197,7 @@ def by_autograd_grad(model, optimizer):
 
 def by_func_grad(model, optimizer):
     weights = {name: p.detach() for name, p in model.named_parameters()}
-    found = torch.func.grad(lambda w: torch.func.functional_call(model, w, (X,)).square().mean())(
-        weights
-    )
+    found = torch.func.grad(lambda w: torch.func.functional_call(model, w, (X,)).square().mean())(weights)
     for name, p in model.named_parameters():
         p.grad = found[name]
     optimizer.step()

@@ -15,9 +15,7 @@ from tests.watch.foreign import entropy_by_head, entropy_of_weights, layers_of, 
 
 B, T, D, H = 3, 12, 32, 4
 X = torch.randn(B, T, D, generator=torch.Generator().manual_seed(0)) * 2
-CAUSAL = torch.ones(T, T, dtype=torch.bool).triu(
-    1
-)  # True = hidden, as nn.MultiheadAttention has it
+CAUSAL = torch.ones(T, T, dtype=torch.bool).triu(1)  # True = hidden, as nn.MultiheadAttention has it
 
 
 def squared(out):
@@ -44,9 +42,7 @@ def test_multihead_attention(tmp_path, need_weights, mask):
 
 def encoder(norm_first=False):
     torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(
-        D, H, 64, dropout=0.0, batch_first=True, norm_first=norm_first
-    )
+    layer = nn.TransformerEncoderLayer(D, H, 64, dropout=0.0, batch_first=True, norm_first=norm_first)
     return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
 
 
@@ -58,9 +54,7 @@ def test_transformer_encoder_in_training(tmp_path):
 
 
 @pytest.mark.parametrize(("padded", "norm_first"), [(False, False), (True, False), (False, True)])
-def test_transformer_encoder_in_evaluation_takes_its_fast_path_and_is_seen(
-    tmp_path, padded, norm_first
-):
+def test_transformer_encoder_in_evaluation_takes_its_fast_path_and_is_seen(tmp_path, padded, norm_first):
     model = encoder(norm_first=norm_first).eval()
     padding = torch.zeros(B, T, dtype=torch.bool)
     padding[0, 8:] = padded
@@ -158,9 +152,7 @@ def test_written_by_hand(tmp_path, way):
 
 
 def test_a_soft_cap_leaves_no_single_scale(tmp_path, monkeypatch):
-    monkeypatch.setitem(
-        WAYS, "soft-cap", lambda q, k, _: (2 * torch.tanh(q @ k.mT * 2)).softmax(-1)
-    )
+    monkeypatch.setitem(WAYS, "soft-cap", lambda q, k, _: (2 * torch.tanh(q @ k.mT * 2)).softmax(-1))
     run = train_watched(tmp_path / "run", ByHand("soft-cap"), lambda m: squared(m(X)))
     assert layers_of(run)[0]["scale"] is None
 
@@ -225,9 +217,7 @@ def test_a_call_recomputed_by_checkpointing_counts_once(tmp_path, reentrant):
 
     model = encoder()
     x = X.clone().requires_grad_()
-    calls = train_watched(
-        tmp_path / "run", model, lambda m: squared(checkpoint(m, x, use_reentrant=reentrant))
-    )
+    calls = train_watched(tmp_path / "run", model, lambda m: squared(checkpoint(m, x, use_reentrant=reentrant)))
     plain = train_watched(tmp_path / "plain", encoder(), lambda m: squared(m(x)))
     columns = ["layer", "head", "rows", "entropy", "max_prob"]
     assert calls.heads[columns].equals(plain.heads[columns])

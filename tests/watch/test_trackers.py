@@ -108,9 +108,7 @@ def test_wandb_gets_rows_of_the_steps_and_loses_none_of_the_users(tmp_path, each
     wandb = pytest.importorskip("wandb")
     settings = wandb.Settings(console="off", silent=True)
     with wandb.init(dir=tmp_path, mode="offline", project="x", settings=settings) as mine:
-        run, losses = train(
-            tmp_path / "run", "wandb", each_step=lambda i: mine.log({"mine": i}, step=i)
-        )
+        run, losses = train(tmp_path / "run", "wandb", each_step=lambda i: mine.log({"mine": i}, step=i))
     assert losses == train(tmp_path / "plain", None)[1]
     rows, axes = read_wandb(tmp_path)
     assert axes == {"attnscope/step": "", "attnscope/*": "attnscope/step"}
@@ -144,9 +142,7 @@ def test_mlflow_has_every_step_also_after_the_script_ended_its_run(tmp_path, eac
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_without_an_active_run_it_is_said_once_and_training_goes_on(
-    tmp_path, capsys, each_step_is_a_block, name
-):
+def test_without_an_active_run_it_is_said_once_and_training_goes_on(tmp_path, capsys, each_step_is_a_block, name):
     pytest.importorskip(name)
     run, losses = train(tmp_path / "run", name)
     assert losses == train(tmp_path / "plain", None)[1] and run.status == "finished"
@@ -201,9 +197,7 @@ def test_heads_without_rows_count_for_nothing_and_nan_is_handed_on():
     assert moments_of({}, {}) == []
 
 
-def test_a_tracker_that_is_unknown_or_not_installed_is_said_before_anything_is_made(
-    tmp_path, monkeypatch
-):
+def test_a_tracker_that_is_unknown_or_not_installed_is_said_before_anything_is_made(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"^log_to is 'comet', but must be tensorboard, wandb or mlflow\.$"):  # fmt: skip
         train(tmp_path / "run", "comet")
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)

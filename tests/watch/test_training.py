@@ -69,9 +69,7 @@ def test_gradients_weights_and_updates_are_those_of_the_optimizer(tmp_path):
         assert sizes(run, "grad_norm")[name] == pytest.approx(gradients.norm().item(), rel=1e-5)
         assert sizes(run, "grad_max")[name] == pytest.approx(gradients.abs().max().item(), rel=1e-5)
         assert sizes(run, "weight_norm")[name] == pytest.approx(weights.norm().item(), rel=1e-5)
-        assert sizes(run, "update_norm")[name] == pytest.approx(
-            0.1 * gradients.norm().item(), rel=1e-4
-        )
+        assert sizes(run, "update_norm")[name] == pytest.approx(0.1 * gradients.norm().item(), rel=1e-4)
     assert run.steps["lr"].tolist() == [pytest.approx(0.1)]
     assert run.events.set_index("kind").loc["optimizer", "fields"]["name"] == "SGD"
 

@@ -69,10 +69,7 @@ def test_nothing_seen_is_said_loudly_with_what_was_looked_for(tmp_path):
     (tmp_path / "train.py").write_text("print('no torch here')\n")
     done = watch("train.py", cwd=tmp_path)
     assert done.returncode == 0 and done.stdout == "no torch here\n"
-    assert (
-        "attnscope: NO ATTENTION WAS SEEN. Looked for: F.scaled_dot_product_attention"
-        in done.stderr
-    )
+    assert "attnscope: NO ATTENTION WAS SEEN. Looked for: F.scaled_dot_product_attention" in done.stderr
     assert "attnscope: NO OPTIMIZER STEP WAS SEEN. Looked for: step() of any" in done.stderr
 
 

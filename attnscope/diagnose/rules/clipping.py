@@ -8,12 +8,7 @@ from numpy.typing import NDArray
 
 from attnscope.diagnose.blindness import answer, without_optimizer, without_steps
 from attnscope.findings import Evidence, Finding, NotLooked, of_several, worst_first
-from attnscope.runs.by_member import (
-    configs_of,
-    diverged_at,
-    mean_by_member,
-    sorted_by_member,
-)
+from attnscope.runs.by_member import configs_of, diverged_at, mean_by_member, sorted_by_member
 from attnscope.runs.reader import Run
 from attnscope.runs.watched import optimizers_of
 
@@ -60,9 +55,7 @@ def clipping_always_on(run: Run) -> Finding | NotLooked | None:
     steps_M = np.bincount(codes_N, minlength=n_members)
     ends_M = np.cumsum(steps_M)
     always = np.flatnonzero((steps_M >= FEWEST_STEPS) & (share_M >= ALWAYS))
-    median = {
-        int(m): float(np.median(factor_N[ends_M[m] - steps_M[m] : ends_M[m]])) for m in always
-    }
+    median = {int(m): float(np.median(factor_N[ends_M[m] - steps_M[m] : ends_M[m]])) for m in always}
     concerned = [m for m in median if median[m] < HARMLESS_FACTOR]
     blind = _blind(run, by_size_M, clipped_M, known_M, steps_M)
     if not concerned:

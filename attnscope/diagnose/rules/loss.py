@@ -81,9 +81,7 @@ def loss_explosion(run: Run) -> Finding | NotLooked | None:
         members=tuple(record.name for record in exploded),
         evidence=evidence,
         evidence_left_out=left_out,
-        remedy=(
-            "Remove the causes found, if any; else a lower optimizer.lr, a longer warm-up, or attention.qk_norm."
-        ),
+        remedy=("Remove the causes found, if any; else a lower optimizer.lr, a longer warm-up, or attention.qk_norm."),
         source=(
             f"at least {IN_A_ROW} losses in a row far above the range before them, dated to where all are twice the best "
             f"level (or {LEAST_RISE:g} above it); or {NOT_FINITE_IN_A_ROW} in a row not finite, or up to the end"
@@ -233,9 +231,7 @@ def failed(run: Run) -> Finding | NotLooked | None:
         rule="failed",
         title="Training failed",
         kind="symptom",
-        summary=(
-            f"{of_several([record.name for record in dead], 'failed')}{worst.name} failed {when}: {worst.error}"
-        ),
+        summary=(f"{of_several([record.name for record in dead], 'failed')}{worst.name} failed {when}: {worst.error}"),
         members=tuple(record.name for record in dead),
         evidence=evidence,
         evidence_left_out=left_out,
@@ -252,9 +248,7 @@ def _too_short(run: Run) -> dict[str, str]:
     row_N = np.arange(len(loss_N))
     is_first_N = np.r_[True, codes_N[1:] != codes_N[:-1]][: len(row_N)]
     # How many usable ones in a row end here: rows since the last that is none, or since the member began.
-    last_bad_N = np.maximum.accumulate(
-        np.where(~usable_N, row_N, np.where(is_first_N, row_N - 1, -1))
-    )
+    last_bad_N = np.maximum.accumulate(np.where(~usable_N, row_N, np.where(is_first_N, row_N - 1, -1)))
     longest_M = np.zeros(len(run.entries), dtype=np.int64)
     np.maximum.at(longest_M, codes_N.astype(np.int64), row_N - last_bad_N)
     return {
@@ -274,9 +268,7 @@ def _losses(run: Run) -> tuple[dict[str, float], dict[str, float]]:
     there_N = step_N == diverged_at(run)[codes_N]
     then_M[codes_N[there_N]] = loss_N[there_N]
     names = [entry.name for entry in run.entries]
-    return dict(zip(names, peak_M.tolist(), strict=True)), dict(
-        zip(names, then_M.tolist(), strict=True)
-    )
+    return dict(zip(names, peak_M.tolist(), strict=True)), dict(zip(names, then_M.tolist(), strict=True))
 
 
 def _course(record: MemberRecord, peak: float) -> str:

@@ -13,12 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnscope.diagnose.blindness import (
-    answer,
-    without_loss,
-    without_optimizer,
-    without_steps,
-)
+from attnscope.diagnose.blindness import answer, without_loss, without_optimizer, without_steps
 from attnscope.findings import Evidence, Finding, NotLooked, of_several, worst_first
 from attnscope.runs.by_member import NEVER, members_of_rows, sorted_by_member
 from attnscope.runs.divergence import IN_A_ROW
@@ -80,9 +75,7 @@ def nonfinite(run: Run) -> Finding | NotLooked | None:
     if not first:
         return answer(run, "nonfinite", None, blind)
     names = [entry.name for entry in run.entries if entry.name in first]
-    evidence, left_out = worst_first(
-        first.values(), lambda each: each.evidence, order=lambda each: each.step
-    )
+    evidence, left_out = worst_first(first.values(), lambda each: each.evidence, order=lambda each: each.step)
     worst = min(first.values(), key=lambda each: each.step)
     direction = "backward" if worst.tensor == "gradient" else "forward"
     where = "" if worst.layer is None else f" in layer {worst.layer}"
@@ -188,18 +181,14 @@ def updates_skipped(run: Run) -> Finding | NotLooked | None:
     table = run.events[run.events["kind"] == "skipped_update"]
     first: dict[tuple[int, int], Break] = {}
     counts: Counter[tuple[int, int]] = Counter()
-    for step, code, fields in zip(
-        table["step"], members_of_rows(table), table["fields"], strict=True
-    ):
+    for step, code, fields in zip(table["step"], members_of_rows(table), table["fields"], strict=True):
         if code < 0:
             continue
         layer, group = _place(fields)
         name = run.entries[code].name
         key = int(code), int(step)
         counts[key] += 1
-        first.setdefault(
-            key, Break(step=int(step), member=name, tensor="gradient", layer=layer, group=group)
-        )
+        first.setdefault(key, Break(step=int(step), member=name, tensor="gradient", layer=layer, group=group))
     endless = [key for key, count in counts.items() if count > MOST_HALVINGS]
     skipping = {run.entries[code].name for code, _ in counts}
     blind = {name: why for name, why in _unseen_skips(run).items() if name not in skipping}
@@ -209,9 +198,7 @@ def updates_skipped(run: Run) -> Finding | NotLooked | None:
     names = [entry.name for m, entry in enumerate(run.entries) if m in members]
     most = max(endless, key=lambda key: counts[key])
     worst = first[most]
-    evidence, left_out = worst_first(
-        endless, lambda key: first[key].evidence, order=lambda key: -counts[key]
-    )
+    evidence, left_out = worst_first(endless, lambda key: first[key].evidence, order=lambda key: -counts[key])
     finding = Finding(
         rule="updates_skipped",
         title="Loss scaling skips one update after the other",
@@ -249,9 +236,7 @@ def _unseen_skips(run: Run) -> dict[str, str]:
     scaled_M = np.bincount(codes_N[scale_N > 1], minlength=len(run.entries)) > 0
     scaled = zip(run.entries, scaled_M, strict=True)
     return {
-        entry.name: "skipped updates are recorded of watched scripts only"
-        for entry, is_scaled in scaled
-        if is_scaled
+        entry.name: "skipped updates are recorded of watched scripts only" for entry, is_scaled in scaled if is_scaled
     }
 
 
@@ -261,9 +246,7 @@ def _last_sound(run: Run) -> NDArray[np.int64]:
     Up to the end it did none where nobody was lost: losses without finite gradients, and gradients that loss scaling made
     overflow, are few and the last ones by chance.
     """
-    codes_N, step_N, loss_N, norm_N, scale_N = sorted_by_member(
-        run.steps, ("step", "loss", "grad_norm", "loss_scale")
-    )
+    codes_N, step_N, loss_N, norm_N, scale_N = sorted_by_member(run.steps, ("step", "loss", "grad_norm", "loss_scale"))
     n_members = len(run.entries)
     finite_N, norm_finite_N = np.isfinite(loss_N), np.isfinite(norm_N)
     is_known_M = np.bincount(codes_N[norm_finite_N], minlength=n_members) > 0
@@ -282,9 +265,7 @@ def _last_sound(run: Run) -> NDArray[np.int64]:
     return sound_M
 
 
-def _is_seen(
-    run: Run, codes_N: NDArray[Any], step_N: NDArray[Any], loss_N: NDArray[Any]
-) -> NDArray[np.bool_]:
+def _is_seen(run: Run, codes_N: NDArray[Any], step_N: NDArray[Any], loss_N: NDArray[Any]) -> NDArray[np.bool_]:
     """Whether each loss was seen, (N,): in watched runs NaN also stands for one that was not.
 
     As `Run.members` has it: from the first event of a loss that is not finite on, NaN is what was seen.
@@ -305,16 +286,12 @@ def _breaks(run: Run) -> list[Break]:
     """The nonfinite events, in the order in which a step computes the tensors."""
     table = run.events[run.events["kind"] == "nonfinite"]
     found = []
-    for step, code, fields in zip(
-        table["step"], members_of_rows(table), table["fields"], strict=True
-    ):
+    for step, code, fields in zip(table["step"], members_of_rows(table), table["fields"], strict=True):
         tensor = fields.get("tensor")
         if code >= 0 and isinstance(tensor, str):
             layer, group = _place(fields)
             name = run.entries[code].name
-            found.append(
-                Break(step=int(step), member=name, tensor=tensor, layer=layer, group=group)
-            )
+            found.append(Break(step=int(step), member=name, tensor=tensor, layer=layer, group=group))
     order = {tensor: at for at, tensor in enumerate(TENSORS)}
     return sorted(found, key=lambda each: order.get(each.tensor, len(order)))
 

@@ -7,13 +7,7 @@ import numpy as np
 
 from attnscope.diagnose.blindness import NO_RATIO, answer, without_attention
 from attnscope.findings import Evidence, Finding, NotLooked, of_several, worst_first
-from attnscope.runs.by_member import (
-    NEVER,
-    diverged_at,
-    first_measured,
-    mean_by_member,
-    members_of_rows,
-)
+from attnscope.runs.by_member import NEVER, diverged_at, first_measured, mean_by_member, members_of_rows
 from attnscope.runs.reader import Run
 
 # Mean entropy_ratio at step 0. Measured on 12 shapes (no, pre and post norm; 2, 4 and 8 layers; d_head 16 to 64; seq_len 32
@@ -41,9 +35,7 @@ def early_signals(run: Run) -> dict[str, tuple[Evidence, ...]]:
     codes_N, step_N = members_of_rows(heads), heads["step"].to_numpy()
     before_N = (end_M[codes_N] < NEVER) & (step_N < end_M[codes_N])
     rows = heads.loc[before_N, ["entropy_ratio", "max_logit"]]
-    by_step = rows.groupby([codes_N[before_N], step_N[before_N]]).agg(
-        {"entropy_ratio": "mean", "max_logit": "max"}
-    )
+    by_step = rows.groupby([codes_N[before_N], step_N[before_N]]).agg({"entropy_ratio": "mean", "max_logit": "max"})
     codes = by_step.index.get_level_values(0)
     found: dict[int, list[Evidence]] = {int(code): [] for code in codes.unique()}
     for column, limit, out in (
@@ -82,9 +74,7 @@ def saturated_at_start(run: Run) -> Finding | NotLooked | None:
     ratio_M = mean_by_member(codes_N, ratio_N, len(run.entries))
     concerned = np.flatnonzero(ratio_M < SATURATED_RATIO)
     blind = {
-        entry.name: NO_RATIO
-        for entry, ratio in zip(run.entries, ratio_M, strict=True)
-        if np.isnan(ratio)
+        entry.name: NO_RATIO for entry, ratio in zip(run.entries, ratio_M, strict=True) if np.isnan(ratio)
     } | without_attention(run)
     if not len(concerned):
         return answer(run, "saturated_at_start", None, blind)
@@ -92,9 +82,7 @@ def saturated_at_start(run: Run) -> Finding | NotLooked | None:
     worst = int(concerned[ratio_M[concerned].argmin()])
     mine_N = codes_N == worst
     means = {
-        column: mean_by_member(
-            codes_N, heads[column].to_numpy().astype(np.float64), len(run.entries)
-        )
+        column: mean_by_member(codes_N, heads[column].to_numpy().astype(np.float64), len(run.entries))
         for column in ("max_prob", "softmax_gain")
     }
     step = int(heads["step"].to_numpy()[mine_N][0])

@@ -15,12 +15,7 @@ from attnscope.diagnose.applied_scale import Applied, odd_scales, unseen_scales
 from attnscope.diagnose.blindness import NO_RATIO, answer, without_attention
 from attnscope.diagnose.rules.saturation import early_signals
 from attnscope.findings import Evidence, Finding, NotLooked, of_several, worst_first
-from attnscope.runs.by_member import (
-    configs_of,
-    first_measured,
-    mean_by_member,
-    members_of_rows,
-)
+from attnscope.runs.by_member import configs_of, first_measured, mean_by_member, members_of_rows
 from attnscope.runs.members import MemberRecord
 from attnscope.runs.reader import Run
 
@@ -112,9 +107,7 @@ def _finding(
     names = tuple(entry.name for entry in run.entries if any(o.member == entry.name for o in odd))
     expected = worst.d_head**-0.5
     times = f"{worst.times:.3g} times" if worst.times > 1 else f"1/{1 / worst.times:.3g} of"
-    layers = (
-        "" if run.kind == "watch" or len(worst.layers) == worst.of else f" in layer {worst.layer}"
-    )
+    layers = "" if run.kind == "watch" or len(worst.layers) == worst.of else f" in layer {worst.layer}"
     who = worst.member
     if run.kind == "watch":
         who = worst.name or worst.member
@@ -139,9 +132,7 @@ def _finding(
             f"{worst.scale * worst.d_head:.3g}"
         )
     hurt = harm.get(worst.member)
-    summary += (
-        f". {hurt.said}" if hurt else "" if harm else ". Nothing that was measured shows harm of it"
-    )
+    summary += f". {hurt.said}" if hurt else "" if harm else ". Nothing that was measured shows harm of it"
     pieces = [
         (applied, each)
         for applied in odd
@@ -152,9 +143,7 @@ def _finding(
         )
         if each is not None
     ]
-    evidence, left_out = worst_first(
-        pieces, lambda piece: piece[1], order=lambda piece: -_how_odd(piece[0])
-    )
+    evidence, left_out = worst_first(pieces, lambda piece: piece[1], order=lambda piece: -_how_odd(piece[0]))
     on_purpose = "If it is not on purpose (T5 leaves it out and initializes smaller weights, muP uses 1/d_head), "
     set_it = (
         "multiply q.k by 1/sqrt(d_head): F.scaled_dot_product_attention does so where no scale is given."
@@ -206,9 +195,7 @@ def _harm(run: Run, odd: Sequence[Applied]) -> dict[str, Harm]:
     return found
 
 
-def _harm_not_looked_for(
-    run: Run, odd: Sequence[Applied], harm: Mapping[str, Harm]
-) -> dict[str, str]:
+def _harm_not_looked_for(run: Run, odd: Sequence[Applied], harm: Mapping[str, Harm]) -> dict[str, str]:
     """Of the members whose scale is off, those that may have come to harm that was not recorded."""
     unharmed = [each for each in odd if each.member not in harm]
     if not unharmed:
@@ -242,10 +229,7 @@ def _worse(record: MemberRecord, twin: MemberRecord) -> Harm | None:
         return None
     if record.diverged_at is not None:
         said = f"It diverged at step {record.diverged_at}, and {twin.name}, which differs in the scale alone, did not"
-        return Harm(
-            said=said,
-            evidence=Evidence(member=record.name, step=record.diverged_at, quantity="loss"),
-        )
+        return Harm(said=said, evidence=Evidence(member=record.name, step=record.diverged_at, quantity="loss"))
     last = record.last_step
     if last != twin.last_step or last is None or last + 1 < FEWEST_STEPS:
         return None

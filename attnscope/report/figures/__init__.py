@@ -10,11 +10,7 @@ from attnscope.report.contents import Contents
 from attnscope.report.figures.activations import draw_activations
 from attnscope.report.figures.attention import draw_attention
 from attnscope.report.figures.canvas import STYLE
-from attnscope.report.figures.gradients import (
-    draw_gradients,
-    draw_group_gradients,
-    draw_update_ratios,
-)
+from attnscope.report.figures.gradients import draw_gradients, draw_group_gradients, draw_update_ratios
 from attnscope.report.figures.logits import draw_logit_std, draw_max_logit
 from attnscope.report.figures.loss import draw_loss
 from attnscope.report.figures.sweeps import draw_loss_by_lr, draw_matrix, draw_phase

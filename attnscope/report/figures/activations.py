@@ -81,8 +81,7 @@ def _draw_by_layer(axes: "Axes", tables: Tables, found: Contents, column: str) -
     for place, member in enumerate(found.members[:MOST_LINES]):
         rows_N = rows_of_member(tables.layers, member.name)
         steps_N, layers_N, rms_N, values_N = (
-            tables.layers[name].to_numpy()[rows_N]
-            for name in ("step", "layer", "activation_rms", column)
+            tables.layers[name].to_numpy()[rows_N] for name in ("step", "layer", "activation_rms", column)
         )
         whole = finite_steps(steps_N, rms_N)
         if not len(whole):

@@ -5,13 +5,7 @@ import numpy as np
 from attnscope.comparison.member import MemberRow
 from attnscope.report.blocks import Figure
 from attnscope.report.contents import Contents
-from attnscope.report.figures.canvas import (
-    MISSING,
-    canvas_with,
-    over_steps,
-    save,
-    shown_text,
-)
+from attnscope.report.figures.canvas import MISSING, canvas_with, over_steps, save, shown_text
 from attnscope.report.series import heat
 from attnscope.runs.by_member import rows_of_member
 from attnscope.runs.tables import Tables
@@ -23,14 +17,11 @@ MOST_MAPS = 4  # members
 
 def draw_attention(tables: Tables, found: Contents) -> Figure | None:
     """entropy_ratio, max_prob and softmax_gain per layer, head and step."""
-    shown = chosen_members(
-        [member for member in found.members if member.start.max_prob is not None]
-    )
+    shown = chosen_members([member for member in found.members if member.start.max_prob is not None])
     if not shown:
         return None
     maps = [
-        [heat(tables.heads, rows_of_member(tables.heads, member.name), name) for name, _ in COLUMNS]
-        for member in shown
+        [heat(tables.heads, rows_of_member(tables.heads, member.name), name) for name, _ in COLUMNS] for member in shown
     ]
     tallest = max(len(each.labels) for row in maps for each in row if each)
     height = len(shown) * (1.1 + min(tallest, 32) * 0.09) + 0.7

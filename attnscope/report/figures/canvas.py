@@ -58,9 +58,7 @@ STYLE: Any = {
 }
 
 
-def canvas_with(
-    height: float, *, rows: int = 1, columns: int = 1, **options: Any
-) -> tuple["Canvas", Any]:
+def canvas_with(height: float, *, rows: int = 1, columns: int = 1, **options: Any) -> tuple["Canvas", Any]:
     """A figure `height` inches high and its axes, (rows, columns)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
@@ -85,14 +83,7 @@ def save(canvas: "Canvas", *, name: str, title: str, alt: str, caption: str) -> 
     png, svg = io.BytesIO(), io.BytesIO()
     canvas.savefig(png, format="png", metadata={"Software": None})
     canvas.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
-    return Figure(
-        name=name,
-        title=title,
-        alt=alt,
-        caption=caption,
-        png=png.getvalue(),
-        svg=svg.getvalue(),
-    )
+    return Figure(name=name, title=title, alt=alt, caption=caption, png=png.getvalue(), svg=svg.getvalue())
 
 
 def _plain_decades(canvas: "Canvas") -> None:
@@ -147,14 +138,7 @@ def draw_members(
         for member, steps, values in curves:
             place = places[member.name]
             if pale:
-                axes.plot(
-                    steps,
-                    values,
-                    color=colour_of(place),
-                    alpha=0.35,
-                    linewidth=1,
-                    label="_behind",
-                )
+                axes.plot(steps, values, color=colour_of(place), alpha=0.35, linewidth=1, label="_behind")
             else:
                 _draw_named(axes, place, member, steps, values)
     return bool(curves)
@@ -222,9 +206,7 @@ def shortened(name: str, most: int) -> str:
     return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
-def _draw_outcomes(
-    axes: "Axes", curves: Sequence[tuple[MemberRow, Array, Array]], *, pale: bool
-) -> None:
+def _draw_outcomes(axes: "Axes", curves: Sequence[tuple[MemberRow, Array, Array]], *, pale: bool) -> None:
     counts = Counter(member.status for member, *_ in curves)
     alpha = max(0.12, min(0.6, 12 / len(curves) ** 0.75)) if curves else 1.0
     named: set[str] = set()
@@ -260,15 +242,7 @@ def _draw_named(axes: "Axes", place: int, member: MemberRow, steps: Array, value
     before = finite & (steps < (0 if member.nonfinite_at is None else member.nonfinite_at))
     if before.any():
         at = int(np.flatnonzero(before)[-1])
-        axes.plot(
-            steps[at],
-            values[at],
-            color=colour,
-            marker="X",
-            markersize=7,
-            linestyle="",
-            label="_cross",
-        )
+        axes.plot(steps[at], values[at], color=colour, marker="X", markersize=7, linestyle="", label="_cross")
         axes.annotate(
             f"non-finite at step {member.nonfinite_at}",
             (steps[at], values[at]),

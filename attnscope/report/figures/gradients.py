@@ -90,9 +90,7 @@ def draw_update_ratios(tables: Tables, found: Contents) -> Figure | None:
     )
 
 
-def _groups(
-    tables: Tables, found: Contents, *, column: str, name: str, title: str, words: str
-) -> Figure | None:
+def _groups(tables: Tables, found: Contents, *, column: str, name: str, title: str, words: str) -> Figure | None:
     recorded = set(tables.params["member"].unique())
     shown = chosen_members([member for member in found.members if member.name in recorded])
     maps = []
@@ -145,9 +143,7 @@ def _groups(
     )
 
 
-def _heat_of_groups(
-    tables: Tables, member: MemberRow, column: str
-) -> tuple[list[str], Array, Array] | None:
+def _heat_of_groups(tables: Tables, member: MemberRow, column: str) -> tuple[list[str], Array, Array] | None:
     """Labels, edges of the steps, and log10 of the column, (G, bins)."""
     rows_N = rows_of_member(tables.params, member.name)
     if not len(rows_N):

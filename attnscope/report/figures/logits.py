@@ -51,9 +51,7 @@ def draw_max_logit(tables: Tables, found: Contents) -> Figure | None:
         return steps, values
 
     few = len(found.members) <= MOST_NAMED
-    drawn = few and draw_members(
-        axes, found.members, lambda member: curve_of("max_logit_bound", member), pale=True
-    )
+    drawn = few and draw_members(axes, found.members, lambda member: curve_of("max_logit_bound", member), pale=True)
     drawn |= draw_members(axes, found.members, lambda member: curve_of("max_logit", member))
     if not drawn:
         return None
@@ -90,8 +88,7 @@ def draw_logit_std(tables: Tables, found: Contents) -> Figure | None:
     points = [
         (place, member, spread)
         for place, member in enumerate(found.members[:MOST_STARTS])
-        if member.theory_std is not None
-        and (spread := _spread_at_start(tables, member)) is not None
+        if member.theory_std is not None and (spread := _spread_at_start(tables, member)) is not None
     ]
     if not points:
         return None

@@ -27,19 +27,13 @@ def draw_loss(tables: Tables, found: Contents) -> Figure | None:
     many = len(found.members) > MOST_NAMED
     members = [m for m in found.members[:MOST_LINES] if m.first_loss is not None]
     curves = {
-        member.name: thinned(
-            *curve_of(tables, member.name, "loss"), points=COARSE if many else 1000
-        )
+        member.name: thinned(*curve_of(tables, member.name, "loss"), points=COARSE if many else 1000)
         for member in members
     }
     if not any(np.isfinite(values).any() for _, values in curves.values()):
         return None
     last = max(float(steps[-1]) for steps, _ in curves.values())
-    breaks = [
-        m.step if m.nonfinite_at is None else m.nonfinite_at
-        for m in members
-        if m.status == "diverged"
-    ]
+    breaks = [m.step if m.nonfinite_at is None else m.nonfinite_at for m in members if m.status == "diverged"]
     zoom = max((float(step) for step in breaks if step is not None), default=0.0) * 1.5 + 5
     zoomed = bool(breaks) and zoom < last / 2
     canvas, ((*panels,),) = canvas_with(3.3, columns=2 if zoomed else 1)
@@ -61,9 +55,7 @@ def draw_loss(tables: Tables, found: Contents) -> Figure | None:
     for axes in panels:
         plain_ticks(axes)
     legend(panels[-1], "upper right")
-    marked = (
-        "" if many else "a cross marks the last loss of a member before one that is not finite, "
-    )
+    marked = "" if many else "a cross marks the last loss of a member before one that is not finite, "
     return save(
         canvas,
         name="loss",

@@ -156,9 +156,7 @@ def draw_loss_by_lr(found: Contents) -> Figure | None:
 def _drawable(cell: Cell) -> list[tuple[Subject, float]]:
     """The members of a cell with a loss that has a place on a logarithmic axis."""
     return [
-        (subject, subject.loss)
-        for subject in cell.subjects
-        if subject.loss is not None and 0 < subject.loss < math.inf
+        (subject, subject.loss) for subject in cell.subjects if subject.loss is not None and 0 < subject.loss < math.inf
     ]
 
 
@@ -174,8 +172,7 @@ def _sides(comparison: Comparison, keys: Sequence[str]) -> list[Keys]:
             side
             for side in sides
             if any(
-                len(_combinations(comparison, (key, other)))
-                < len(comparison.axes[key]) * len(comparison.axes[other])
+                len(_combinations(comparison, (key, other))) < len(comparison.axes[key]) * len(comparison.axes[other])
                 for other in side
             )
         ]
@@ -193,18 +190,11 @@ def _laid_out(comparison: Comparison, across: Keys, down: Keys, others: Sequence
         panels += side
     base = comparison.baseline or comparison.cells[0]
     rest = [key for side in others for key in side if key not in panels]
-    return _Layout(
-        across=across,
-        down=down,
-        panels=panels,
-        fixed={key: base.settings[key] for key in rest},
-    )
+    return _Layout(across=across, down=down, panels=panels, fixed={key: base.settings[key] for key in rest})
 
 
 def _draw_grid(comparison: Comparison, layout: _Layout, *, name: str, title: str) -> Figure | None:
-    cells = {
-        tuple(cell.settings[key] for key in comparison.axes): cell for cell in comparison.cells
-    }
+    cells = {tuple(cell.settings[key] for key in comparison.axes): cell for cell in comparison.cells}
     across = _combinations(comparison, layout.across)[:MOST_TICKS]
     down = _combinations(comparison, layout.down)[:MOST_TICKS]
     panels = _combinations(comparison, layout.panels)
@@ -262,9 +252,7 @@ def _draw_grid(comparison: Comparison, layout: _Layout, *, name: str, title: str
     )
 
 
-def _draw_cell(
-    axes: "Axes", column: int, row: int, cell: Cell, *, is_baseline: bool, small: bool
-) -> None:
+def _draw_cell(axes: "Axes", column: int, row: int, cell: Cell, *, is_baseline: bool, small: bool) -> None:
     from matplotlib.patches import Rectangle
 
     width, tall = 0.94, 0.9
@@ -275,19 +263,10 @@ def _draw_cell(
     for status in statuses:
         colour, mark = outcome_style(status)
         share = width * cell.outcomes[status] / total
-        axes.add_patch(
-            Rectangle((at, bottom), share, tall, facecolor=colour, alpha=0.55, edgecolor="none")
-        )
+        axes.add_patch(Rectangle((at, bottom), share, tall, facecolor=colour, alpha=0.55, edgecolor="none"))
         middle = at + share / 2
         lift = 0.14 if small or cell.final_losses else 0.0
-        axes.plot(
-            middle - 0.09 * (not small),
-            row + lift,
-            marker=mark,
-            markersize=4.5,
-            color="black",
-            linestyle="",
-        )
+        axes.plot(middle - 0.09 * (not small), row + lift, marker=mark, markersize=4.5, color="black", linestyle="")
         axes.text(
             middle if small else middle + 0.03,
             row - 0.2 if small else row + lift,
@@ -301,9 +280,7 @@ def _draw_cell(
         mean = sum(cell.final_losses) / len(cell.final_losses)
         axes.text(column, row - 0.22, number(mean), ha="center", va="center", fontsize=7)
     if is_baseline:
-        axes.add_patch(
-            Rectangle((left, bottom), width, tall, fill=False, edgecolor="black", linewidth=1.4)
-        )
+        axes.add_patch(Rectangle((left, bottom), width, tall, fill=False, edgecolor="black", linewidth=1.4))
 
 
 def _explain(canvas: object, comparison: Comparison) -> None:
