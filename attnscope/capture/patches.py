@@ -1,9 +1,10 @@
 """How PyTorch is listened to: operators where they are dispatched, and a few of its Python functions replaced and put back.
 
 Operators are heard without replacing anything (`attnscope.capture.dispatch`). Python functions that no operator shows are
-replaced: backward, clipping, kernels of other libraries. A replacement calls the original with the arguments as they came and returns what it returned. Nothing is looked at while
-torch.compile traces: a compiled graph is that of the unwatched script. Where code runs eagerly amid compiled code, Dynamo
-compiles what the unwatched script would have it compile, and nothing of ours.
+replaced: clipping, what starts the backward pass, kernels of other libraries. A replacement calls the original with the
+arguments as they came and returns what it returned. Nothing is looked at while torch.compile traces: a compiled graph is that
+of the unwatched script. Where code runs eagerly amid compiled code, Dynamo compiles what the unwatched script would have it
+compile, and nothing of ours.
 """
 
 import functools
