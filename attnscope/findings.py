@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeVar
 
-Kind = Literal["cause", "risk", "symptom"]
+Kind = Literal["cause", "symptom"]
+Severity = Literal["error", "warning", "note"]
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")  # the worst first
 _T = TypeVar("_T")
 
 MOST_EVIDENCE = 5
@@ -60,26 +62,33 @@ class Finding:
     Attributes:
         rule: name of the rule.
         title: a few words.
-        kind: a cause is a setting or a state that training starts from, and that did harm; a risk is one of which no harm was
-            measured; a symptom is what became of training.
+        kind: a cause is a setting or a state that training starts from or gets into; a symptom is what became of training.
+        severity: an error broke training or made what it learned worthless, a warning did harm that was measured, or does as a
+            rule; a note is odd, may be on purpose, and no harm of it was measured.
         summary: one or two sentences with the measured numbers.
         members: all that it concerns, in the order of run.json.
         evidence: at most MOST_EVIDENCE, the worst first.
         evidence_left_out: how many more there are.
         remedy: what to try.
         source: the paper or the measurement behind the threshold.
+        step: at which it shows first, in the member where it is worst; None = it is no matter of steps.
+        explains: rules whose findings it is a reason for, if they were found in its members and not before it; of what `examine`
+            answers, those that were.
         also: where the rule could not look.
     """
 
     rule: str
     title: str
     kind: Kind
+    severity: Severity
     summary: str
     members: tuple[str, ...]
     evidence: tuple[Evidence, ...]
     evidence_left_out: int
     remedy: str
     source: str
+    step: int | None = None
+    explains: tuple[str, ...] = ()
     also: tuple[NotLooked, ...] = ()
 
 
@@ -99,6 +108,18 @@ def worst_first(
     ordered = list(items) if order is None else sorted(items, key=order)
     shown = tuple(evidence(item) for item in ordered[:MOST_EVIDENCE])
     return shown, len(ordered) - len(shown)
+
+
+def label(finding: Finding) -> str:
+    """What kind of finding it is, before its title: "cause (error)", or "note"."""
+    return "note" if finding.severity == "note" else f"{finding.kind} ({finding.severity})"
+
+
+def chain_in_words(chain: Sequence[Finding]) -> str:
+    """From what became of training back to what it came from."""
+    return " ← ".join(
+        finding.title + ("" if finding.step is None else f" (step {finding.step})") for finding in reversed(chain)
+    )
 
 
 def to_table(said: Finding | NotLooked) -> dict[str, object]:

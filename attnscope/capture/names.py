@@ -4,14 +4,21 @@ import gc
 import os
 import re
 import sys
-import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
+# Models that hold the script's own one, and the attribute where they do.
+HOLDERS = {
+    "OptimizedModule": "_orig_mod",
+    "DistributedDataParallel": "module",
+    "FullyShardedDataParallel": "module",
+    "DataParallel": "module",
+}
 # What wrappers put before the names of the model they wrap: DistributedDataParallel, torch.compile, checkpoint_wrapper.
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 FRAMES = 8  # looked through for the module that a call belongs to
@@ -23,25 +30,56 @@ HEADS = (
 
 
 class Modules:
-    """Knows modules by name.
+    """Knows modules and their parameters by name.
 
-    Invariant: holds no reference to a module, so that a watched model can be freed.
+    A model that nobody gave is looked for among everything that is alive, which takes as long as a step of training: what is
+    found is remembered. Invariant: holds no reference to a module or a parameter, so that a watched model can be freed.
     """
 
     def __init__(self) -> None:
-        # By module and not by its id, which a model made later may have again.
-        self._names: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+        # By object: modules may call themselves equal, and an id may be that of a model made later.
+        self._names = WeakIdKeyDictionary()
+        self._models = WeakIdKeyDictionary()
+        self._parameters = WeakIdKeyDictionary()
 
     def add(self, root: nn.Module) -> None:
         """Learn the names of everything in `root`."""
+        model = type(unwrapped(root)).__name__
         for name, module in root.named_modules():
             self._names[module] = without_wrappers(name)
+            self._models[module] = model
+        for name, parameter in root.named_parameters():
+            self._parameters[parameter] = without_wrappers(name)
 
     def name_of(self, module: nn.Module) -> str:
         """Path from the largest model that holds the module; the name of its class where nothing holds it."""
-        if module not in self._names:
-            self.add(root_of(module))
+        self._find(module)
         return self._names[module] or type(module).__name__
+
+    def model_of(self, module: nn.Module) -> str:
+        """The class of the largest model that holds the module."""
+        self._find(module)
+        return str(self._models[module])
+
+    def names_of_parameters(self, parameters: Sequence[Tensor]) -> list[str]:
+        """Path of each from the model that is known to have it, else from the largest alive, else parameter 0, 1, ..."""
+        unknown = [p for p in parameters if p not in self._parameters]
+        if unknown:
+            for p, name in zip(unknown, _paths(unknown), strict=True):
+                if name is not None:
+                    self._parameters[p] = name
+        return [self._parameters.get(p, f"parameter {number}") for number, p in enumerate(parameters)]
+
+    def _find(self, module: nn.Module) -> None:
+        if module not in self._names:
+            self.add(_root_of(module))
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The script's own model."""
+    while type(model).__name__ in HOLDERS:
+        model = getattr(model, HOLDERS[type(model).__name__])
+    return model
 
 
 def without_wrappers(name: str) -> str:
@@ -49,7 +87,7 @@ def without_wrappers(name: str) -> str:
     return WRAPPERS.sub("", f"{name}.").removesuffix(".")
 
 
-def root_of(module: nn.Module) -> nn.Module:
+def _root_of(module: nn.Module) -> nn.Module:
     """The largest module alive that holds `module`; itself if none does."""
     holders = [each for each in _modules_alive() if any(part is module for part in each.modules())]
     return max(holders, key=lambda each: sum(1 for _ in each.modules()), default=module)
@@ -60,8 +98,8 @@ def module_with_id(number: int) -> nn.Module | None:
     return next((each for each in _modules_alive() if id(each) == number), None)
 
 
-def parameter_names(parameters: list[Tensor]) -> dict[int, str]:
-    """Id of each parameter to its name in the largest module alive that has it, else parameter 0, 1, ..."""
+def _paths(parameters: Sequence[Tensor]) -> list[str | None]:
+    """Path of each parameter in the largest module alive that has it."""
     wanted = {id(parameter) for parameter in parameters}
     names: dict[int, str] = {}
     sizes: dict[int, int] = {}
@@ -70,9 +108,7 @@ def parameter_names(parameters: list[Tensor]) -> dict[int, str]:
         for key in wanted & own.keys():
             if len(own) > sizes.get(key, 0):
                 names[key], sizes[key] = without_wrappers(own[key]), len(own)
-    return {
-        id(parameter): names.get(id(parameter), f"parameter {number}") for number, parameter in enumerate(parameters)
-    }
+    return [names.get(id(parameter)) for parameter in parameters]
 
 
 def places(names: Mapping[int, str]) -> dict[int, tuple[int, str]]:

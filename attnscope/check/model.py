@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from attnscope.capture.names import unwrapped
 from attnscope.check.attention import Looked, look
 from attnscope.check.batch import with_input
 from attnscope.check.case import NOISE, Case, change_BP, open_case
@@ -57,7 +58,7 @@ def check_model(model: nn.Module, batch: object, *, causal: bool | None = None) 
     """
     if not isinstance(model, nn.Module):
         raise ShapeError(f"model: is a {type(model).__name__}, but must be a torch.nn.Module.")
-    model = _unwrapped(model)
+    model = unwrapped(model)
     with eagerly(model), undisturbed(model):
         case, looked = _opened(model, batch)
         with torch.no_grad():
@@ -91,14 +92,3 @@ def _can_change_places(case: Case) -> bool:
         return False
     after = case.run(with_input(case.batch, case.batch.input.roll(1, 0)), "evaluation")
     return float(change_BP(case.outputs["evaluation"].roll(1, 0), after).max()) <= NOISE
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside of torch.compile and data parallelism: the same weights, and attention that can be seen."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner

@@ -2,6 +2,7 @@
 
 import shlex
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,30 +16,29 @@ if TYPE_CHECKING:
     from attnscope.diagnose import Evidence, Finding
     from attnscope.runs.reader import Run
 
-STYLES = {"cause": "bold red", "risk": "bold cyan", "symptom": "bold yellow"}
+STYLES = {"error": "bold red", "warning": "bold yellow", "note": "bold cyan"}
 INDENT = 2
 
 
-def print_findings(path: Path, *, as_json: bool) -> frozenset[str]:
-    """Diagnose a run, print what was found, or what was looked at, and where to look next.
-
-    Returns:
-        The kinds of the findings.
-    """
+def print_findings(path: Path, *, as_json: bool) -> "tuple[Finding, ...]":
+    """Diagnose a run, print what was found, or what was looked at, and where to look next; returns the findings."""
     from attnscope.diagnose import RULES, examine, findings_json
-    from attnscope.findings import in_words
+    from attnscope.findings import chain_in_words, in_words
     from attnscope.runs.reader import open_run
 
     run = open_run(path)
     said = examine(run)
     findings = said.findings
-    kinds = frozenset(str(finding.kind) for finding in findings)
     if as_json:
         typer.echo(findings_json(run, said))
-        return kinds
+        return findings
     console = Console(highlight=False)
     blind = {each.rule for each in said.not_looked if not each.members}
     looked = [rule.__name__ for rule in RULES if rule.__name__ not in blind]
+    for chain in said.chains:
+        _print_paragraph(console, chain_in_words(chain))
+    if said.chains:
+        console.print()
     for finding in findings:
         _print_finding(console, finding)
     _print_paragraph(console, _looked_at(run, looked, len(RULES), len(findings)))
@@ -53,11 +53,35 @@ def print_findings(path: Path, *, as_json: bool) -> frozenset[str]:
         typer.echo(f"note: {run.writer}; whether it still runs cannot be told from here.", err=True)
     console.print()
     console.print(Text(f"Next: attnscope report {shlex.quote(str(path))}"), soft_wrap=True)
-    return kinds
+    return findings
+
+
+def fails(fail_on: str | None) -> "Callable[[Finding], bool]":
+    """Whether a finding is one that --fail-on asks for.
+
+    Raises:
+        BadParameter: it is no severity and no rule.
+    """
+    from attnscope.diagnose import RULES
+    from attnscope.findings import SEVERITIES
+
+    if fail_on is None:
+        return lambda _finding: False
+    asked = {"error": SEVERITIES[:1], "warning": SEVERITIES[:2]}.get(fail_on)
+    if asked is not None:
+        return lambda finding: finding.severity in asked
+    names = [rule.__name__ for rule in RULES]
+    if fail_on not in names:
+        raise typer.BadParameter(
+            f"{fail_on!r} is none of error, warning and the rules: {', '.join(names)}.", param_hint="--fail-on"
+        )
+    return lambda finding: finding.rule == fail_on
 
 
 def _print_finding(console: Console, finding: "Finding") -> None:
-    console.print(Text.assemble((f"{finding.kind}: ", STYLES.get(finding.kind, "")), (finding.title, "bold")))
+    from attnscope.findings import label
+
+    console.print(Text.assemble((f"{label(finding)}: ", STYLES[finding.severity]), (finding.title, "bold")))
     _print_paragraph(console, finding.summary, indent=INDENT)
     if finding.evidence:
         console.print(Padding(_table(finding.evidence), (0, 0, 0, INDENT), expand=False))

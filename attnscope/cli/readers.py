@@ -9,14 +9,6 @@ import typer
 from attnscope.cli.app import FOUND, app, one_line_errors
 
 
-class FailOn(StrEnum):
-    """Which findings make `diagnose` fail."""
-
-    cause = "cause"
-    symptom = "symptom"
-    any = "any"
-
-
 class ExportTo(StrEnum):
     """What `export` writes for."""
 
@@ -87,24 +79,27 @@ def report(
 def diagnose(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.", show_default=False)],
     fail_on: Annotated[
-        FailOn | None,
-        typer.Option(help="Exit with code 3 if there is such a finding.", show_default=False),
+        str | None,
+        typer.Option(
+            metavar="error|warning|RULE",
+            help="Exit with code 3 if there is such a finding; a warning is also there where an error is.",
+            show_default=False,
+        ),
     ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="The findings as JSON on stdout.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Errors with a traceback.")] = False,
 ) -> None:
     """Say what went wrong in a run, with the numbers behind it.
 
-    Causes come before symptoms; a risk is an odd setting of which no harm was measured, and never fails.
+    Causes come before symptoms; a note is an odd setting of which no harm was measured, and fails nothing but its own name.
 
     Example: attnscope diagnose runs/no-scale-001
     """
     with one_line_errors(debug=debug):
-        from attnscope.cli.findings import print_findings
+        from attnscope.cli.findings import fails, print_findings
 
-        kinds = print_findings(run, as_json=json_output)
-        wanted = {"cause", "symptom"} if fail_on is FailOn.any else {fail_on}  # a risk did no harm
-        if wanted & kinds:
+        is_met = fails(fail_on)
+        if any(map(is_met, print_findings(run, as_json=json_output))):
             raise typer.Exit(FOUND)
 
 

@@ -1,8 +1,9 @@
-"""Every rule, causes before risks before symptoms, and the one function that asks them all."""
+"""Every rule, causes before symptoms, and the one function that asks them all."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from attnscope.diagnose.chains import chains, linked
 from attnscope.diagnose.rules.clipping import clipping_always_on
 from attnscope.diagnose.rules.loss import failed, loss_explosion, loss_spike, stalled
 from attnscope.diagnose.rules.nonfinite import nonfinite, nonfinite_loss_passed, updates_skipped
@@ -34,12 +35,14 @@ class Diagnosis:
     """What every rule says of a run; one that is in neither looked everywhere and found nothing.
 
     Attributes:
-        findings: causes first.
+        findings: causes before symptoms, and notes last; what nothing else explains comes first.
         not_looked: rules that could not look, and why; each stands alone, its `also` beside it.
+        chains: of findings, each explained by the one before it: from a cause to what became of it.
     """
 
     findings: tuple[Finding, ...]
     not_looked: tuple[NotLooked, ...]
+    chains: tuple[tuple[Finding, ...], ...] = ()
 
 
 def examine(run: Run) -> Diagnosis:
@@ -51,10 +54,8 @@ def examine(run: Run) -> Diagnosis:
         for each in ((answer,) if isinstance(answer, NotLooked) else ()) + answer.also
         if isinstance(each, NotLooked)
     ]
-    return Diagnosis(
-        findings=tuple(answer for answer in answers if isinstance(answer, Finding)),
-        not_looked=tuple(not_looked),
-    )
+    findings = linked([answer for answer in answers if isinstance(answer, Finding)])
+    return Diagnosis(findings=findings, not_looked=tuple(not_looked), chains=chains(findings))
 
 
 def diagnose(run: Run) -> tuple[Finding, ...]:
@@ -70,6 +71,7 @@ def findings_json(run: Run, diagnosis: Diagnosis) -> str:
         "members": [{"name": each.name, "status": each.status, "error": each.error} for each in run.members],
         "rules": [rule.__name__ for rule in RULES],
         "findings": [to_table(finding) for finding in diagnosis.findings],
+        "chains": [[finding.rule for finding in chain] for chain in diagnosis.chains],
         "not_looked": [to_table(each) for each in diagnosis.not_looked],
         "lost": run.lost,
     }

@@ -22,8 +22,9 @@ INTRODUCTION = """\
 # The rules of `attnscope diagnose`
 
 Each rule looks at one run directory and answers with a finding, with nothing, or that it could not look, and why. A **cause** is
-a setting or a state that training starts from, and that did harm; a **risk** is one of which no harm was measured; a **symptom**
-is what became of training. Generated from the docstrings of [rules/](rules)."""
+a setting or a state that training starts from or gets into; a **symptom** is what became of training. An **error** broke training
+or made what it learned worthless, a **warning** did harm that was measured, or does as a rule; a **note** is odd, may be on
+purpose, and no harm of it was measured. Generated from the docstrings of [rules/](rules)."""
 
 
 def pages() -> str:

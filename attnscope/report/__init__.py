@@ -7,7 +7,7 @@ same bytes.
 
 from pathlib import Path
 
-from attnscope.diagnose import Diagnosis, findings_json
+from attnscope.diagnose import findings_json
 from attnscope.errors import RunWriteError
 from attnscope.report.blocks import Figure
 from attnscope.report.contents import Contents, contents
@@ -45,8 +45,7 @@ def write_report(run: Run, found: Contents | None = None) -> Path:
     """
     found = contents(run) if found is None else found
     texts, figures = _rendered(run, found)
-    diagnosis = Diagnosis(findings=found.findings, not_looked=found.not_looked)
-    texts["findings.json"] = findings_json(run, diagnosis) + "\n"
+    texts["findings.json"] = findings_json(run, found.diagnosis) + "\n"
     folder = report_dir(run)
     _write(folder, texts, figures, again=f"attnscope report {printable(run.path, 400)}")
     return folder / "report.html"

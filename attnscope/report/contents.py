@@ -16,7 +16,7 @@ from attnscope.comparison.cells import Comparison, baseline_of, compare
 from attnscope.comparison.member import Evaluation, Generation, MemberRow, member_rows, number_in
 from attnscope.comparison.subjects import subjects_of
 from attnscope.config import SETTINGS, get_setting
-from attnscope.diagnose import Finding, NotLooked, examine
+from attnscope.diagnose import Diagnosis, examine
 from attnscope.errors import RunError
 from attnscope.report.comparison import sentence_on
 from attnscope.report.verdict import verdict_of
@@ -65,8 +65,7 @@ class Contents:
         data: fingerprint of what was trained on, as texts.
         layers: attention layers that were seen in a watched run.
         not_measured: calls that were seen there and could not be measured.
-        findings: what the rules found, causes first.
-        not_looked: rules that could not look, and why.
+        diagnosis: what the rules say.
         comparison: cells of a sweep; None where the run has none.
         lost: what could not be read.
     """
@@ -88,8 +87,7 @@ class Contents:
     data: Mapping[str, str]
     layers: tuple[AttentionLayer, ...]
     not_measured: tuple[NotMeasured, ...]
-    findings: tuple[Finding, ...]
-    not_looked: tuple[NotLooked, ...]
+    diagnosis: Diagnosis
     comparison: Comparison | None
     lost: tuple[str, ...]
 
@@ -155,8 +153,7 @@ def contents(run: Run) -> Contents:
         data=_texts(run.data.get("fingerprint")),
         layers=attention_layers(run),
         not_measured=not_measured(run),
-        findings=diagnosis.findings,
-        not_looked=diagnosis.not_looked,
+        diagnosis=diagnosis,
         comparison=comparison,
         lost=tuple(printable(note, 400) for note in run.lost),
     )

@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 from attnscope.comparison.member import Generation, Softmax
-from attnscope.diagnose import Evidence, Finding, NotLooked
-from attnscope.findings import evidence_columns, in_words
+from attnscope.diagnose import Diagnosis, Evidence
+from attnscope.findings import chain_in_words, evidence_columns, in_words, label
 from attnscope.report.blocks import Block, Figure, Heading, Lines, Notes, Paragraph, Section, Table
 from attnscope.report.comparison import comparison_tables
 from attnscope.report.contents import Contents
@@ -52,7 +52,7 @@ def document_of(found: Contents, figures: Sequence[Figure]) -> tuple[Section, ..
             title="Which setting does what",
             blocks=comparison_tables(found.comparison, found.members) if found.comparison else [],
         ),
-        Section(key="findings", title="Findings", blocks=_findings(found.findings, found.not_looked)),
+        Section(key="findings", title="Findings", blocks=_findings(found.diagnosis)),
         Section(key="layers", title="Attention that was seen", blocks=_layers(found)),
         Section(key="differing", title="What differs", blocks=_differing(found)),
         Section(key="members", title="Members", blocks=[_members(found)]),
@@ -76,15 +76,16 @@ def document_of(found: Contents, figures: Sequence[Figure]) -> tuple[Section, ..
     return tuple(section for section in sections if section.blocks)
 
 
-def _findings(findings: Sequence[Finding], not_looked: Sequence[NotLooked]) -> list[Block]:
-    blocks: list[Block] = []
-    for finding in findings:
-        blocks += [Heading(text=f"{finding.kind.capitalize()}: {finding.title}"), Paragraph(text=finding.summary)]
+def _findings(diagnosis: Diagnosis) -> list[Block]:
+    blocks: list[Block] = [Paragraph(text=chain_in_words(chain)) for chain in diagnosis.chains]
+    for finding in diagnosis.findings:
+        title = f"{label(finding).capitalize()}: {finding.title}"
+        blocks += [Heading(text=title), Paragraph(text=finding.summary)]
         if finding.evidence:
             blocks.append(_evidence(finding.evidence, finding.evidence_left_out))
         blocks.append(Notes(items=(f"Try: {finding.remedy}", f"Source: {finding.source}")))
-    if not_looked:
-        blocks += [Heading(text="Could not look"), Notes(items=in_words(not_looked))]
+    if diagnosis.not_looked:
+        blocks += [Heading(text="Could not look"), Notes(items=in_words(diagnosis.not_looked))]
     return blocks
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from attnscope.comparison.cells import Comparison, baseline_of, compare
 from attnscope.comparison.member import MemberRow
 from attnscope.comparison.subjects import Subject, subjects_of
+from attnscope.diagnose import Diagnosis
 from attnscope.errors import RunError
 from attnscope.report.comparison import sentence_on
 from attnscope.report.contents import Contents, contents
@@ -156,8 +157,7 @@ def _merged(
         data=_shared(each.data for each in found),
         layers=(),
         not_measured=(),
-        findings=(),
-        not_looked=(),
+        diagnosis=Diagnosis(findings=(), not_looked=()),
         comparison=comparison,
         lost=tuple(f"{label}: {note}" for each, label in zip(found, labels, strict=True) for note in each.lost),
     )

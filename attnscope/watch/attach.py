@@ -73,6 +73,8 @@ def watch_model(
     watcher = open_watcher(where, settings, command=("attnscope.watch_model",))
     if model is not None:
         watcher.add_model(model)
+    if optimizer is not None:
+        watcher.uses_optimizer()
     watcher.stop_with_process()
     return watcher
 

@@ -13,13 +13,12 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from attnscope.capture.names import Modules, root_of
+from attnscope.capture.names import Modules
 from attnscope.capture.seen import Seen, measure
 from attnscope.metrics.rows import SAMPLES
 from attnscope.metrics.totals import TOTALS
 from attnscope.watch.guard import one_line
 from attnscope.watch.recording import Layer
-from attnscope.watch.snapshots import unwrapped
 from attnscope.watch.step import Step
 
 MOST_UNMEASURED = 50  # different calls that are described
@@ -56,8 +55,7 @@ class Layers:
         self._names_of = WeakIdKeyDictionary()
         self._names_outside: dict[int, str | None] = {}
         self._numbers: dict[str, int] = {}
-        self._roots = WeakIdKeyDictionary()
-        self._roots_of: dict[str, str] = {}  # name to the class of the model it is in
+        self._models: dict[str, str] = {}  # name to the class of the model it is in
         self._left_out: dict[str, None] = {}
         self._unmeasured: dict[tuple[str, str, str], None] = {}  # name, backend and reason
         self.calls = 0
@@ -108,7 +106,7 @@ class Layers:
         if layer is None:
             layer = self._numbers[name] = len(self._numbers)
             self._names_by_heads(module)[seen.shape[1]] = name
-            self._roots_of[name] = "" if module is None else self._root_of(module)
+            self._models[name] = "" if module is None else self._modules.model_of(module)
             self._on_layer(
                 step.number,
                 Layer(
@@ -162,7 +160,7 @@ class Layers:
         name = self._new_name(module, path, n_heads, has_others=any(mine.values()))
         asked_by = [path, name]
         if module is not None and self._patterns:
-            asked_by.append(f"{self._root_of(module)}.{path}")
+            asked_by.append(f"{self._modules.model_of(module)}.{path}")
         if self._wants(*asked_by):
             return name
         mine[n_heads] = None
@@ -182,21 +180,13 @@ class Layers:
         if has_others:
             name = f"{path} ({n_heads} heads)"
         elif path in self._numbers and module is not None:
-            root = self._root_of(module)
-            if root not in (path, self._roots_of[path]):
-                name = f"{root}.{path}"
+            model = self._modules.model_of(module)
+            if model not in (path, self._models[path]):
+                name = f"{model}.{path}"
         plain, number = name, 2
         while name in self._numbers:
             name, number = f"{plain} ({number})", number + 1
         return name
-
-    def _root_of(self, module: nn.Module) -> str:
-        """The class of the largest model alive that holds the module."""
-        if module not in self._roots:
-            root = unwrapped(root_of(module))
-            for each in root.modules():
-                self._roots[each] = type(root).__name__
-        return str(self._roots.get(module, type(module).__name__))
 
     def _wants(self, *names: str) -> bool:
         """Whether one of the names of a layer was asked for; the first is the module's path."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from attnscope.capture.names import parameter_names, places
+from attnscope.capture.names import Modules, places
 from attnscope.watch.guard import one_line
 from attnscope.watch.numbers import UnreadableError, why_without_numbers
 from attnscope.watch.step import Step
@@ -39,7 +39,8 @@ class Parameters:
     and costs the others nothing.
     """
 
-    def __init__(self, on_left_out: OnLeftOut) -> None:
+    def __init__(self, modules: Modules, on_left_out: OnLeftOut) -> None:
+        self._modules = modules
         self._on_left_out = on_left_out
         # By tensor and not by its id, which one made later may have again.
         self._names = WeakTensorKeyDictionary()
@@ -135,19 +136,20 @@ class Parameters:
         return good, _measured(good, measure)
 
     def _name_of(self, parameter: Tensor) -> str:
-        found = parameter_names([parameter])[id(parameter)]
+        (found,) = self._modules.names_of_parameters([parameter])
         return f"parameter {found}" if not found.startswith("parameter ") else found
 
     def places_of(self, parameters: Sequence[Tensor]) -> list[tuple[int, str]]:
         """Layer and group of each, see `places`."""
-        if any(p not in self._places for p in parameters):
-            found = parameter_names(list(parameters))
-            for p in parameters:
-                self._names[p] = found[id(p)]
+        found = [self._places.get(p) for p in parameters]
+        if None in found:
+            for p, name in zip(parameters, self._modules.names_of_parameters(parameters), strict=True):
+                self._names[p] = name
             at = places({id(p): name for p, name in self._names.items()})
             for p in self._names:
                 self._places[p] = at[id(p)]
-        return [self._places[p] for p in parameters]
+            found = [self._places[p] for p in parameters]
+        return found
 
 
 class NotMeasuredTogetherError(Exception):
@@ -252,7 +254,10 @@ def _largest(gradient: Tensor) -> Tensor:
     """Largest absolute entry, (); of a complex one that of |g|."""
     g = _local(gradient)
     g = g.abs() if g.is_complex() else _plain(g)
-    return torch.maximum(g.amax(), -g.amin()) if g.numel() else g.new_zeros(())
+    if not g.numel():
+        return g.new_zeros(())
+    least, most = g.aminmax()
+    return torch.maximum(most, -least)
 
 
 def _dense(x: Tensor) -> Tensor:

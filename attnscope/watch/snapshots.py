@@ -15,17 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from attnscope.capture.eager import in_backward
-from attnscope.capture.names import without_wrappers
+from attnscope.capture.names import unwrapped, without_wrappers
 from attnscope.runs.snapshot import Argument, Snapshot, save_snapshot
 
 MOST_DEEP = 6  # levels of lists and dictionaries in an argument
-# Whose forward takes anything, and the attribute with the model that they hand it to.
-WRAPPERS = {
-    "OptimizedModule": "_orig_mod",
-    "DistributedDataParallel": "module",
-    "FullyShardedDataParallel": "module",
-    "DataParallel": "module",
-}
 PLAIN = (int, float, bool, str, type(None))
 
 
@@ -110,13 +103,6 @@ def _named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
         return dict(inspect.signature(unwrapped(model).forward).bind(*args, **kwargs).arguments)
     except (TypeError, ValueError):
         return {**{str(number): x for number, x in enumerate(args)}, **kwargs}
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The script's own model."""
-    while type(model).__name__ in WRAPPERS:
-        model = getattr(model, WRAPPERS[type(model).__name__])
-    return model
 
 
 def _flatten(value: object, name: str, batch: dict[str, Argument], left_out: list[str], depth: int) -> None:

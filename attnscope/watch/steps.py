@@ -17,7 +17,7 @@ from typing import Concatenate, ParamSpec, cast
 import torch
 from torch import Tensor, nn
 
-from attnscope.capture.names import any_alive
+from attnscope.capture.names import Modules, any_alive
 from attnscope.capture.seen import Seen
 from attnscope.watch.finite import Outputs
 from attnscope.watch.guard import Guard
@@ -65,6 +65,7 @@ class Steps:
         self,
         *,
         recorder: WatchRecorder,
+        modules: Modules,
         layers: Layers,
         guard: Guard,
         every: int,
@@ -76,6 +77,7 @@ class Steps:
 
         Args:
             recorder: takes the steps.
+            modules: know the names of parameters.
             layers: measure attention.
             guard: says what goes wrong.
             every: steps between those that are measured, after the first ones.
@@ -90,7 +92,7 @@ class Steps:
         self._take_outputs = take_outputs
         self._on_forward_over = on_forward_over
         self._on_end = on_end
-        self._parameters = Parameters(self._on_left_out)
+        self._parameters = Parameters(modules, self._on_left_out)
         self._turns = Turns(self._forget_attention)
         self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._open: set[int] = set()  # optimizers between before_update and after_update, by id
@@ -169,6 +171,8 @@ class Steps:
     @_guarded("gradients")
     def zeroed(self, owner: torch.optim.Optimizer | nn.Module) -> None:
         """See `OnTraining`."""
+        if self.updates_itself is None and isinstance(owner, torch.optim.Optimizer):
+            self.updates_itself = False
         if self.now.losses and not self.stepped and not self._open:
             of = owner.parameters() if isinstance(owner, nn.Module) else parameters_of(owner)
             self.now.drop(of)

@@ -65,6 +65,7 @@ class Watcher:
         )
         self._steps = Steps(
             recorder=recorder,
+            modules=modules,
             layers=self._layers,
             guard=self._guard,
             every=settings.every,
@@ -128,6 +129,10 @@ class Watcher:
     def add_model(self, model: nn.Module) -> None:
         """Take the names of modules and parameters from this model."""
         self._modules.add(model)
+
+    def uses_optimizer(self) -> None:
+        """The script updates with an optimizer: nobody need look for one."""
+        self._steps.updates_itself = False
 
     def stop(self, status: str = "finished", **fields: object) -> None:
         """Put PyTorch back as it was, and write what is left. Said twice, the first one counts.

@@ -30,40 +30,40 @@ def scales(tmp_path_factory):
     return attnscope.train_model(SMALL | {"arm": arms}, path=tmp_path_factory.mktemp("runs") / "r")
 
 
-def test_a_scale_that_makes_attention_sharp_is_a_cause_and_any_other_a_risk(scales):
-    cause, risk = applied_scale(scales), unusual_scale(scales)
-    assert (cause.kind, risk.kind) == ("cause", "risk")
-    assert (cause.members, risk.members) == (("none", "0.5"), ("inverse", "depth"))
-    applied = {e.member: e for e in cause.evidence if e.quantity == "attention.scale"}
+def test_a_scale_that_makes_attention_sharp_is_a_warning_and_any_other_a_note(scales):
+    sharp, other = applied_scale(scales), unusual_scale(scales)
+    assert (sharp.severity, other.severity) == ("warning", "note")
+    assert (sharp.members, other.members) == (("none", "0.5"), ("inverse", "depth"))
+    applied = {e.member: e for e in sharp.evidence if e.quantity == "attention.scale"}
     assert applied["none"].value == 1 and applied["none"].threshold == pytest.approx(32**-0.5)
-    assert cause.evidence[0].member == "none" and risk.evidence[0].member == "inverse"
-    assert len(cause.evidence) == MOST_EVIDENCE
-    assert len(cause.evidence) + cause.evidence_left_out == 3 * len(cause.members)
-    assert len(risk.evidence) + risk.evidence_left_out == 2 * len(risk.members)
+    assert sharp.evidence[0].member == "none" and other.evidence[0].member == "inverse"
+    assert len(sharp.evidence) == MOST_EVIDENCE
+    assert len(sharp.evidence) + sharp.evidence_left_out == 3 * len(sharp.members)
+    assert len(other.evidence) + other.evidence_left_out == 2 * len(other.members)
     ratio = scales.heads[scales.heads["member"] == "none"]["entropy_ratio"].mean()
-    assert f"sharp from the start: a mean entropy_ratio of {ratio:.2g}" in cause.summary
-    assert "Nothing that was measured shows harm" in risk.summary
+    assert f"sharp from the start: a mean entropy_ratio of {ratio:.2g}" in sharp.summary
+    assert "Nothing that was measured shows harm" in other.summary
 
 
 @pytest.mark.parametrize(
-    ("changes", "kind"),
+    ("changes", "severity"),
     [
-        ({"attention": {"scale": "none"}}, "cause"),
-        ({"attention": {"scale": "none"}, "init": {"qk_gain": 0.4}}, "risk"),  # T5
-        ({"attention": {"scale": "inverse"}}, "risk"),  # muP
-        ({"attention": {"scale": 1.2, "qk_norm": True}, "model": {"d_head": 4}}, "risk"),
-        ({"attention": {"scale": "none"}, "model": {"n_heads": 16}}, "risk"),  # d_head 4
+        ({"attention": {"scale": "none"}}, "warning"),
+        ({"attention": {"scale": "none"}, "init": {"qk_gain": 0.4}}, "note"),  # T5
+        ({"attention": {"scale": "inverse"}}, "note"),  # muP
+        ({"attention": {"scale": 1.2, "qk_norm": True}, "model": {"d_head": 4}}, "note"),
+        ({"attention": {"scale": "none"}, "model": {"n_heads": 16}}, "note"),  # d_head 4
         ({}, None),
     ],
 )
-def test_an_odd_scale_is_a_cause_only_where_it_did_harm(tmp_path, changes, kind):
+def test_an_odd_scale_is_more_than_a_note_only_where_it_did_harm(tmp_path, changes, severity):
     config = SMALL | {"train": {"steps": 30, "checkpoint_every": 0}}
     config |= {name: config.get(name, {}) | table for name, table in changes.items()}
     config["model"] = config["model"] | {"norm": "pre"}
     run = attnscope.train_model(config, path=tmp_path / "r")
-    found = {f.rule: f.kind for f in diagnose(run) if f.rule in ("applied_scale", "unusual_scale")}
-    rules = {"cause": "applied_scale", "risk": "unusual_scale"}
-    assert found == ({} if kind is None else {rules[kind]: kind})
+    found = {f.rule: f.severity for f in diagnose(run) if f.rule in ("applied_scale", "unusual_scale")}
+    rules = {"warning": "applied_scale", "note": "unusual_scale"}
+    assert found == ({} if severity is None else {rules[severity]: severity})
 
 
 def twins_run(path, losses, *, scale="none", heads=None, **other):

@@ -28,7 +28,7 @@ def unscaled(tmp_path):
 
 @pytest.fixture
 def on_purpose(tmp_path):
-    """A risk that did no harm."""
+    """Odd, and it did no harm."""
     run_of(
         tmp_path / "mup",
         {"attention": {"scale": "inverse"}},
@@ -55,7 +55,7 @@ def test_findings_are_readable_at_80_columns_and_plain_in_a_pipe(unscaled):
     done = diagnose(unscaled)
     assert done.exit_code == 0
     lines = done.stdout.splitlines()
-    assert lines[0] == "cause: Attention logits are not scaled by 1/sqrt(d_head)"
+    assert lines[0] == "cause (warning): Attention logits are not scaled by 1/sqrt(d_head)"
     *said, last = lines
     assert max(map(len, said)) <= 80
     assert not [line for line in lines if line != line.rstrip()], "trailing blanks"
@@ -77,30 +77,40 @@ def test_json_is_strict_and_whole(exploded):
 
     said = json.loads(diagnose(exploded, "--json").stdout, parse_constant=refuse)
     assert [finding["rule"] for finding in said["findings"]] == ["nonfinite", "loss_explosion"]
+    assert said["chains"] == [["nonfinite", "loss_explosion"]]
     assert said["findings"][1]["evidence"][0]["value"] == "NaN"
     assert said["run"] == exploded.name and "loss_spike" in said["rules"]
 
 
 @pytest.mark.parametrize("as_json", [(), ("--json",)])
-def test_fail_on_gives_exit_code_3_for_its_kind_only(unscaled, exploded, healthy, as_json):
+def test_fail_on_gives_exit_code_3_for_what_is_as_bad_or_of_that_rule(unscaled, exploded, healthy, as_json):
     codes = {
-        kind: [diagnose(run, "--fail-on", kind, *as_json).exit_code for run in (unscaled, exploded, healthy)]
-        for kind in ("cause", "symptom", "any")
-    }  # fmt: skip
-    assert codes == {"cause": [3, 0, 0], "symptom": [0, 3, 0], "any": [3, 3, 0]}
+        asked: [diagnose(run, "--fail-on", asked, *as_json).exit_code for run in (unscaled, exploded, healthy)]
+        for asked in ("error", "warning", "applied_scale", "nonfinite", "loss_spike")
+    }
+    assert codes == {
+        "error": [0, 3, 0],
+        "warning": [3, 3, 0],
+        "applied_scale": [3, 0, 0],
+        "nonfinite": [0, 3, 0],
+        "loss_spike": [0, 0, 0],
+    }
 
 
-def test_a_risk_is_told_and_fails_nothing(on_purpose):
-    for kind in ("cause", "symptom", "any"):
-        done = diagnose(on_purpose, "--fail-on", kind)
-        assert done.exit_code == 0
-        assert done.stdout.startswith("risk: The attention scale is not 1/sqrt(d_head)")
+def test_a_note_is_told_and_fails_nothing_but_its_own_name(on_purpose):
+    for asked, code in (("error", 0), ("warning", 0), ("unusual_scale", 3)):
+        done = diagnose(on_purpose, "--fail-on", asked)
+        assert done.exit_code == code
+        assert done.stdout.startswith("note: The attention scale is not 1/sqrt(d_head)")
 
 
 def test_wrong_command_lines_and_runs_are_refused(tmp_path, unscaled):
-    assert diagnose(unscaled, "--fail-on", "everything").exit_code == 2
+    wrong = diagnose(unscaled, "--fail-on", "everything")
+    assert (
+        wrong.exit_code == 2 and "'everything' is none of error, warning and the rules: applied_scale," in wrong.stderr
+    )
     assert diagnose().exit_code == 2
-    done = diagnose(tmp_path / "nowhere", "--fail-on", "any")
+    done = diagnose(tmp_path / "nowhere", "--fail-on", "error")
     assert done.exit_code == 1
     assert "no such run" in done.stderr and len(done.stderr.splitlines()) == 1
     assert "Traceback" in diagnose(tmp_path / "nowhere", "--debug").stderr

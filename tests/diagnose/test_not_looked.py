@@ -195,10 +195,10 @@ def test_a_process_that_left_no_end_is_not_one_that_did_not_fail(tmp_path):
     assert failed(open_run(tmp_path / "r")).why == "no end was recorded"
 
 
-def test_an_odd_scale_whose_harm_was_not_recorded_is_said_beside_the_risk(tmp_path):
+def test_an_odd_scale_whose_harm_was_not_recorded_is_said_beside_the_note(tmp_path):
     steps = steps_table(np.full((1, 30), 4.0))
     run = run_of(tmp_path / "r", {"attention": {"scale": "none"}}, steps=steps)
-    assert applied_scale(run).why == NO_ATTENTION and unusual_scale(run).kind == "risk"
+    assert applied_scale(run).why == NO_ATTENTION and unusual_scale(run).severity == "note"
     arms = {"arm": [{"name": "odd", "attention": {"scale": "inverse"}}, {"name": "usual"}]}
     for n, why in ((19, "fewer than 20 steps"), (20, None)):
         flat = steps_table(np.full((2, n), 4.0))

@@ -173,7 +173,8 @@ def test_wandb_takes_hostile_names_and_members_without_records(run_path, events_
     export_run(open_run(events_only), "wandb")
     found = read_wandb(events_only / "export" / "wandb")
     for member in open_run(events_only).members:
-        assert found[member.name][2] == {"status": member.status} and not found[member.name][3]
+        assert found[member.name][2] == {"status": member.status, "error": member.error}
+        assert not found[member.name][3]
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,7 @@ def clipping_always_on(run: Run) -> Finding | NotLooked | None:
         rule="clipping_always_on",
         title="Clipping shrinks nearly every update",
         kind="cause",
+        severity="warning",
         summary=(
             f"{of_several(names, f'are clipped on at least {ALWAYS:.0%} of their steps')}{run.entries[worst].name} is "
             f"clipped on {round(share_M[worst] * steps_M[worst])} of {steps_M[worst]} steps, to a median of {median[worst]:.2g} of its "
@@ -89,6 +90,7 @@ def clipping_always_on(run: Run) -> Finding | NotLooked | None:
             "gradient norm."
         ),
         source="Pascanu et al. 2013; measured: above a median of 0.5 the final loss is that without clipping",
+        explains=("stalled",),
     )
     return answer(run, "clipping_always_on", finding, blind)
 

@@ -74,6 +74,8 @@ def loss_explosion(run: Run) -> Finding | NotLooked | None:
             else "The loss stopped being finite"
         ),
         kind="symptom",
+        severity="error",
+        step=first.diverged_at,
         summary=(
             f"{of_several([record.name for record in exploded], 'diverged')}{_course(first, peak[first.name])}. "
             f"{_before(exploded, early)}"
@@ -86,6 +88,7 @@ def loss_explosion(run: Run) -> Finding | NotLooked | None:
             f"at least {IN_A_ROW} losses in a row far above the range before them, dated to where all are twice the best "
             f"level (or {LEAST_RISE:g} above it); or {NOT_FINITE_IN_A_ROW} in a row not finite, or up to the end"
         ),
+        explains=("nonfinite", "failed"),
     )
     return answer(run, "loss_explosion", finding, blind)
 
@@ -124,6 +127,8 @@ def loss_spike(run: Run) -> Finding | NotLooked | None:
         rule="loss_spike",
         title="The loss spiked and came back",
         kind="symptom",
+        severity="note",
+        step=evidence[0].step,
         summary=(
             f"{of_several(names, 'have spikes')}{count} of the loss, back within {BACK_WITHIN} steps. The largest is "
             f"in {evidence[0].member} at step {evidence[0].step}: {loss_K[worst]:.3g} against a median of "
@@ -185,6 +190,7 @@ def stalled(run: Run) -> Finding | NotLooked | None:
         rule="stalled",
         title=title,
         kind="symptom",
+        severity="warning",
         summary=(
             f"{of_several([record.name for record in stuck], word)}The loss of {worst.member} is finite, but "
             f"{worst.value:.4g} at the end (step {worst.step}), above the {worst.threshold:.4g} of predicting from "
@@ -231,6 +237,8 @@ def failed(run: Run) -> Finding | NotLooked | None:
         rule="failed",
         title="Training failed",
         kind="symptom",
+        severity="error",
+        step=worst.last_step,
         summary=(f"{of_several([record.name for record in dead], 'failed')}{worst.name} failed {when}: {worst.error}"),
         members=tuple(record.name for record in dead),
         evidence=evidence,

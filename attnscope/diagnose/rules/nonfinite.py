@@ -84,6 +84,8 @@ def nonfinite(run: Run) -> Finding | NotLooked | None:
         rule="nonfinite",
         title="Numbers stopped being finite",
         kind="symptom",
+        severity="error",
+        step=worst.step,
         summary=(
             f"{of_several(names, 'recorded NaN or Inf')}The first non-finite numbers of {worst.member} are at step "
             f"{worst.step}, in the {direction} pass: {printable(worst.tensor, 40)}{where}."
@@ -101,6 +103,7 @@ def nonfinite(run: Run) -> Finding | NotLooked | None:
             )
         ),
         source="first nonfinite event after which nothing was finite, or first such loss",
+        explains=("loss_explosion", "failed"),
     )
     return answer(run, "nonfinite", finding, blind)
 
@@ -148,6 +151,8 @@ def nonfinite_loss_passed(run: Run) -> Finding | NotLooked | None:
         rule="nonfinite_loss_passed",
         title="A loss was not finite, and training went on",
         kind="symptom",
+        severity="warning",
+        step=step,
         summary=(
             f"{of_several(names, 'have losses that are not finite, and finite ones after them')}The loss of step {step} of "
             f"{member} is {'NaN' if math.isnan(loss) else 'infinite'}{more}; {how}."
@@ -203,6 +208,8 @@ def updates_skipped(run: Run) -> Finding | NotLooked | None:
         rule="updates_skipped",
         title="Loss scaling skips one update after the other",
         kind="symptom",
+        severity="error",
+        step=worst.step,
         summary=(
             f"{of_several(names, 'skip updates without end')}After {worst.step} updates of {worst.member}, "
             f"{counts[most]} in a row were skipped: each time the gradient was not finite, and the loss scale was "

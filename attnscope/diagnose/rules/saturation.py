@@ -104,6 +104,7 @@ def saturated_at_start(run: Run) -> Finding | NotLooked | None:
         rule="saturated_at_start",
         title="The softmax is saturated from the start",
         kind="cause",
+        severity="error" if any(run.members[m].diverged_at is not None for m in concerned) else "warning",
         summary=(
             f"{of_several(names, 'begin with nearly one-hot attention')}At step {step} the mean entropy of "
             f"{run.entries[worst].name} is {ratio_M[worst]:.2g} of its maximum (below {SATURATED_RATIO}), the largest "
@@ -118,5 +119,7 @@ def saturated_at_start(run: Run) -> Finding | NotLooked | None:
             "(init.qk_gain, init.gain), normalization before attention (model.norm = pre), or attention.qk_norm."
         ),
         source=MEASURED,
+        step=step,
+        explains=("nonfinite", "loss_explosion", "stalled"),
     )
     return answer(run, "saturated_at_start", finding, blind)

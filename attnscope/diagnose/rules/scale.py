@@ -1,4 +1,4 @@
-"""Rules for attention scales that are not 1/sqrt(d_head): a risk, and a cause where harm was measured that it explains.
+"""Rules for attention scales that are not 1/sqrt(d_head): a note, and a warning or error where harm was measured that they explain.
 
 Shape key: N rows, M member in the order of run.json.
 """
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from attnscope.diagnose.applied_scale import Applied, odd_scales, unseen_scales
 from attnscope.diagnose.blindness import NO_RATIO, answer, without_attention
 from attnscope.diagnose.rules.saturation import early_signals
-from attnscope.findings import Evidence, Finding, NotLooked, of_several, worst_first
+from attnscope.findings import Evidence, Finding, NotLooked, Severity, of_several, worst_first
 from attnscope.runs.by_member import configs_of, first_measured, mean_by_member, members_of_rows
 from attnscope.runs.members import MemberRecord
 from attnscope.runs.reader import Run
@@ -29,6 +29,7 @@ EXPLAINS = 1.5
 # 0.14 worse; with 1/d_head (0.98 and more) 0.00 to 0.04, with twice 1/sqrt(d_head) (0.65) 0.01 to 0.03.
 SHARP_RATIO = 0.3
 WORSE = 0.06
+EXPLAINED = ("saturated_at_start", "nonfinite", "loss_explosion", "stalled")
 FEWEST_STEPS = 20  # to compare ends: the final loss is the mean over so many
 
 
@@ -67,7 +68,6 @@ def applied_scale(run: Run) -> Finding | NotLooked | None:
         concerned,
         rule="applied_scale",
         title="Attention logits are not scaled by 1/sqrt(d_head)",
-        kind="cause",
         harm=harm,
     )
     return answer(run, "applied_scale", finding, blind)
@@ -94,15 +94,12 @@ def unusual_scale(run: Run) -> Finding | NotLooked | None:
         concerned,
         rule="unusual_scale",
         title="The attention scale is not 1/sqrt(d_head)",
-        kind="risk",
         harm={},
     )
     return answer(run, "unusual_scale", finding, blind)
 
 
-def _finding(
-    run: Run, odd: Sequence[Applied], *, rule: str, title: str, kind: str, harm: Mapping[str, Harm]
-) -> Finding:
+def _finding(run: Run, odd: Sequence[Applied], *, rule: str, title: str, harm: Mapping[str, Harm]) -> Finding:
     worst = max(odd, key=_how_odd)
     names = tuple(entry.name for entry in run.entries if any(o.member == entry.name for o in odd))
     expected = worst.d_head**-0.5
@@ -153,14 +150,23 @@ def _finding(
     return Finding(
         rule=rule,
         title=title,
-        kind="cause" if kind == "cause" else "risk",
+        kind="cause",
+        severity=_severity(run, harm),
         summary=f"{summary}.",
         members=names,
         evidence=evidence,
         evidence_left_out=left_out,
         remedy=set_it[0].upper() + set_it[1:] if hurt and worst.times > 1 else on_purpose + set_it,
         source="Vaswani et al. 2017, section 3.2.1",
+        step=0,
+        explains=EXPLAINED if harm else (),
     )
+
+
+def _severity(run: Run, harm: Mapping[str, Harm]) -> Severity:
+    if any(record.name in harm and record.diverged_at is not None for record in run.members):
+        return "error"
+    return "warning" if harm else "note"
 
 
 def _how_odd(applied: Applied) -> float:
