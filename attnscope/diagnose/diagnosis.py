@@ -5,10 +5,14 @@ from dataclasses import dataclass, replace
 
 from attnscope.diagnose.chains import chains, linked
 from attnscope.diagnose.rules.clipping import clipping_always_on
+from attnscope.diagnose.rules.depth import gradients_explode_with_depth, gradients_vanish_with_depth
+from attnscope.diagnose.rules.learning_rate import learning_rate_too_high, learning_rate_too_low
 from attnscope.diagnose.rules.loss import failed, loss_explosion, loss_spike, stalled
 from attnscope.diagnose.rules.nonfinite import nonfinite, nonfinite_loss_passed, updates_skipped
+from attnscope.diagnose.rules.optimizer import adam_epsilon_too_large, loss_summed, weight_decay_too_strong
 from attnscope.diagnose.rules.saturation import saturated_at_start
 from attnscope.diagnose.rules.scale import applied_scale, unusual_scale
+from attnscope.diagnose.rules.schedule import learning_rate_jump, missing_warmup
 from attnscope.findings import Finding, NotLooked, to_table
 from attnscope.runs.layout import to_json
 from attnscope.runs.reader import Run
@@ -18,6 +22,15 @@ Rule = Callable[[Run], Finding | NotLooked | None]
 RULES: tuple[Rule, ...] = (
     applied_scale,
     saturated_at_start,
+    loss_summed,
+    adam_epsilon_too_large,
+    weight_decay_too_strong,
+    learning_rate_jump,
+    missing_warmup,
+    learning_rate_too_high,
+    learning_rate_too_low,
+    gradients_explode_with_depth,
+    gradients_vanish_with_depth,
     clipping_always_on,
     unusual_scale,
     nonfinite,

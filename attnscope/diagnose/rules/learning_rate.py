@@ -1,0 +1,373 @@
+"""Rules of the size of the learning rate: updates that reach too far, and updates that move nothing.
+
+Shape key: K measured steps, S recorded steps, one member after the other, M member in the order of run.json.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attnscope.diagnose.applied_scale import odd_scales
+from attnscope.diagnose.blindness import answer, without_loss
+from attnscope.diagnose.concern import Concern, finding_of
+from attnscope.diagnose.movement import Movement, losses_at, movement_of, without_movement
+from attnscope.diagnose.rules.saturation import SATURATED_RATIO
+from attnscope.diagnose.twins import Twin, better_twins
+from attnscope.findings import Evidence, Finding, NotLooked
+from attnscope.runs.by_member import NEVER, diverged_at, members_of_rows
+from attnscope.runs.members import MemberRecord
+from attnscope.runs.reader import Run
+
+# grad_norm x update_norm, summed over groups, by the loss: how much of it an update would undo if the loss went on along its
+# slope. Measured on 19 grids of learning rates (sgd, adamw, muon; pre, post and no norm; Xavier and GPT-2 weights; with warm-up
+# and without; MEASURED): at the best learning rate of a grid the median over steps is at most 0.33.
+OVERSHOOT = 1.0
+WINDOW = 10  # measured steps before divergence, or at the end
+RISE = 1.0  # nats above the first loss, and half of it: then nothing was learned
+
+# Attention that closed up. Kimi K2 2025 clips queries and keys where a logit is above 100.
+LARGE_LOGIT = 100.0
+CLOSED_RATIO = 0.1
+# The third largest typical update_ratio, from which on it is the updates that closed attention: it is 0.009 and more where the
+# learning rate did it, and attention did not close at all in members that stayed below.
+MOVING = 0.01
+THIRD = 3
+
+# Of the twin with a lower learning rate: by so much its final loss is better, in nats, in every seed. Seeds differ by 0.05.
+MARGIN = 0.1
+
+# Nothing moves: all steps together, in shares of the weights and of the first loss. At the best learning rate of a grid
+# they are 0.09 and 3.3 and more after 150 steps, a hundred times below it 0.001 and 0.05.
+LITTLE_PATH = 0.01
+LITTLE_REACH = 0.05
+FEWEST_STEPS = 100
+
+MEASURED = (
+    "measured on grids of learning rates of small models (sgd, adamw, muon; pre, post and no norm; two seeds and more)"
+)
+EXPLAINS = ("logit_growth", "entropy_collapse", "loss_explosion", "nonfinite", "loss_spike", "stalled")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Closed:
+    """Attention that was open and closed up: mean entropy_ratio and largest max_logit when it had."""
+
+    step: int
+    ratio: float
+    first_ratio: float
+    logit: float
+
+
+def learning_rate_too_high(run: Run) -> Finding | NotLooked | None:
+    """The learning rate is too high.
+
+    What it looks at: members that came to harm, and what updates did before. (1) It diverged, or its loss ended RISE nats and
+    half of itself above the first one, and grad_norm x update_norm (summed over groups) was more than OVERSHOOT times the loss,
+    as the median of the last WINDOW measured steps: no loss can fall by more than there is of it. (2) Attention that was open
+    closed up (mean entropy_ratio below CLOSED_RATIO, max_logit above LARGE_LOGIT), while the typical group moved by more than
+    MOVING of its weights a step, or updates overshot. (3) A member of the same run with a lower learning rate, and else the
+    same settings, ended MARGIN nats better, with every seed. Without harm an update as large as the weights is a note.
+    Why it matters: the gradient speaks of a neighbourhood. A step that leaves it lands anywhere: logits grow, attention closes,
+    the loss jumps or stays where it is, often without a spike.
+    What to try: a third of optimizer.lr, and again; a warm-up (optimizer.warmup_steps) if only the first steps are too large.
+    Known limits: members that begin with saturated attention or have no scale are left to those rules. Harm that shows neither
+    in the loss nor in attention is only seen beside a member with a lower learning rate. A loss that is negative, or GradScaler
+    with gradients clipped before they are unscaled, cannot be compared with updates.
+    Source: MEASURED; Wortsman et al. 2023; Kimi K2 2025.
+    """
+    moves = movement_of(run)
+    overshoot_K = _overshoot(run, moves)
+    closed = _closed_attention(run, other_cause := _with_other_cause(run))
+    twins = better_twins(run, "optimizer.lr", lower=True, margin=MARGIN)
+    at_lr = _largest_lr(run)
+    concerns = []
+    for m, record in enumerate(run.members):
+        k = moves.of(m)
+        if k.start == k.stop:
+            continue
+        concern = None
+        if record.name not in other_cause:
+            concern = _overshot(run, record, moves, k, overshoot_K, at_lr[record.name])
+            if concern is None and record.name in closed:
+                concern = _closes(run, record, moves, k, overshoot_K, closed[record.name], at_lr[record.name])
+        if concern is None and record.name in twins:
+            concern = _worse_than_twin(record, twins[record.name])
+        if concern is None and record.diverged_at is None:
+            concern = _larger_than_weights(run, record, moves, k, at_lr[record.name])
+        if concern is not None:
+            concerns.append(concern)
+    finding = finding_of(
+        run,
+        concerns,
+        rule="learning_rate_too_high",
+        title="The learning rate is too high",
+        kind="cause",
+        several="are trained with updates that are too large",
+        remedy="Try a third of optimizer.lr, and again; or a warm-up (optimizer.warmup_steps), if only the first steps are too large.",
+        source=MEASURED,
+        explains=EXPLAINS,
+    )
+    return answer(run, "learning_rate_too_high", finding, without_movement(run))
+
+
+def learning_rate_too_low(run: Run) -> Finding | NotLooked | None:
+    """The learning rate is so low that nothing moves.
+
+    What it looks at: all updates of at least FEWEST_STEPS steps together. The typical group moved by less than LITTLE_PATH of
+    its weights (sum of update_ratio), and the loss could not have changed by more than LITTLE_REACH of itself (sum of grad_norm
+    x update_norm over groups and steps, which is more than any first-order change).
+    Why it matters: the run costs what a useful one does and ends where it began.
+    What to try: ten times optimizer.lr, and again; look whether the schedule is counted in the right unit.
+    Known limits: a learning rate ten times too low still moves something and is not found. While the learning rate still rises
+    nothing is said. Steps between those that were measured count as the one before them.
+    Source: MEASURED; to first order a loss changes by the product of gradient and update (Cauchy-Schwarz).
+    """
+    moves = movement_of(run)
+    blind = without_movement(run) | without_loss(run)
+    concerns = []
+    for m, record in enumerate(run.members):
+        k = moves.of(m)
+        if record.name in blind or record.diverged_at is not None or record.first_loss is None:
+            continue
+        if (record.last_step or 0) + 1 < FEWEST_STEPS:
+            blind[record.name] = f"fewer than {FEWEST_STEPS} steps"
+            continue
+        path = float((moves.ratio_K[k] * moves.span_K[k]).sum())
+        reach = float((moves.reach_K[k] * moves.span_K[k]).sum())
+        if not (path < LITTLE_PATH and reach < LITTLE_REACH * abs(record.first_loss)) or _still_rises(moves.ratio_K[k]):
+            continue
+        largest = k.start + int(moves.ratio_K[k].argmax())
+        said = (
+            f"In {(record.last_step or 0) + 1} steps the weights of {record.name} moved by at most {path:.2g} of their size, "
+            f"and to first order its loss of {record.first_loss:.3g} could not change by more than {reach:.2g}."
+        )
+        concerns.append(
+            Concern(
+                member=record.name,
+                step=int(moves.step_K[k.start]),
+                badness=-path,
+                said=said,
+                evidence=(
+                    moves.evidence(run, largest, LITTLE_PATH),
+                    Evidence(
+                        member=record.name,
+                        step=record.last_step,
+                        quantity="grad_norm x update_norm",
+                        value=reach,
+                        threshold=LITTLE_REACH * abs(record.first_loss),
+                    ),
+                ),
+                severity="warning",
+            )
+        )
+    finding = finding_of(
+        run,
+        concerns,
+        rule="learning_rate_too_low",
+        title="The learning rate is so low that nothing moves",
+        kind="cause",
+        several="hardly move",
+        remedy="Try ten times optimizer.lr, and again. Look whether the schedule is counted in the right unit.",
+        source=MEASURED,
+        explains=("stalled", "plateau"),
+    )
+    return answer(run, "learning_rate_too_low", finding, blind)
+
+
+def _overshot(
+    run: Run, record: MemberRecord, moves: Movement, k: slice, overshoot_K: NDArray[np.float64], at_lr: str
+) -> Concern | None:
+    """Against a member that diverged or ended far above its first loss, where updates overshot before."""
+    mine_K = overshoot_K[k]
+    known = np.flatnonzero(~np.isnan(mine_K))
+    if not len(known):
+        return None
+    level = float(np.median(mine_K[known[-WINDOW:]]))
+    if level < OVERSHOOT:
+        return None
+    if record.diverged_at is not None:
+        became = f"before it diverged at step {record.diverged_at}"
+    elif _ended_above(record):
+        became = f"and it ended at a loss of {record.final_loss:.3g}, after {record.first_loss:.3g} at first"
+    else:
+        return None
+    first = int(known[np.argmax(mine_K[known] >= OVERSHOOT)])
+    largest = k.start + int(moves.ratio_K[k].argmax())
+    said = (
+        f"{at_lr}the updates of {record.name} reach too far: along the gradient they would undo {level:.3g} times its "
+        f"whole loss (median of the last {min(WINDOW, len(known))} measured steps), {became}. The typical group moved by up to "
+        f"{_share(moves.ratio_K[largest])} of its weights in a step."
+    )
+    return Concern(
+        member=record.name,
+        step=int(moves.step_K[k.start + first]),
+        badness=level,
+        said=said,
+        evidence=(
+            Evidence(
+                member=record.name,
+                step=int(moves.step_K[k.start + known[-1]]),
+                quantity="grad_norm x update_norm / loss",
+                value=level,
+                threshold=OVERSHOOT,
+            ),
+            moves.evidence(run, largest, None),
+        ),
+        severity="error",
+    )
+
+
+def _closes(
+    run: Run,
+    record: MemberRecord,
+    moves: Movement,
+    k: slice,
+    overshoot_K: NDArray[np.float64],
+    closed: _Closed,
+    at_lr: str,
+) -> Concern | None:
+    """Against a member whose attention closed up while its weights moved fast."""
+    before_K = moves.step_K[k] <= closed.step
+    ratio_K, mine_K = moves.ratio_K[k][before_K], np.nan_to_num(overshoot_K[k][before_K], nan=0.0)
+    if not len(ratio_K) or not (_third(ratio_K) > MOVING or _third(mine_K) > OVERSHOOT):
+        return None
+    largest = k.start + int(ratio_K.argmax())
+    said = (
+        f"{at_lr}the attention of {record.name} closed up: its mean entropy_ratio fell from {closed.first_ratio:.2g} to "
+        f"{closed.ratio:.2g} by step {closed.step}, with a max_logit of {closed.logit:.3g}, while the typical group moved by up "
+        f"to {_share(moves.ratio_K[largest])} of its weights in a step."
+    )
+    return Concern(
+        member=record.name,
+        step=int(moves.step_K[largest]),
+        badness=float(_third(ratio_K)),
+        said=said,
+        evidence=(
+            moves.evidence(run, largest, MOVING),
+            Evidence(
+                member=record.name,
+                step=closed.step,
+                quantity="entropy_ratio",
+                value=closed.ratio,
+                threshold=CLOSED_RATIO,
+            ),
+            Evidence(
+                member=record.name, step=closed.step, quantity="max_logit", value=closed.logit, threshold=LARGE_LOGIT
+            ),
+        ),
+        severity="warning",
+    )
+
+
+def _worse_than_twin(record: MemberRecord, twin: Twin) -> Concern:
+    ended = "diverged" if math.isinf(twin.loss) else f"ended at a loss of {twin.loss:.3g}"
+    return Concern(
+        member=record.name,
+        badness=-1 / (1 + twin.loss - twin.better_loss),  # after what shows in the member itself
+        said=(
+            f"At a learning rate of {twin.value:g} {record.name} {ended}, while {twin.better} ended at "
+            f"{twin.better_loss:.3g} with {twin.better_value:g} and else the same settings."
+        ),
+        evidence=(
+            Evidence(
+                member=record.name, step=record.last_step, quantity="loss", value=twin.loss, threshold=twin.better_loss
+            ),
+            Evidence(member=record.name, quantity="optimizer.lr", value=twin.value, threshold=twin.better_value),
+        ),
+        severity="error" if math.isinf(twin.loss) else "warning",
+    )
+
+
+def _larger_than_weights(run: Run, record: MemberRecord, moves: Movement, k: slice, at_lr: str) -> Concern | None:
+    """Against a member that an update gave other weights altogether; no harm of it was measured."""
+    ratio_K = moves.ratio_K[k]
+    if not (ratio_K >= 1).any():
+        return None
+    first = k.start + int(np.argmax(ratio_K >= 1))
+    return Concern(
+        member=record.name,
+        step=int(moves.step_K[first]),
+        badness=float(moves.ratio_K[first]),
+        said=(
+            f"{at_lr}the update of step {int(moves.step_K[first])} is {moves.ratio_K[first]:.3g} times as large as the "
+            f"weights of {record.name} that it moves: of what they were nothing is left. No harm of it was measured."
+        ),
+        evidence=(moves.evidence(run, first, 1.0),),
+        severity="note",
+    )
+
+
+def _overshoot(run: Run, moves: Movement) -> NDArray[np.float64]:
+    """How much of the loss each measured step would undo, (K,); NaN where it is not positive, or gradients may be scaled."""
+    loss_K = losses_at(run, moves, "loss")
+    with np.errstate(all="ignore"):
+        overshoot_K = moves.reach_K / np.where(loss_K > 0, loss_K, np.nan)
+    if run.kind == "watch":
+        overshoot_K = np.where(losses_at(run, moves, "loss_scale") == 1, overshoot_K, np.nan)
+    return np.where(np.isfinite(loss_K), overshoot_K, np.nan)
+
+
+def _closed_attention(run: Run, left_out: set[str]) -> dict[str, _Closed]:
+    """Each member whose attention was open at first and closed up before it diverged."""
+    heads, end_M = run.heads, diverged_at(run)
+    codes_N, step_N = members_of_rows(heads), heads["step"].to_numpy()
+    before_N = step_N < end_M[codes_N]
+    rows = heads.loc[before_N, ["entropy_ratio", "max_logit"]]
+    by_step = rows.groupby([codes_N[before_N], step_N[before_N]]).agg({"entropy_ratio": "mean", "max_logit": "max"})
+    code_K, step_K = (by_step.index.get_level_values(level).to_numpy() for level in (0, 1))
+    ratio_K, logit_K = by_step["entropy_ratio"].to_numpy(), by_step["max_logit"].to_numpy()
+    first_M = np.searchsorted(code_K, np.arange(len(run.entries) + 1))
+    found = {}
+    for m in np.unique(code_K[(ratio_K < CLOSED_RATIO) & (logit_K > LARGE_LOGIT)]).tolist():
+        k = slice(first_M[m], first_M[m + 1])
+        at = int(k.start + np.argmax((ratio_K[k] < CLOSED_RATIO) & (logit_K[k] > LARGE_LOGIT)))
+        name, first_ratio = run.entries[m].name, float(ratio_K[k.start])
+        if name not in left_out and first_ratio >= SATURATED_RATIO:
+            found[name] = _Closed(
+                step=int(step_K[at]), ratio=float(ratio_K[at]), first_ratio=first_ratio, logit=float(logit_K[at])
+            )
+    return found
+
+
+def _with_other_cause(run: Run) -> set[str]:
+    """Members whose attention has logits that are too large before anything is learned."""
+    large = {each.member for each in odd_scales(run) if each.times > 1 and not each.is_normed}
+    heads = run.heads
+    codes_N, step_N = members_of_rows(heads), heads["step"].to_numpy()
+    first_M = np.full(len(run.entries), NEVER)
+    np.minimum.at(first_M, codes_N, step_N)
+    at_first_N = step_N == first_M[codes_N]
+    means = heads["entropy_ratio"][at_first_N].groupby(codes_N[at_first_N]).mean()
+    return large | {run.entries[m].name for m, ratio in means.items() if ratio < SATURATED_RATIO}
+
+
+def _ended_above(record: MemberRecord) -> bool:
+    first, final = record.first_loss, record.final_loss
+    return first is not None and final is not None and final - first > max(RISE, abs(first) / 2)
+
+
+def _still_rises(ratio_K: NDArray[np.float64]) -> bool:
+    """Whether updates were largest at the end: a warm-up may not be over."""
+    late = max(1, len(ratio_K) // 10)
+    return bool(np.median(ratio_K[-late:]) > 1.05 * np.median(ratio_K))
+
+
+def _third(values_K: NDArray[np.float64]) -> float:
+    """The third largest; of fewer the smallest: what is no single peak."""
+    return float(np.sort(values_K)[::-1][min(THIRD, len(values_K)) - 1])
+
+
+def _largest_lr(run: Run) -> dict[str, str]:
+    """Member to the beginning of a sentence: the largest learning rate that it was trained with, where it is known."""
+    lr_M = np.full(len(run.entries), np.nan)
+    np.fmax.at(lr_M, members_of_rows(run.steps), run.steps["lr"].to_numpy().astype(np.float64))
+    return {
+        entry.name: f"With a learning rate of {lr:.3g} " if np.isfinite(lr) else "Here "
+        for entry, lr in zip(run.entries, lr_M.tolist(), strict=True)
+    }
+
+
+def _share(ratio: float) -> str:
+    return f"{ratio:.2%}" if ratio < 0.1 else f"{ratio:.0%}" if ratio < 10 else f"{ratio:.3g} times"
