@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import attnscope
-from attnscope.diagnose import RULES, diagnose
+from attnscope.diagnose import diagnose
 from attnscope.findings import MOST_EVIDENCE, to_table
 from attnscope.runs.layout import to_json
 from attnscope.runs.reader import open_run
@@ -63,6 +63,22 @@ def test_the_default_model_gives_no_finding(tmp_path, seed):
     assert rules_of(run) == []
 
 
+# The rules that the five hundred members below are made for.
+MADE_FOR = {
+    "applied_scale",
+    "saturated_at_start",
+    "clipping_always_on",
+    "unusual_scale",
+    "nonfinite",
+    "nonfinite_loss_passed",
+    "updates_skipped",
+    "loss_explosion",
+    "loss_spike",
+    "stalled",
+    "failed",
+}
+
+
 def test_five_hundred_members_are_diagnosed_quickly_and_in_few_words(tmp_path):
     n, steps = 500, 200
     draw = np.random.default_rng(0)
@@ -89,7 +105,7 @@ def test_five_hundred_members_are_diagnosed_quickly_and_in_few_words(tmp_path):
     began = time.process_time()
     found = diagnose(run)
     assert time.process_time() - began < 5
-    assert {finding.rule for finding in found} == {rule.__name__ for rule in RULES}
+    assert {finding.rule for finding in found} >= MADE_FOR
     assert found[0].rule == "applied_scale" and found[-1].severity == "note"
     for finding in found:
         assert len(finding.evidence) == MOST_EVIDENCE < finding.evidence_left_out
@@ -113,7 +129,10 @@ def test_a_run_that_was_killed_early_is_diagnosed(tmp_path, recorded):
     (tmp_path / "r" / "part-0000" / "end.json").unlink()
     for path in (tmp_path / "r" / "part-0000").iterdir():
         os.utime(path, (1, 1))
-    assert rules_of(open_run(tmp_path / "r")) == ["unusual_scale"]  # the unscaled twin, as configured
+    said = ["unusual_scale"]  # the unscaled twin, as configured
+    if recorded == ("params",):
+        said = ["learning_rate_too_high", *said]  # its updates are as large as its weights
+    assert rules_of(open_run(tmp_path / "r")) == said
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 0.0, -1e30])

@@ -194,11 +194,12 @@ def _overshot(
     else:
         return None
     first = int(known[np.argmax(mine_K[known] >= OVERSHOOT)])
+    n = min(WINDOW, len(known))
+    over = "at the last step measured" if n == 1 else f"median of the last {n} measured steps"
     largest = k.start + int(moves.ratio_K[k].argmax())
     said = (
         f"{at_lr}the updates of {record.name} reach too far: along the gradient they would undo {level:.3g} times its "
-        f"whole loss (median of the last {min(WINDOW, len(known))} measured steps), {became}. The typical group moved by up to "
-        f"{_share(moves.ratio_K[largest])} of its weights in a step."
+        f"whole loss ({over}), {became}. {_moved(moves.ratio_K[largest]).capitalize()}."
     )
     return Concern(
         member=record.name,
@@ -236,8 +237,8 @@ def _closes(
     largest = k.start + int(ratio_K.argmax())
     said = (
         f"{at_lr}the attention of {record.name} closed up: its mean entropy_ratio fell from {closed.first_ratio:.2g} to "
-        f"{closed.ratio:.2g} by step {closed.step}, with a max_logit of {closed.logit:.3g}, while the typical group moved by up "
-        f"to {_share(moves.ratio_K[largest])} of its weights in a step."
+        f"{closed.ratio:.2g} by step {closed.step}, with a max_logit of {closed.logit:.3g}, while "
+        f"{_moved(moves.ratio_K[largest])}."
     )
     return Concern(
         member=record.name,
@@ -369,5 +370,7 @@ def _largest_lr(run: Run) -> dict[str, str]:
     }
 
 
-def _share(ratio: float) -> str:
-    return f"{ratio:.2%}" if ratio < 0.1 else f"{ratio:.0%}" if ratio < 10 else f"{ratio:.3g} times"
+def _moved(ratio: float) -> str:
+    """What the typical group did at its largest step."""
+    size = f"{ratio:.2%} of" if ratio < 0.1 else f"{ratio:.0%} of" if ratio < 10 else f"{ratio:.3g} times"
+    return f"the typical group moved by up to {size} its weights in a step"
