@@ -5,11 +5,10 @@ import pytest
 
 import attnscope
 from attnscope.diagnose import examine
+from attnscope.diagnose.harm import CLOSED_RATIO, LARGE_LOGIT
 from attnscope.diagnose.movement import NO_PARAMS, movement_of
 from attnscope.diagnose.rules.learning_rate import (
-    CLOSED_RATIO,
     FEWEST_STEPS,
-    LARGE_LOGIT,
     LITTLE_PATH,
     LITTLE_REACH,
     MARGIN,
@@ -69,9 +68,7 @@ def test_attention_that_closes_up_is_a_warning(tmp_path):
     assert finding.severity == "warning" and finding.step == 0
     assert [piece.quantity for piece in finding.evidence] == ["update_ratio", "entropy_ratio", "max_logit"]
     assert finding.evidence[1].value < CLOSED_RATIO and finding.evidence[2].value > LARGE_LOGIT
-    assert finding.summary.startswith(
-        "With a learning rate of 0.1 the attention of scaled closed up: its mean entropy_ratio fell"
-    )
+    assert finding.summary.startswith("With a learning rate of 0.1 the attention logits of scaled grew to ")
 
 
 def test_sgd_without_norm_explodes_where_a_tenth_of_its_learning_rate_trains(tmp_path):

@@ -86,6 +86,23 @@ def gradients_explode_with_depth(run: Run) -> Finding | NotLooked | None:
     )
 
 
+def vanished_later(run: Run) -> dict[str, tuple[int, float]]:
+    """Each member whose first layers had gradients at first and none in the end: since which step, and the median ratio."""
+    depth = _depth_of(run)
+    with np.errstate(all="ignore"):
+        ratio_K = depth.norm_K[0] / depth.norm_K[1]
+    found = {}
+    for m, entry in enumerate(run.entries):
+        k = slice(int(depth.start_M[m]), int(depth.start_M[m + 1]))
+        mine_K = ratio_K[k]
+        if len(mine_K) < WINDOW or not np.median(mine_K[:3]) > 10 * VANISHING:
+            continue
+        median = float(np.median(mine_K[-WINDOW:]))
+        if median < VANISHING:
+            found[entry.name] = int(depth.step_K[k][np.argmax(mine_K < VANISHING)]), median
+    return found
+
+
 def _found(
     run: Run,
     *,

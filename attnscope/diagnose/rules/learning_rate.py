@@ -4,19 +4,18 @@ Shape key: K measured steps, S recorded steps, one member after the other, M mem
 """
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from attnscope.diagnose.applied_scale import odd_scales
 from attnscope.diagnose.blindness import answer, without_loss
 from attnscope.diagnose.concern import Concern, finding_of
+from attnscope.diagnose.harm import Closed, closed_attention, with_large_logits
 from attnscope.diagnose.movement import Movement, losses_at, movement_of, without_movement
-from attnscope.diagnose.rules.saturation import SATURATED_RATIO
+from attnscope.diagnose.rules.depth import VANISHING, vanished_later
 from attnscope.diagnose.twins import Twin, better_twins
 from attnscope.findings import Evidence, Finding, NotLooked
-from attnscope.runs.by_member import NEVER, diverged_at, members_of_rows
+from attnscope.runs.by_member import members_of_rows
 from attnscope.runs.members import MemberRecord
 from attnscope.runs.reader import Run
 
@@ -27,9 +26,6 @@ OVERSHOOT = 1.0
 WINDOW = 10  # measured steps before divergence, or at the end
 RISE = 1.0  # nats above the first loss, and half of it: then nothing was learned
 
-# Attention that closed up. Kimi K2 2025 clips queries and keys where a logit is above 100.
-LARGE_LOGIT = 100.0
-CLOSED_RATIO = 0.1
 # The third largest typical update_ratio, from which on it is the updates that closed attention: it is 0.009 and more where the
 # learning rate did it, and attention did not close at all in members that stayed below.
 MOVING = 0.01
@@ -47,17 +43,16 @@ FEWEST_STEPS = 100
 MEASURED = (
     "measured on grids of learning rates of small models (sgd, adamw, muon; pre, post and no norm; two seeds and more)"
 )
-EXPLAINS = ("logit_growth", "entropy_collapse", "loss_explosion", "nonfinite", "loss_spike", "stalled")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Closed:
-    """Attention that was open and closed up: mean entropy_ratio and largest max_logit when it had."""
-
-    step: int
-    ratio: float
-    first_ratio: float
-    logit: float
+EXPLAINS = (
+    "logit_growth",
+    "entropy_collapse",
+    "gradients_vanish_with_depth",
+    "rank_collapse",
+    "loss_explosion",
+    "nonfinite",
+    "loss_spike",
+    "stalled",
+)
 
 
 def learning_rate_too_high(run: Run) -> Finding | NotLooked | None:
@@ -65,9 +60,11 @@ def learning_rate_too_high(run: Run) -> Finding | NotLooked | None:
 
     What it looks at: members that came to harm, and what updates did before. (1) It diverged, or its loss ended RISE nats and
     half of itself above the first one, and grad_norm x update_norm (summed over groups) was more than OVERSHOOT times the loss,
-    as the median of the last WINDOW measured steps: no loss can fall by more than there is of it. (2) Attention that was open
-    closed up (mean entropy_ratio below CLOSED_RATIO, max_logit above LARGE_LOGIT), while the typical group moved by more than
-    MOVING of its weights a step, or updates overshot. (3) A member of the same run with a lower learning rate, and else the
+    as the median of the last WINDOW measured steps: no loss can fall by more than there is of it. (2) While the
+    typical group moved by more than MOVING of its weights a step, attention that was open closed up (mean entropy_ratio below
+    CLOSED_RATIO and half of what it was, max_logit above LARGE_LOGIT, or max_logit above HUGE_LOGIT alone; below SHUT_RATIO where
+    updates only overshot), or the first layers lost their gradients (as in gradients_vanish_with_depth) in the course of training.
+    (3) A member of the same run with a lower learning rate, and else the
     same settings, ended MARGIN nats better, with every seed. Without harm an update as large as the weights is a note.
     Why it matters: the gradient speaks of a neighbourhood. A step that leaves it lands anywhere: logits grow, attention closes,
     the loss jumps or stays where it is, often without a spike.
@@ -79,7 +76,8 @@ def learning_rate_too_high(run: Run) -> Finding | NotLooked | None:
     """
     moves = movement_of(run)
     overshoot_K = _overshoot(run, moves)
-    closed = _closed_attention(run, other_cause := _with_other_cause(run))
+    other_cause = with_large_logits(run)
+    closed, vanished = closed_attention(run), vanished_later(run)
     twins = better_twins(run, "optimizer.lr", lower=True, margin=MARGIN)
     at_lr = _largest_lr(run)
     concerns = []
@@ -90,6 +88,8 @@ def learning_rate_too_high(run: Run) -> Finding | NotLooked | None:
         concern = None
         if record.name not in other_cause:
             concern = _overshot(run, record, moves, k, overshoot_K, at_lr[record.name])
+            if concern is None and record.name in vanished:
+                concern = _loses_gradients(run, record, moves, k, vanished[record.name], at_lr[record.name])
             if concern is None and record.name in closed:
                 concern = _closes(run, record, moves, k, overshoot_K, closed[record.name], at_lr[record.name])
         if concern is None and record.name in twins:
@@ -226,19 +226,18 @@ def _closes(
     moves: Movement,
     k: slice,
     overshoot_K: NDArray[np.float64],
-    closed: _Closed,
+    closed: Closed,
     at_lr: str,
 ) -> Concern | None:
     """Against a member whose attention closed up while its weights moved fast."""
     before_K = moves.step_K[k] <= closed.step
     ratio_K, mine_K = moves.ratio_K[k][before_K], np.nan_to_num(overshoot_K[k][before_K], nan=0.0)
-    if not len(ratio_K) or not (_third(ratio_K) > MOVING or _third(mine_K) > OVERSHOOT):
+    if not len(ratio_K) or not (_third(ratio_K) > MOVING or (closed.is_shut and _third(mine_K) > OVERSHOOT)):
         return None
     largest = k.start + int(ratio_K.argmax())
     said = (
-        f"{at_lr}the attention of {record.name} closed up: its mean entropy_ratio fell from {closed.first_ratio:.2g} to "
-        f"{closed.ratio:.2g} by step {closed.step}, with a max_logit of {closed.logit:.3g}, while "
-        f"{_moved(moves.ratio_K[largest])}."
+        f"{at_lr}the attention logits of {record.name} grew to {closed.logit:.3g} by step {closed.step}, where its mean "
+        f"entropy_ratio is {closed.ratio:.2g} after {closed.first_ratio:.2g} at first, while {_moved(moves.ratio_K[largest])}."
     )
     return Concern(
         member=record.name,
@@ -252,10 +251,45 @@ def _closes(
                 step=closed.step,
                 quantity="entropy_ratio",
                 value=closed.ratio,
-                threshold=CLOSED_RATIO,
+                threshold=closed.limit_ratio,
             ),
             Evidence(
-                member=record.name, step=closed.step, quantity="max_logit", value=closed.logit, threshold=LARGE_LOGIT
+                member=record.name,
+                step=closed.step,
+                quantity="max_logit",
+                value=closed.logit,
+                threshold=closed.limit_logit,
+            ),
+        ),
+        severity="warning",
+    )
+
+
+def _loses_gradients(
+    run: Run, record: MemberRecord, moves: Movement, k: slice, vanished: tuple[int, float], at_lr: str
+) -> Concern | None:
+    """Against a member whose first layers lost their gradients while its weights moved fast."""
+    step, share = vanished
+    ratio_K = moves.ratio_K[k]
+    if _third(ratio_K) <= MOVING:
+        return None
+    largest = k.start + int(ratio_K.argmax())
+    return Concern(
+        member=record.name,
+        step=min(int(moves.step_K[largest]), step),
+        badness=_third(ratio_K),
+        said=(
+            f"{at_lr}the first layers of {record.name} lost their gradients in the course of training: their norm is "
+            f"{share:.2g} of the last layer's from step {step} on, while {_moved(moves.ratio_K[largest])}."
+        ),
+        evidence=(
+            moves.evidence(run, largest, MOVING),
+            Evidence(
+                member=record.name,
+                step=step,
+                quantity="grad_norm (first layer / last layer)",
+                value=share,
+                threshold=VANISHING,
             ),
         ),
         severity="warning",
@@ -308,40 +342,6 @@ def _overshoot(run: Run, moves: Movement) -> NDArray[np.float64]:
     if run.kind == "watch":
         overshoot_K = np.where(losses_at(run, moves, "loss_scale") == 1, overshoot_K, np.nan)
     return np.where(np.isfinite(loss_K), overshoot_K, np.nan)
-
-
-def _closed_attention(run: Run, left_out: set[str]) -> dict[str, _Closed]:
-    """Each member whose attention was open at first and closed up before it diverged."""
-    heads, end_M = run.heads, diverged_at(run)
-    codes_N, step_N = members_of_rows(heads), heads["step"].to_numpy()
-    before_N = step_N < end_M[codes_N]
-    rows = heads.loc[before_N, ["entropy_ratio", "max_logit"]]
-    by_step = rows.groupby([codes_N[before_N], step_N[before_N]]).agg({"entropy_ratio": "mean", "max_logit": "max"})
-    code_K, step_K = (by_step.index.get_level_values(level).to_numpy() for level in (0, 1))
-    ratio_K, logit_K = by_step["entropy_ratio"].to_numpy(), by_step["max_logit"].to_numpy()
-    first_M = np.searchsorted(code_K, np.arange(len(run.entries) + 1))
-    found = {}
-    for m in np.unique(code_K[(ratio_K < CLOSED_RATIO) & (logit_K > LARGE_LOGIT)]).tolist():
-        k = slice(first_M[m], first_M[m + 1])
-        at = int(k.start + np.argmax((ratio_K[k] < CLOSED_RATIO) & (logit_K[k] > LARGE_LOGIT)))
-        name, first_ratio = run.entries[m].name, float(ratio_K[k.start])
-        if name not in left_out and first_ratio >= SATURATED_RATIO:
-            found[name] = _Closed(
-                step=int(step_K[at]), ratio=float(ratio_K[at]), first_ratio=first_ratio, logit=float(logit_K[at])
-            )
-    return found
-
-
-def _with_other_cause(run: Run) -> set[str]:
-    """Members whose attention has logits that are too large before anything is learned."""
-    large = {each.member for each in odd_scales(run) if each.times > 1 and not each.is_normed}
-    heads = run.heads
-    codes_N, step_N = members_of_rows(heads), heads["step"].to_numpy()
-    first_M = np.full(len(run.entries), NEVER)
-    np.minimum.at(first_M, codes_N, step_N)
-    at_first_N = step_N == first_M[codes_N]
-    means = heads["entropy_ratio"][at_first_N].groupby(codes_N[at_first_N]).mean()
-    return large | {run.entries[m].name for m, ratio in means.items() if ratio < SATURATED_RATIO}
 
 
 def _ended_above(record: MemberRecord) -> bool:
