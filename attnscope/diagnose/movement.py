@@ -122,7 +122,7 @@ def _begins_at_zero(run: Run, codes_N: _Wholes, weight_N: _Floats) -> NDArray[np
     return np.isin(place_N, np.unique(place_N[zero_N]))
 
 
-def losses_at(run: Run, moves: Movement, column: str) -> _Floats:
+def at_measured(run: Run, moves: Movement, column: str) -> _Floats:
     """A column of the steps table at each measured step, (K,); NaN where there is none."""
     steps = run.steps
     key_N = members_of_rows(steps) * _STEPS + steps["step"].to_numpy().astype(np.int64)

@@ -208,9 +208,12 @@ def test_each_threshold_of_moving_nothing(tmp_path, path, reach, n, said):
 
 
 def test_a_warm_up_that_is_not_over_is_not_too_low(tmp_path):
-    ratio = np.linspace(0, 1e-5, 150).reshape(150, 1, 1, 1)
-    params = params_table(1, range(150), update_norm=10 * ratio, grad_norm=1e-3)
-    run = run_of(tmp_path / "r", steps=steps_table(np.full(150, 4.0)), heads=heads_table(1, [0]), params=params)
+    params = params_table(1, range(150), update_norm=1e-4, grad_norm=1e-3)
+    losses = np.full(150, 4.0)
+    rising = steps_table(losses, lr=np.linspace(0, 1e-3, 150))
+    constant = run_of(tmp_path / "a", steps=steps_table(losses), heads=heads_table(1, [0]), params=params)
+    assert learning_rate_too_low(constant) is not None
+    run = run_of(tmp_path / "b", steps=rising, heads=heads_table(1, [0]), params=params)
     assert learning_rate_too_low(run) is None
 
 

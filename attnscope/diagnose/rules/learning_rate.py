@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from attnscope.diagnose.blindness import answer, without_loss
 from attnscope.diagnose.concern import Concern, finding_of
 from attnscope.diagnose.harm import Closed, closed_attention, with_large_logits
-from attnscope.diagnose.movement import Movement, losses_at, movement_of, without_movement
+from attnscope.diagnose.movement import Movement, at_measured, movement_of, without_movement
 from attnscope.diagnose.rules.depth import VANISHING, vanished_later
 from attnscope.diagnose.twins import Twin, better_twins
 from attnscope.findings import Evidence, Finding, NotLooked
@@ -126,6 +126,7 @@ def learning_rate_too_low(run: Run) -> Finding | NotLooked | None:
     """
     moves = movement_of(run)
     blind = without_movement(run) | without_loss(run)
+    lr_K = at_measured(run, moves, "lr")
     concerns = []
     for m, record in enumerate(run.members):
         k = moves.of(m)
@@ -136,7 +137,7 @@ def learning_rate_too_low(run: Run) -> Finding | NotLooked | None:
             continue
         path = float((moves.ratio_K[k] * moves.span_K[k]).sum())
         reach = float((moves.reach_K[k] * moves.span_K[k]).sum())
-        if not (path < LITTLE_PATH and reach < LITTLE_REACH * abs(record.first_loss)) or _still_rises(moves.ratio_K[k]):
+        if not (path < LITTLE_PATH and reach < LITTLE_REACH * abs(record.first_loss)) or _still_rises(lr_K[k]):
             continue
         largest = k.start + int(moves.ratio_K[k].argmax())
         said = (
@@ -336,11 +337,11 @@ def _larger_than_weights(run: Run, record: MemberRecord, moves: Movement, k: sli
 
 def _overshoot(run: Run, moves: Movement) -> NDArray[np.float64]:
     """How much of the loss each measured step would undo, (K,); NaN where it is not positive, or gradients may be scaled."""
-    loss_K = losses_at(run, moves, "loss")
+    loss_K = at_measured(run, moves, "loss")
     with np.errstate(all="ignore"):
         overshoot_K = moves.reach_K / np.where(loss_K > 0, loss_K, np.nan)
     if run.kind == "watch":
-        overshoot_K = np.where(losses_at(run, moves, "loss_scale") == 1, overshoot_K, np.nan)
+        overshoot_K = np.where(at_measured(run, moves, "loss_scale") == 1, overshoot_K, np.nan)
     return np.where(np.isfinite(loss_K), overshoot_K, np.nan)
 
 
@@ -349,10 +350,10 @@ def _ended_above(record: MemberRecord) -> bool:
     return first is not None and final is not None and final - first > max(RISE, abs(first) / 2)
 
 
-def _still_rises(ratio_K: NDArray[np.float64]) -> bool:
-    """Whether updates were largest at the end: a warm-up may not be over."""
-    late = max(1, len(ratio_K) // 10)
-    return bool(np.median(ratio_K[-late:]) > 1.05 * np.median(ratio_K))
+def _still_rises(lr_K: NDArray[np.float64]) -> bool:
+    """Whether the learning rate was largest at the end: a warm-up may not be over."""
+    late = max(1, len(lr_K) // 10)
+    return bool(np.median(lr_K[-late:]) > 1.05 * np.median(lr_K))
 
 
 def _third(values_K: NDArray[np.float64]) -> float:
