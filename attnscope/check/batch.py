@@ -27,8 +27,8 @@ FORMS = "token ids (B, T), floats (B, T, D), a tuple of arguments, or a dict of 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
-    """The arguments of a call.
+class CallBatch:
+    """A batch as the arguments of a call of the model.
 
     Attributes:
         args: positional.
@@ -50,7 +50,7 @@ class Batch:
     time_first: bool
     real_BT: Tensor
     mask_name: str | None
-    source: "Batch | None"
+    source: "CallBatch | None"
 
     @property
     def raw(self) -> Tensor:
@@ -75,7 +75,7 @@ class Batch:
         return self.real_BT.shape[1] if self.has_positions else None
 
 
-def read_batch(model: nn.Module, batch: object, *, time_first: bool = False) -> Batch:
+def read_batch(model: nn.Module, batch: object, *, time_first: bool = False) -> CallBatch:
     """Find the input and the mask among the arguments.
 
     Args:
@@ -95,7 +95,7 @@ def read_batch(model: nn.Module, batch: object, *, time_first: bool = False) -> 
         raise ShapeError(f"batch: holds {held}, but no input. Give {FORMS}.")
     order = sorted(places, key=lambda name: _rank(name, given[name]))
 
-    def read(name: str, source: Batch | None) -> Batch:
+    def read(name: str, source: CallBatch | None) -> CallBatch:
         x = given[name]
         has_positions = _has_positions(name, x)
         is_flipped = has_positions and (time_first or is_of_other_axes(x, given))
@@ -103,7 +103,7 @@ def read_batch(model: nn.Module, batch: object, *, time_first: bool = False) -> 
         mask_name, real = None, torch.ones(len(x), 1, dtype=torch.bool, device=x.device)
         if has_positions:
             mask_name, real = padding_of(name, x, given)
-        return Batch(
+        return CallBatch(
             args=args,
             kwargs=kwargs,
             at=places[name],
@@ -126,7 +126,7 @@ def read_batch(model: nn.Module, batch: object, *, time_first: bool = False) -> 
     return found
 
 
-def with_input(batch: Batch, x: Tensor) -> Batch:
+def with_input(batch: CallBatch, x: Tensor) -> CallBatch:
     """The batch with this input in place of its own."""
     x = x.transpose(0, 1) if batch.time_first else x
     if isinstance(batch.at, int):
@@ -135,7 +135,7 @@ def with_input(batch: Batch, x: Tensor) -> Batch:
     return replace(batch, kwargs={**batch.kwargs, batch.at: x})
 
 
-def changed_at(batch: Batch, where_BT: Tensor, seed: int = 0) -> Batch:
+def changed_at(batch: CallBatch, where_BT: Tensor, seed: int = 0) -> CallBatch:
     """The batch with other values where `where_BT` is True: other token ids of the same batch, or other floats.
 
     Ids come from the positions that are no padding, so that they are known to be valid.
@@ -154,7 +154,7 @@ def changed_at(batch: Batch, where_BT: Tensor, seed: int = 0) -> Batch:
     return with_input(batch, torch.where(where, pool[drawn].to(x), x))
 
 
-def known_ids(batch: Batch) -> Tensor:
+def known_ids(batch: CallBatch) -> Tensor:
     """Different token ids of the batch outside of its padding."""
     return (batch.input[batch.real_BT] if batch.has_positions else batch.input).unique()
 

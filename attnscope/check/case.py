@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from attnscope.check.batch import Batch, read_batch
+from attnscope.check.batch import CallBatch, read_batch
 from attnscope.check.output import KINDS, Kind, described, rows_in
 from attnscope.check.undisturbed import copied, same_state, seed_all
 from attnscope.errors import AttnscopeError, ShapeError
@@ -43,7 +43,7 @@ class Case:
     """
 
     model: nn.Module
-    batch: Batch
+    batch: CallBatch
     kind: Kind
     outputs: dict[Mode, Tensor]
     again: dict[Mode, Tensor]
@@ -81,12 +81,12 @@ class Case:
             return f"no output is finite in {mode}"
         return f"two passes in {mode} with one seed differ by {self.noise(mode):.3g}"
 
-    def run(self, batch: Batch, mode: Mode, *, seed: int = SEED) -> Tensor:
+    def run(self, batch: CallBatch, mode: Mode, *, seed: int = SEED) -> Tensor:
         """Outputs (B, P, F) for this batch, without gradients."""
         with in_mode(self.model, mode, seed=seed), torch.no_grad():
             return rows_of(call(self.model, batch), self.batch, self.kind)
 
-    def trace(self, batch: Batch, mode: Mode, *, seed: int = SEED, sequences: bool = False) -> "Trace":
+    def trace(self, batch: CallBatch, mode: Mode, *, seed: int = SEED, sequences: bool = False) -> "Trace":
         """Names of modules in the order in which they are done, each with one number per row of its output.
 
         Args:
@@ -168,7 +168,7 @@ def in_mode(model: nn.Module, mode: Mode, *, seed: int) -> Iterator[None]:
         yield
 
 
-def call(model: nn.Module, batch: Batch, *, keep: Tensor | None = None) -> Any:
+def call(model: nn.Module, batch: CallBatch, *, keep: Tensor | None = None) -> Any:
     """Call the model with a copy of the batch, but for the tensor to keep, which carries a gradient.
 
     Raises:
@@ -183,7 +183,7 @@ def call(model: nn.Module, batch: Batch, *, keep: Tensor | None = None) -> Any:
         ) from error
 
 
-def rows_of(output: Any, batch: Batch, kind: Kind | None) -> Tensor:
+def rows_of(output: Any, batch: CallBatch, kind: Kind | None) -> Tensor:
     """The output as (B, P, F), at least float32.
 
     Raises:
@@ -196,7 +196,7 @@ def rows_of(output: Any, batch: Batch, kind: Kind | None) -> Tensor:
     return rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows.clone()
 
 
-def _rows(output: Any, batch: Batch, kind: Kind) -> Tensor | None:
+def _rows(output: Any, batch: CallBatch, kind: Kind) -> Tensor | None:
     """As `rows_in`, of a model that has its axes in the order of the batch."""
     n_batch, n_positions = len(batch.real_BT), batch.n_positions
     if batch.time_first and kind == "positions" and n_positions is not None:

@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 
-from attnscope.check.attention import Looked
+from attnscope.check.attention import Observed
 from attnscope.check.case import Case
 from attnscope.check.masks import NO_ATTENTION
 from attnscope.check.result import Checked, failed, listed, many, not_looked, passed, stated
@@ -11,7 +11,7 @@ from attnscope.check.result import Checked, failed, listed, many, not_looked, pa
 NUMBER = re.compile(r"\.\d+(?=\.|$)|^\d+(?=\.|$)")
 
 
-def dtypes(case: Case, looked: Looked) -> Checked:
+def dtypes(case: Case, observed: Observed) -> Checked:
     """Whether the same part of every layer has the same dtype, and computes attention in it."""
     name = "dtypes"
     kinds: dict[tuple[str, str], dict[str, str]] = {}
@@ -21,7 +21,7 @@ def dtypes(case: Case, looked: Looked) -> Checked:
                 kind = (_without_numbers(module_name), f"{type(module).__name__}.{own_name}")
                 kinds.setdefault(kind, {})[f"{module_name}.{own_name}"] = _short(str(p.dtype))
     attention: dict[tuple[str, str], dict[str, str]] = {}
-    for each in looked.calls:
+    for each in observed.calls:
         kind = (_without_numbers(each.layer), f"q of {each.n_queries} x {each.n_keys}")
         attention.setdefault(kind, {})[each.layer] = each.dtype
     for held, what in ((kinds, "parameter"), (attention, "attention call")):
@@ -44,26 +44,26 @@ def dtypes(case: Case, looked: Looked) -> Checked:
     if not counts:
         return stated(name, "The model has no floating parameters.")
     said = f"All of {many(total, 'parameter')} are {next(iter(counts))}"
-    computed = sorted({each.dtype for each in looked.calls})
+    computed = sorted({each.dtype for each in observed.calls})
     return passed(name, f"{said}{', attention is computed in ' + ' and '.join(computed) if computed else ''}.")
 
 
-def registered_layers(_: Case, looked: Looked) -> Checked:
+def registered_layers(_: Case, observed: Observed) -> Checked:
     """Whether the model knows its layers."""
     name = "registered layers"
-    if not looked.calls:
-        return not_looked(name, f"No attention was seen: {looked.why}.", NO_ATTENTION)
-    outside = [each for each in looked.calls if not each.is_registered]
+    if not observed.calls:
+        return not_looked(name, f"No attention was seen: {observed.why}.", NO_ATTENTION)
+    outside = [each for each in observed.calls if not each.is_registered]
     if not outside:
         return passed(
             name,
-            f"The parameters of {many(len(looked.calls), 'attention call')} are among those of the model.",
+            f"The parameters of {many(len(observed.calls), 'attention call')} are among those of the model.",
         )
     return failed(
         name,
-        f"The parameters of {len(outside)} of {many(len(looked.calls), 'attention call')} are not among those of the model "
+        f"The parameters of {len(outside)} of {many(len(observed.calls), 'attention call')} are not among those of the model "
         f"({listed(each.layer for each in outside)}): no optimizer is given them, and train(), eval() and to() do not reach them.",
-        [{"layer": each.layer, "registered": each.is_registered} for each in looked.calls],
+        [{"layer": each.layer, "registered": each.is_registered} for each in observed.calls],
         "Keep layers in an nn.ModuleList or nn.ModuleDict, not in a list or a dict.",
     )
 

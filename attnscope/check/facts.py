@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from attnscope.capture.calls import applied_scale, modified_logits, visible_keys
 from attnscope.capture.names import n_heads_of
 from attnscope.capture.seen import Computed, Modified, Seen, fit_scale, scale_of
-from attnscope.check.batch import Batch
+from attnscope.check.batch import CallBatch
 from attnscope.check.case import Case
 from attnscope.check.sight import Direction, direction_of, sight_of
 from attnscope.check.soft import Soft, soft_mask
@@ -233,7 +233,7 @@ def _repeated(keys: Tensor, n_queries: int) -> int:
     return 1
 
 
-def _is_inverted(visible_BHTS: Tensor, batch: Batch) -> bool | None:
+def _is_inverted(visible_BHTS: Tensor, batch: CallBatch) -> bool | None:
     """Whether padded keys are seen and real ones are not, in all sequences that have both."""
     n_batch, n_keys = visible_BHTS.shape[0], visible_BHTS.shape[-1]
     seen_BS = visible_BHTS.any(dim=2).any(dim=1)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnscope.check.attention import Looked, spread
-from attnscope.check.batch import Batch, changed_at
+from attnscope.check.attention import Observed, spread
+from attnscope.check.batch import CallBatch, changed_at
 from attnscope.check.case import BATCH_NORMS, MODES, NOISE, Case, Mode, change_BP, first_changed
 from attnscope.check.facts import Attention
 from attnscope.check.result import MOST_EVIDENCE, Checked, failed, listed, many, not_looked, passed, short, stated
@@ -35,12 +35,12 @@ class Change:
     """
 
     what: str
-    batch: Batch
+    batch: CallBatch
     watched_BP: Tensor
     where_BT: Tensor
 
 
-def padding_leak(case: Case, looked: Looked) -> Checked:
+def padding_leak(case: Case, observed: Observed) -> Checked:
     """Whether the contents of padding change outputs that are not padded, and whether a padding mask is the wrong way round."""
     name = "padding leak"
     inputs = [each for each in (case.batch, case.batch.source) if each is not None]
@@ -59,9 +59,9 @@ def padding_leak(case: Case, looked: Looked) -> Checked:
             f"{masked[0].mask_name} marks {n_padded:,} of {many(masked[0].real_BT.numel(), 'position')} as padding.",
             "Give a batch with sequences of different lengths.",
         )
-    inverted = [each for each in looked.calls if each.is_inverted]
+    inverted = [each for each in observed.calls if each.is_inverted]
     if inverted:
-        return _inverted(name, inverted, [each for each in looked.calls if each.is_inverted is not None])
+        return _inverted(name, inverted, [each for each in observed.calls if each.is_inverted is not None])
     if case.kind == "whole":
         return not_looked(name, f"{WHOLE}.", "Give the arguments with which the model returns more than a loss.")
     real_BT = case.batch.real_BT
@@ -76,7 +76,7 @@ def padding_leak(case: Case, looked: Looked) -> Checked:
     ]
     n_padded = sum(int((~each.real_BT).sum()) for each in padded)
     names = " and ".join(str(each.mask_name) for each in padded)
-    soft = [each for each in looked.calls if each.soft is not None and each.soft.keys == "padded keys"]
+    soft = [each for each in observed.calls if each.soft is not None and each.soft.keys == "padded keys"]
     why = f"; in {listed(each.layer for each in soft)}, {soft[0].soft}" if soft else ""
     found = _compared(
         case,
@@ -124,11 +124,11 @@ def _nothing_real_reaches(case: Case) -> bool:
     return len(tried) > 2 and reached <= int(case.kind == "sequences")
 
 
-def batch_leak(case: Case, looked: Looked) -> Checked:
+def batch_leak(case: Case, observed: Observed) -> Checked:
     """Whether one sequence changes the outputs of the others."""
     name = BATCH
     n_batch, n_positions = case.grid
-    over_batch = [each for each in looked.calls if each.over_batch is not None]
+    over_batch = [each for each in observed.calls if each.over_batch is not None]
     remedy = (
         "Keep sequences apart: no statistics over the batch (LayerNorm instead of BatchNorm), view and reshape that keep the first "
         "axis, batch_first=True in torch's modules."

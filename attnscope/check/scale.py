@@ -2,7 +2,7 @@
 
 import math
 
-from attnscope.check.attention import Looked
+from attnscope.check.attention import Observed
 from attnscope.check.case import Case
 from attnscope.check.facts import Attention
 from attnscope.check.masks import NO_ATTENTION, unseen_rest
@@ -13,14 +13,14 @@ SCALE_WITHIN = 0.01
 NAME = "attention scale"
 
 
-def attention_scale(_: Case, looked: Looked) -> Checked:
+def attention_scale(_: Case, observed: Observed) -> Checked:
     """Whether each attention call multiplies q·k by 1/√d_head, or by what is no known mistake."""
-    if not looked.calls:
-        return not_looked(NAME, f"No attention was seen: {looked.why}.", NO_ATTENTION)
-    measured = [each for each in looked.calls if each.scale is not None and not each.is_cosine]
+    if not observed.calls:
+        return not_looked(NAME, f"No attention was seen: {observed.why}.", NO_ATTENTION)
+    measured = [each for each in observed.calls if each.scale is not None and not each.is_cosine]
     off = [each for each in measured if _is_off(each)]
-    rows = [_scale_row(each) for each in [*off, *(e for e in looked.calls if e not in off)]]
-    n_unmeasured = len(looked.calls) - len(measured)
+    rows = [_scale_row(each) for each in [*off, *(e for e in observed.calls if e not in off)]]
+    n_unmeasured = len(observed.calls) - len(measured)
     if not measured:
         return not_looked(
             NAME,
@@ -29,7 +29,7 @@ def attention_scale(_: Case, looked: Looked) -> Checked:
             rows,
         )
     rest = f"; the scale of {n_unmeasured} more cannot be read" if n_unmeasured else ""
-    rest += unseen_rest(looked)
+    rest += unseen_rest(observed)
     if not off:
         widths = sorted({each.d_head for each in measured})
         return passed(

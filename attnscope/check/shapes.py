@@ -1,18 +1,18 @@
 """Whether heads divide the width of the model, and q, k and v stand over the same positions."""
 
-from attnscope.check.attention import Looked
+from attnscope.check.attention import Observed
 from attnscope.check.case import Case
 from attnscope.check.facts import Attention
 from attnscope.check.masks import NO_ATTENTION, unseen_rest
 from attnscope.check.result import Checked, failed, many, not_looked, passed
 
 
-def head_shapes(case: Case, looked: Looked) -> Checked:
+def head_shapes(case: Case, observed: Observed) -> Checked:
     """Whether heads divide the width of the model and the heads of k, and attend over positions."""
     name = "head shapes"
-    if not looked.calls:
-        return not_looked(name, f"No attention was seen: {looked.why}.", NO_ATTENTION)
-    found = [(each, _misshapen(each, case)) for each in looked.calls]
+    if not observed.calls:
+        return not_looked(name, f"No attention was seen: {observed.why}.", NO_ATTENTION)
+    found = [(each, _misshapen(each, case)) for each in observed.calls]
     wrong = [(each, problem) for each, problem in found if problem is not None]
     order = [*(each for each, _ in wrong), *(each for each, problem in found if problem is None)]
     evidence = [
@@ -29,12 +29,12 @@ def head_shapes(case: Case, looked: Looked) -> Checked:
     ]
     if wrong:
         first, (said, remedy) = wrong[0]
-        finding = f"{len(wrong)} of {many(len(looked.calls), 'attention call')}: {first.layer} {said}."
+        finding = f"{len(wrong)} of {many(len(observed.calls), 'attention call')}: {first.layer} {said}."
         return failed(name, finding, evidence, remedy)
-    shapes = sorted({(each.n_heads, each.d_head) for each in looked.calls})
+    shapes = sorted({(each.n_heads, each.d_head) for each in observed.calls})
     in_words = ", ".join(f"{n_heads} x {d_head or '?'}" for n_heads, d_head in shapes)
-    agree = f"q and k of {many(len(looked.calls), 'attention call')} agree; heads x d_head: {in_words}"
-    return passed(name, f"{agree}{unseen_rest(looked)}.", evidence)
+    agree = f"q and k of {many(len(observed.calls), 'attention call')} agree; heads x d_head: {in_words}"
+    return passed(name, f"{agree}{unseen_rest(observed)}.", evidence)
 
 
 def _misshapen(each: Attention, case: Case) -> tuple[str, str] | None:
