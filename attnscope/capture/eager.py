@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnscope.capture.by_hand import ByHand, Softmax
+from attnscope.capture.by_hand import ByHand, SoftmaxCall
 from attnscope.capture.dispatch import Unobserved, outside, why_unseen
 from attnscope.capture.fused import seen_fused, seen_native, seen_native_layer
 from attnscope.capture.kernels import watch_kernels
@@ -95,7 +95,7 @@ class Capture:
             elif reason and z.dim() >= 4:
                 self._say(module_of_call(), "eager", (z,), reason)
 
-    def _found(self, softmax: Softmax, see: Callable[[], Seen]) -> None:
+    def _found(self, softmax: SoftmaxCall, see: Callable[[], Seen]) -> None:
         self.hand_on(softmax.module, "eager", (softmax.z,), see)
 
     def _native(self, args: tuple[Any, ...], kwargs: dict[str, Any], _out: Any) -> None:
