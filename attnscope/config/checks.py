@@ -119,7 +119,7 @@ class Flag:
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
+class OneLine:
     """Any text on one line that shows itself: paths and names end up in terminals and file names."""
 
     @property
@@ -156,7 +156,7 @@ class Several:
         return tuple(self.each(item) for item in value)
 
 
-Check: TypeAlias = Whole | Number | Choice | Flag | Text | Several
+Check: TypeAlias = Whole | Number | Choice | Flag | OneLine | Several
 
 
 def _alternatives(number: str, words: tuple[str, ...]) -> str:

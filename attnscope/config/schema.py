@@ -8,7 +8,7 @@ changes shapes or the graph and makes a new part (`attnscope.config.members`).
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, cast
 
-from attnscope.config.checks import Check, Choice, Flag, Number, Several, Text, Whole
+from attnscope.config.checks import Check, Choice, Flag, Number, OneLine, Several, Whole
 
 SCALES = ("inverse_sqrt", "none", "inverse", "depth", "learned")
 
@@ -116,7 +116,7 @@ class PrecisionConfig:
 class DataConfig:
     """What is trained on."""
 
-    source: str = setting("stdlib", Text(), "stdlib, markov, recall, modular, or the path of a text file or folder")
+    source: str = setting("stdlib", OneLine(), "stdlib, markov, recall, modular, or the path of a text file or folder")
     batch_size: int = setting(8, Whole(low=1), "sequences per step")
     seed: int = setting(0, Whole(low=0), "of the batches; members of one part see the same")
     objective: str = setting("next_token", Choice(("next_token", "masked")), "what is predicted")

@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import NoReturn
 
 from attnscope.config.change import apply_changes, check_name, flatten, get_setting
-from attnscope.config.checks import Text
+from attnscope.config.checks import OneLine
 from attnscope.config.schema import SETTINGS, Arm, Axis, Config, Sweep, check_of
 from attnscope.config.wording import nearest, one_line, shown
 from attnscope.errors import ConfigError
@@ -150,7 +150,7 @@ def parse_value(key: str, raw: str) -> object:
         return raw
     value: object = table["value"]
     # A file may be called 2024, and a line break must not bring in a second setting.
-    is_bare = isinstance(check_of(SETTINGS[key]), Text) and not isinstance(value, str)
+    is_bare = isinstance(check_of(SETTINGS[key]), OneLine) and not isinstance(value, str)
     return raw if is_bare or len(table) > 1 else value
 
 
