@@ -85,7 +85,7 @@ def watch_sweep(
     from attnscope.sweep.run import resume_sweep, run_sweep
 
     console = Console(stderr=True, highlight=False)
-    view = View(path, plan)
+    view = SweepView(path, plan)
     shown: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
     if console.is_terminal:
         shown = Live(view, console=console, auto_refresh=False)
@@ -116,7 +116,7 @@ def watch_sweep(
     return end
 
 
-class View:
+class SweepView:
     """What is known about all parts.
 
     Invariant: a part whose state has changed is said once, in a line of its own, where there is no panel.
