@@ -27,7 +27,7 @@ ROWS_AT_ONCE = 500_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
+class RunSize:
     """Of a synthetic run."""
 
     n_members: int
@@ -56,7 +56,7 @@ class ReportCost:
         reported: analysed, figures drawn, everything written.
     """
 
-    shape: Shape
+    shape: RunSize
     mb: float
     opened: Cost
     analysed: Cost
@@ -64,12 +64,12 @@ class ReportCost:
 
 
 SHAPES = (
-    Shape(n_members=1000, n_steps=200, n_layers=2, n_heads=2),
-    Shape(n_members=1, n_steps=100_000, n_layers=8, n_heads=8),
+    RunSize(n_members=1000, n_steps=200, n_layers=2, n_heads=2),
+    RunSize(n_members=1, n_steps=100_000, n_layers=8, n_heads=8),
 )
 
 
-def measure_reports(shapes: tuple[Shape, ...] = SHAPES) -> list[ReportCost]:
+def measure_reports(shapes: tuple[RunSize, ...] = SHAPES) -> list[ReportCost]:
     """Measure; takes about two minutes."""
     found = []
     for shape in shapes:
@@ -90,7 +90,7 @@ def measure_reports(shapes: tuple[Shape, ...] = SHAPES) -> list[ReportCost]:
     return found
 
 
-def write_synthetic(path: Path, shape: Shape) -> None:
+def write_synthetic(path: Path, shape: RunSize) -> None:
     """A run of this shape with plausible numbers: a grid of two scales and seeds, losses that fall."""
     axes = {"attention": {"scale": ["inverse_sqrt", "none"]}} if shape.n_members > 1 else {}
     config = parse_table(
@@ -120,7 +120,7 @@ def write_synthetic(path: Path, shape: Shape) -> None:
     part.finish("finished")
 
 
-def _rows_per_step(table: str, shape: Shape) -> int:
+def _rows_per_step(table: str, shape: RunSize) -> int:
     of_member = {
         "steps": 1,
         "heads": shape.n_layers * shape.n_heads,
@@ -131,7 +131,7 @@ def _rows_per_step(table: str, shape: Shape) -> int:
 
 
 def _columns(
-    table: str, steps: NDArray[np.int64], shape: Shape, generator: np.random.Generator
+    table: str, steps: NDArray[np.int64], shape: RunSize, generator: np.random.Generator
 ) -> dict[str, NDArray[np.generic]]:
     """The rows of these steps: members slowest, then layers, then heads or groups."""
     each = _rows_per_step(table, shape)

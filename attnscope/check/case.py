@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from attnscope.check.batch import CallBatch, read_batch
-from attnscope.check.output import KINDS, Kind, described, rows_in
+from attnscope.check.output import KINDS, OutputKind, described, rows_in
 from attnscope.check.undisturbed import copied, same_state, seed_all
 from attnscope.errors import AttnscopeError, ShapeError
 
@@ -44,7 +44,7 @@ class Case:
 
     model: nn.Module
     batch: CallBatch
-    kind: Kind
+    kind: OutputKind
     outputs: dict[Mode, Tensor]
     again: dict[Mode, Tensor]
     problems: dict[Mode, str]
@@ -131,7 +131,7 @@ def open_case(model: nn.Module, batch: object, *, time_first: bool = False) -> C
         AttnscopeError: the forward pass in evaluation mode raised an exception.
     """
     read = read_batch(model, batch, time_first=time_first)
-    kind: Kind | None = None
+    kind: OutputKind | None = None
     outputs: dict[Mode, Tensor] = {}
     again: dict[Mode, Tensor] = {}
     problems: dict[Mode, str] = {}
@@ -183,7 +183,7 @@ def call(model: nn.Module, batch: CallBatch, *, keep: Tensor | None = None) -> A
         ) from error
 
 
-def rows_of(output: Any, batch: CallBatch, kind: Kind | None) -> Tensor:
+def rows_of(output: Any, batch: CallBatch, kind: OutputKind | None) -> Tensor:
     """The output as (B, P, F), at least float32.
 
     Raises:
@@ -196,7 +196,7 @@ def rows_of(output: Any, batch: CallBatch, kind: Kind | None) -> Tensor:
     return rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows.clone()
 
 
-def _rows(output: Any, batch: CallBatch, kind: Kind) -> Tensor | None:
+def _rows(output: Any, batch: CallBatch, kind: OutputKind) -> Tensor | None:
     """As `rows_in`, of a model that has its axes in the order of the batch."""
     n_batch, n_positions = len(batch.real_BT), batch.n_positions
     if batch.time_first and kind == "positions" and n_positions is not None:

@@ -9,15 +9,15 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-Kind = Literal["positions", "sequences", "whole"]
-KINDS: tuple[Kind, ...] = ("positions", "sequences", "whole")  # the finest first
+OutputKind = Literal["positions", "sequences", "whole"]
+KINDS: tuple[OutputKind, ...] = ("positions", "sequences", "whole")  # the finest first
 
 # Looked at first, in this order; then whatever else the output holds, in its own order.
 NAMES = ("logits", "prediction_logits", "last_hidden_state", "hidden_states")
 DEEPEST = 3  # level of lists and dictionaries within one another
 
 
-def rows_in(output: Any, n_batch: int, n_positions: int | None, kind: Kind) -> Tensor | None:
+def rows_in(output: Any, n_batch: int, n_positions: int | None, kind: OutputKind) -> Tensor | None:
     """The first floating tensor of the output with rows of this kind, as (B, P, F); None where there is none.
 
     Args:

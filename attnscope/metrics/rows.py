@@ -105,8 +105,8 @@ class Shelf:
     """
 
     def __init__(self) -> None:
-        self._pieces: list[_Piece] = []
-        self._places: list[_Piece] = []  # one per call that the pieces have room for
+        self._pieces: list[_ShelfRows] = []
+        self._places: list[_ShelfRows] = []  # one per call that the pieces have room for
         self._calls: list[Call] = []
         self._shapes: tuple[torch.Size, ...] = ()
 
@@ -139,12 +139,12 @@ class Shelf:
     def _make_room(self, call: Call, q: Tensor, k: Tensor) -> None:
         """One more piece, for calls like this one, of which q and k are kept."""
         norms = (x.new_empty(x.shape[:-1], dtype=wide(x.dtype)) for x in (call.q, call.k))
-        one = _Piece(q, k, *norms)
+        one = _ShelfRows(q, k, *norms)
         n_logits, n_bytes = q[..., 0].numel() * k.shape[-2], sum(x.nbytes for x in one)
         self._at_once = max(1, min(LOGITS_AT_ONCE // n_logits, PIECE_BYTES // n_bytes))
-        piece = _Piece(*(x.new_empty(self._at_once, *x.shape) for x in one))
+        piece = _ShelfRows(*(x.new_empty(self._at_once, *x.shape) for x in one))
         self._pieces.append(piece)
-        self._places += map(_Piece._make, zip(*(x.unbind() for x in piece), strict=True))
+        self._places += map(_ShelfRows._make, zip(*(x.unbind() for x in piece), strict=True))
 
     def pieces(self, n_calls: int) -> Iterator[AttentionRows]:
         """Rows of the first `n_calls` calls, a piece at a time, calls along a new first axis N."""
@@ -160,7 +160,7 @@ class Shelf:
         self._calls.clear()
 
 
-class _Piece(NamedTuple):
+class _ShelfRows(NamedTuple):
     """Sampled queries and keys, norms of all queries and keys: of one call, or of many along a first axis N."""
 
     q: Tensor

@@ -82,7 +82,7 @@ class Figure:
     svg: bytes
 
 
-Block = Paragraph | Table | Lines | Notes | Heading | Figure
+SectionBlock = Paragraph | Table | Lines | Notes | Heading | Figure
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,4 +91,4 @@ class Section:
 
     key: str
     title: str
-    blocks: Sequence[Block]
+    blocks: Sequence[SectionBlock]

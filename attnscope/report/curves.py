@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from attnscope.report.contents import Contents
-from attnscope.report.series import Array, distinct, head_keys, head_label, heat_of
+from attnscope.report.series import Floats, distinct, head_keys, head_label, heat_of
 from attnscope.runs.by_member import rows_of_member
 from attnscope.runs.layout import COLUMNS, to_json
 from attnscope.runs.tables import Tables
@@ -89,9 +89,9 @@ def curves_of(tables: Tables, found: Contents) -> Curves | None:
     return Curves(json=to_json(data).replace("<", "\\u003c"), caption=said)
 
 
-def _middles(edges: Array) -> list[float]:
+def _middles(edges: Floats) -> list[float]:
     return [float(f"{value:.6g}") for value in (edges[:-1] + edges[1:] - 1) / 2]
 
 
-def _rounded(values: Array) -> Sequence[float | None]:
+def _rounded(values: Floats) -> Sequence[float | None]:
     return [float(f"{value:.4g}") if np.isfinite(value) else None for value in values]

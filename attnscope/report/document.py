@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from attnscope.comparison.member import Generation, Softmax
 from attnscope.diagnose import Diagnosis, Evidence
 from attnscope.findings import chain_in_words, evidence_columns, in_words, label
-from attnscope.report.blocks import Block, Figure, Heading, Lines, Notes, Paragraph, Section, Table
+from attnscope.report.blocks import Figure, Heading, Lines, Notes, Paragraph, Section, SectionBlock, Table
 from attnscope.report.comparison import comparison_tables
 from attnscope.report.contents import Contents
 from attnscope.report.numbers import number
@@ -42,7 +42,7 @@ def document_of(found: Contents, figures: Sequence[Figure]) -> tuple[Section, ..
     known = {*EVIDENCE, *DETAIL, *GRADIENTS}
     others = [figure.name for figure in figures if figure.name not in known]
 
-    def drawn(names: Iterable[str]) -> list[Block]:
+    def drawn(names: Iterable[str]) -> list[SectionBlock]:
         return [named[name] for name in names if name in named]
 
     sections = (
@@ -76,8 +76,8 @@ def document_of(found: Contents, figures: Sequence[Figure]) -> tuple[Section, ..
     return tuple(section for section in sections if section.blocks)
 
 
-def _findings(diagnosis: Diagnosis) -> list[Block]:
-    blocks: list[Block] = [Paragraph(text=chain_in_words(chain)) for chain in diagnosis.chains]
+def _findings(diagnosis: Diagnosis) -> list[SectionBlock]:
+    blocks: list[SectionBlock] = [Paragraph(text=chain_in_words(chain)) for chain in diagnosis.chains]
     for finding in diagnosis.findings:
         title = f"{label(finding).capitalize()}: {finding.title}"
         blocks += [Heading(text=title), Paragraph(text=finding.summary)]
@@ -89,10 +89,10 @@ def _findings(diagnosis: Diagnosis) -> list[Block]:
     return blocks
 
 
-def _layers(found: Contents) -> list[Block]:
+def _layers(found: Contents) -> list[SectionBlock]:
     """Of a watched run: each attention layer once, as its first member saw it."""
     first = {layer.layer: layer for layer in reversed(found.layers)}
-    blocks: list[Block] = []
+    blocks: list[SectionBlock] = []
     if first:
         blocks.append(
             Table(
@@ -173,7 +173,7 @@ def _from_to(start: Softmax, end: Softmax, column: str) -> str:
     return f"{number(getattr(start, column))} → {number(getattr(end, column))}"
 
 
-def _differing(found: Contents) -> list[Block]:
+def _differing(found: Contents) -> list[SectionBlock]:
     """Values per member where members are few or unlike each other; the axes where they are a grid."""
     if not found.differing:
         return []
@@ -194,7 +194,7 @@ def _differing(found: Contents) -> list[Block]:
     ]
 
 
-def _happenings(found: Contents) -> list[Block]:
+def _happenings(found: Contents) -> list[SectionBlock]:
     if not found.events:
         return []
     more = f"{found.events_left_out} more events are left out here." if found.events_left_out else ""
@@ -202,7 +202,7 @@ def _happenings(found: Contents) -> list[Block]:
     return [Table(titles=("step", "member", "kind", "what"), rows=rows, words=4, caption=more)]
 
 
-def _evaluations(found: Contents) -> list[Block]:
+def _evaluations(found: Contents) -> list[SectionBlock]:
     if not found.evaluations:
         return []
     lengths = sorted({each.seq_len for each in found.evaluations})[:20]
@@ -221,8 +221,8 @@ def _evaluations(found: Contents) -> list[Block]:
     ]
 
 
-def _generation(each: Generation) -> list[Block]:
-    blocks: list[Block] = [Heading(text=f"What {each.member} writes")]
+def _generation(each: Generation) -> list[SectionBlock]:
+    blocks: list[SectionBlock] = [Heading(text=f"What {each.member} writes")]
     if each.loss_from_prefixes is not None:
         blocks.append(
             Paragraph(
@@ -251,8 +251,8 @@ def _how(found: Contents) -> Table:
     return Table(titles=("what", "value"), rows=tuple(rows), words=2)
 
 
-def _definitions(found: Contents) -> list[Block]:
-    blocks: list[Block] = []
+def _definitions(found: Contents) -> list[SectionBlock]:
+    blocks: list[SectionBlock] = []
     if found.rows:
         blocks.append(
             Paragraph(

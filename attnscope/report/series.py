@@ -22,7 +22,7 @@ ROWS_AT_ONCE = 1 << 20  # of a table, so that what is computed from them stays s
 MOST_KEYS = 1 << 24  # between the smallest and the largest, for a table to look them up
 CELLS = 300  # of a heat map, along the steps
 
-Array = NDArray[np.float64]
+Floats = NDArray[np.float64]
 Keys = NDArray[np.int32] | NDArray[np.int64]
 
 
@@ -37,18 +37,18 @@ class Heat:
     """
 
     labels: tuple[str, ...]
-    edges: Array
-    values: Array
+    edges: Floats
+    values: Floats
 
 
-def curve_of(tables: Tables, name: str, column: str) -> tuple[Array, Array]:
+def curve_of(tables: Tables, name: str, column: str) -> tuple[Floats, Floats]:
     """Steps of a member and one of its columns of the steps table, (N,) each."""
     rows_N = rows_of_member(tables.steps, name)
     steps = tables.steps["step"].to_numpy()[rows_N].astype(np.float64)
     return steps, tables.steps[column].to_numpy()[rows_N].astype(np.float64)
 
 
-def thinned(steps: Array, values: Array, *, points: int = POINTS) -> tuple[Array, Array]:
+def thinned(steps: Floats, values: Floats, *, points: int = POINTS) -> tuple[Floats, Floats]:
     """A curve of at most about 2 x `points` points: the smallest and the largest finite value of each bin, in order.
 
     A curve that is short enough comes back as it is, NaN included.
@@ -69,7 +69,7 @@ def thinned(steps: Array, values: Array, *, points: int = POINTS) -> tuple[Array
     return steps[index], values[index]
 
 
-def largest_per_step(steps_N: Array, values_N: Array) -> tuple[Array, Array]:
+def largest_per_step(steps_N: Floats, values_N: Floats) -> tuple[Floats, Floats]:
     """The largest value among the records of each step, which stand together; NaN and Inf win."""
     if not len(steps_N):
         return steps_N, values_N
@@ -77,7 +77,7 @@ def largest_per_step(steps_N: Array, values_N: Array) -> tuple[Array, Array]:
     return steps_N[starts_S], np.maximum.reduceat(values_N, starts_S)
 
 
-def finite_steps(steps_N: NDArray[np.int32], values_N: Array) -> NDArray[np.int32]:
+def finite_steps(steps_N: NDArray[np.int32], values_N: Floats) -> NDArray[np.int32]:
     """The steps, ascending, of which every record is finite: of one that broke half-way, the upper layers tell nothing."""
     return np.setdiff1d(steps_N, steps_N[~np.isfinite(values_N)])
 
@@ -113,7 +113,7 @@ def heat_of(
     key_N: Keys,
     *,
     cells: int = CELLS,
-) -> tuple[list[int], Array, Array] | None:
+) -> tuple[list[int], Floats, Floats] | None:
     """The mean of a column per key and bin of steps; None where nothing was recorded.
 
     Args:

@@ -31,7 +31,8 @@ from attnscope.metrics.loss import TokenLosses, output_logit_max
 from attnscope.metrics.rows import SAMPLES, Rows, Shelf, sample_rows
 from attnscope.metrics.totals import HEAD_COLUMNS
 from attnscope.model import AttentionInputs
-from attnscope.train.block import Array, Block, tables_of
+from attnscope.runs.streams import Array
+from attnscope.train.block import Block, tables_of
 from attnscope.train.step import Clipped, attention_call
 
 # The columns of the steps table that come from the device, in the order of `Recorder._on_host`.

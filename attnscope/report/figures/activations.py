@@ -20,7 +20,7 @@ from attnscope.report.figures.canvas import (
     plain_ticks,
     save,
 )
-from attnscope.report.series import Array, curve_of, finite_steps, thinned
+from attnscope.report.series import Floats, curve_of, finite_steps, thinned
 from attnscope.runs.by_member import rows_of_member
 from attnscope.runs.tables import Tables
 
@@ -34,14 +34,14 @@ def draw_activations(tables: Tables, found: Contents) -> Figure | None:
     """Above, activation_rms_max and the last layer's token_cosine over steps; below, both by layer."""
     points = COARSE if len(found.members) > MOST_NAMED else 1000
 
-    def curve(column: str, member: MemberRow) -> tuple[Array, Array]:
+    def curve(column: str, member: MemberRow) -> tuple[Floats, Floats]:
         return thinned(*curve_of(tables, member.name, column), points=points)
 
     has_layers = bool(len(tables.layers))  # runs of early versions have none
     canvas, grid = canvas_with(5.4 if has_layers else 3.0, rows=1 + has_layers, columns=2)
     left, right = grid[0]
 
-    def rms(member: MemberRow) -> tuple[Array, Array]:
+    def rms(member: MemberRow) -> tuple[Floats, Floats]:
         steps, values = curve("activation_rms_max", member)
         return steps, np.where(values > 0, values, np.nan)
 

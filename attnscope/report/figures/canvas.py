@@ -15,7 +15,7 @@ import numpy as np
 from attnscope.comparison.member import MemberRow
 from attnscope.report.blocks import Figure
 from attnscope.report.contents import Contents
-from attnscope.report.series import Array
+from attnscope.report.series import Floats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -114,7 +114,7 @@ def without_math(label: str) -> str:
 def draw_members(
     axes: "Axes",
     members: Sequence[MemberRow],
-    curve_of: Callable[[MemberRow], tuple[Array, Array]],
+    curve_of: Callable[[MemberRow], tuple[Floats, Floats]],
     *,
     pale: bool = False,
 ) -> bool:
@@ -206,7 +206,7 @@ def shortened(name: str, most: int) -> str:
     return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
-def _draw_outcomes(axes: "Axes", curves: Sequence[tuple[MemberRow, Array, Array]], *, pale: bool) -> None:
+def _draw_outcomes(axes: "Axes", curves: Sequence[tuple[MemberRow, Floats, Floats]], *, pale: bool) -> None:
     counts = Counter(member.status for member, *_ in curves)
     alpha = max(0.12, min(0.6, 12 / len(curves) ** 0.75)) if curves else 1.0
     named: set[str] = set()
@@ -226,7 +226,7 @@ def _draw_outcomes(axes: "Axes", curves: Sequence[tuple[MemberRow, Array, Array]
             axes.plot([], [], color=outcome_style(status)[0], label=f"{count} {status}")
 
 
-def _draw_named(axes: "Axes", place: int, member: MemberRow, steps: Array, values: Array) -> None:
+def _draw_named(axes: "Axes", place: int, member: MemberRow, steps: Floats, values: Floats) -> None:
     """A curve with gaps where it is not finite, and a cross before the first of them."""
     colour = colour_of(place)
     finite = np.isfinite(values)

@@ -20,7 +20,7 @@ from attnscope.report.figures.canvas import (
     shortened,
     shown_text,
 )
-from attnscope.report.series import Array, curve_of, heat_of, thinned
+from attnscope.report.series import Floats, curve_of, heat_of, thinned
 from attnscope.runs.by_member import rows_of_member
 from attnscope.runs.tables import Tables
 
@@ -32,7 +32,7 @@ def draw_gradients(tables: Tables, found: Contents) -> Figure | None:
     """grad_norm over steps, and clip_factor where anything was clipped."""
     points = COARSE if len(found.members) > MOST_NAMED else 1000
 
-    def curve(column: str, member: MemberRow) -> tuple[Array, Array]:
+    def curve(column: str, member: MemberRow) -> tuple[Floats, Floats]:
         steps, values = thinned(*curve_of(tables, member.name, column), points=points)
         return steps, np.where(values > 0, values, np.nan)
 
@@ -143,7 +143,7 @@ def _groups(tables: Tables, found: Contents, *, column: str, name: str, title: s
     )
 
 
-def _heat_of_groups(tables: Tables, member: MemberRow, column: str) -> tuple[list[str], Array, Array] | None:
+def _heat_of_groups(tables: Tables, member: MemberRow, column: str) -> tuple[list[str], Floats, Floats] | None:
     """Labels, edges of the steps, and log10 of the column, (G, bins)."""
     rows_N = rows_of_member(tables.params, member.name)
     if not len(rows_N):

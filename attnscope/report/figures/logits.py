@@ -19,7 +19,7 @@ from attnscope.report.figures.canvas import (
     save,
     shown_text,
 )
-from attnscope.report.series import Array, largest_per_step, thinned
+from attnscope.report.series import Floats, largest_per_step, thinned
 from attnscope.runs.by_member import rows_of_member
 from attnscope.runs.tables import Tables
 
@@ -40,7 +40,7 @@ def draw_max_logit(tables: Tables, found: Contents) -> Figure | None:
     points = COARSE if len(found.members) > MOST_NAMED else 1000
     top = 0.0
 
-    def curve_of(column: str, member: MemberRow) -> tuple[Array, Array]:
+    def curve_of(column: str, member: MemberRow) -> tuple[Floats, Floats]:
         nonlocal top
         rows_N = rows_of_member(tables.heads, member.name)
         steps_N = tables.heads["step"].to_numpy()[rows_N].astype(np.float64)
@@ -144,7 +144,7 @@ def draw_logit_std(tables: Tables, found: Contents) -> Figure | None:
     )
 
 
-def _spread_at_start(tables: Tables, member: MemberRow) -> Array | None:
+def _spread_at_start(tables: Tables, member: MemberRow) -> Floats | None:
     """Mean logit_std over heads of each layer at the first step measured, layer 0 first; None if nothing was finite."""
     rows_N = rows_of_member(tables.heads, member.name)
     if not len(rows_N):

@@ -39,7 +39,7 @@ MOST_ARMS = len(COLOURS) * len(DASHES)
 MOST_TITLE_LINES = 3  # of a panel, each a setting
 ROOM_FOR_LOSS = 60  # cells of a panel, up to which each also has its loss in figures
 
-Keys = tuple[str, ...]  # settings that share a side of a grid
+Side = tuple[str, ...]  # settings that share a side of a grid
 Values = tuple[str, ...]  # of such
 
 
@@ -47,9 +47,9 @@ Values = tuple[str, ...]  # of such
 class _Layout:
     """Which settings go across, down and into panels; the others stay as in the baseline."""
 
-    across: Keys
-    down: Keys
-    panels: Keys
+    across: Side
+    down: Side
+    panels: Side
     fixed: Mapping[str, str]
 
 
@@ -59,7 +59,7 @@ def draw_phase(found: Contents) -> Figure | None:
     if comparison is None or not comparison.axes:
         return None
 
-    def rank(keys: Keys) -> tuple[bool, bool, int]:
+    def rank(keys: Side) -> tuple[bool, bool, int]:
         is_numeric = all(_is_numeric(comparison, key) for key in keys)
         return LR not in keys, not is_numeric, -len(_combinations(comparison, keys))
 
@@ -164,9 +164,9 @@ def _is_numeric(comparison: Comparison, key: str) -> bool:
     return all(key in subject.numbers for cell in comparison.cells for subject in cell.subjects)
 
 
-def _sides(comparison: Comparison, keys: Sequence[str]) -> list[Keys]:
+def _sides(comparison: Comparison, keys: Sequence[str]) -> list[Side]:
     """Settings of which not all combinations occur (those of an arm, clip.mode and clip.threshold) belong together."""
-    sides: list[Keys] = []
+    sides: list[Side] = []
     for key in keys:
         tied = [
             side
@@ -181,9 +181,9 @@ def _sides(comparison: Comparison, keys: Sequence[str]) -> list[Keys]:
     return sides
 
 
-def _laid_out(comparison: Comparison, across: Keys, down: Keys, others: Sequence[Keys]) -> _Layout:
+def _laid_out(comparison: Comparison, across: Side, down: Side, others: Sequence[Side]) -> _Layout:
     """As many of the others as fit become panels."""
-    panels: Keys = ()
+    panels: Side = ()
     for side in others:
         if len(_combinations(comparison, (*panels, *side))) > MOST_PANELS:
             break
@@ -309,7 +309,7 @@ def _explain(canvas: object, comparison: Comparison) -> None:
     canvas.legend(handles=handles, loc="outside upper right", ncols=len(handles))
 
 
-def _combinations(comparison: Comparison, keys: Keys) -> list[Values]:
+def _combinations(comparison: Comparison, keys: Side) -> list[Values]:
     """Those that occur, the first setting slowest."""
     places = [{value: at for at, value in enumerate(comparison.axes[key])} for key in keys]
     found = {tuple(cell.settings[key] for key in keys) for cell in comparison.cells}
