@@ -71,7 +71,7 @@ def parse_table(table: Mapping[str, object], *, where: str = "config") -> Config
 
 
 def _arms(tables: object, where: str) -> tuple[Arm, ...]:
-    if not isinstance(tables, list) or not all(isinstance(each, Mapping) for each in tables):
+    if not isinstance(tables, list) or not all(isinstance(table, Mapping) for table in tables):
         raise ConfigError(f"{where}: arm must be a list of tables. Write [[arm]], not [arm].")
     if len(tables) > MAX_MEMBERS:
         raise ConfigError(f"{where}: there are {len(tables)} arms, but at most {MAX_MEMBERS} fit a run.")

@@ -52,8 +52,8 @@ def loss_from_prefixes(setup: Setup, parameters: Mapping[str, Tensor], data: Cor
     """
     seq_len = setup.config.model.seq_len
     batches = data.val_batches(seq_len=seq_len, count=BATCHES)
-    tokens_BT = torch.cat([each.tokens_BT for each in batches])[:PREFIX_SEQUENCES].to(setup.device)
-    targets_BT = torch.cat([each.targets_BT for each in batches])[:PREFIX_SEQUENCES].to(setup.device)
+    tokens_BT = torch.cat([batch.tokens_BT for batch in batches])[:PREFIX_SEQUENCES].to(setup.device)
+    targets_BT = torch.cat([batch.targets_BT for batch in batches])[:PREFIX_SEQUENCES].to(setup.device)
     last_logits_MBV = []
     for length in range(1, seq_len + 1):
         logits_MNV = _forward(setup, parameters, tokens_BT[:, :length], None)
@@ -73,7 +73,7 @@ def generate(setup: Setup, parameters: Mapping[str, Tensor], prompt_T: Tensor, *
         Token ids (M, n_tokens) on the CPU, without the prompt.
     """
     n_members = len(setup.configs)
-    generators = [torch.Generator().manual_seed(each.train.seed) for each in setup.configs]
+    generators = [torch.Generator().manual_seed(config.train.seed) for config in setup.configs]
     tokens_M1T = prompt_T.to(setup.device).expand(n_members, 1, -1)
     for _ in range(n_tokens):
         seen_M1T = tokens_M1T[..., -setup.config.model.seq_len :]

@@ -230,7 +230,7 @@ def _describe(corpora: Mapping[int, Corpus]) -> dict[str, object]:
         index: {"fingerprint": data.fingerprint, "reference": asdict(data.reference)} for index, data in corpora.items()
     }
     first = described[min(described)]
-    others = {str(index): each for index, each in described.items() if each != first}
+    others = {str(index): data for index, data in described.items() if data != first}
     return {**first, "parts": others}
 
 

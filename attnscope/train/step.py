@@ -83,8 +83,8 @@ def set_up(
     def numbers(values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=device)
 
-    optimizers = [each.optimizer for each in configs]
-    thresholds = [each.clip.threshold for each in configs]
+    optimizers = [config.optimizer for config in configs]
+    thresholds = [config.clip.threshold for config in configs]
     limits = [float("inf") if isinstance(t, str) else t for t in thresholds]
     return Setup(
         config=config,
@@ -189,9 +189,9 @@ def run_step(
     loss_scale_M = state["loss_scale"].clone() if "loss_scale" in state else None
     if loss_scale_M is not None:
         objective_M = objective_M * loss_scale_M
-    found = torch.autograd.grad(objective_M.sum(), list(parameters.values()))
+    in_order = torch.autograd.grad(objective_M.sum(), list(parameters.values()))
     with torch.no_grad():
-        gradients = dict(zip(parameters, found, strict=True))
+        gradients = dict(zip(parameters, in_order, strict=True))
         if loss_scale_M is not None:
             gradients = {name: g / _fit(loss_scale_M, g) for name, g in gradients.items()}
         _update(setup, parameters, state, gradients, loss_scale_M, step=step, observer=observer)
@@ -345,7 +345,9 @@ def _dropout_seeds(setup: Setup, step: int) -> list[list[int]] | None:
     if not config.attention.dropout:
         return None
     n_layers = config.model.n_layers
-    return [[hash((each.train.seed, step, layer)) & (2**63 - 1) for each in setup.configs] for layer in range(n_layers)]
+    return [
+        [hash((config.train.seed, step, layer)) & (2**63 - 1) for config in setup.configs] for layer in range(n_layers)
+    ]
 
 
 def _groups_of(name: str) -> tuple[str, ...]:

@@ -53,8 +53,8 @@ def values_of(check):
         return numbers | st.sampled_from(check.words) if check.words else numbers
     assert isinstance(check, Several)
     size = {"min_size": check.length or 1, "max_size": check.length or 5}
-    several = st.lists(values_of(check.each), **size).map(tuple)
-    return several | values_of(check.each) if check.or_one else several
+    several = st.lists(values_of(check.entry), **size).map(tuple)
+    return several | values_of(check.entry) if check.or_one else several
 
 
 changes = st.sampled_from(sorted(SETTINGS)).flatmap(
