@@ -73,12 +73,12 @@ def safe_names(names: Iterable[str], *, letters: str = " -_.=") -> dict[str, str
     for name in names:
         kept = "".join(x if x.isalnum() or x in letters else "_" for x in name)
         stem = kept[:LONGEST_NAME].strip(". ") or "unnamed"
-        found, number = stem, 1
-        while found.casefold() in taken:
+        free, number = stem, 1
+        while free.casefold() in taken:
             number += 1
-            found = f"{stem}_{number}"
-        taken.add(found.casefold())
-        safe[name] = found
+            free = f"{stem}_{number}"
+        taken.add(free.casefold())
+        safe[name] = free
     return safe
 
 

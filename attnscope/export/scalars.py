@@ -126,12 +126,12 @@ def _place(where: Mapping[str, int], groups: Sequence[str]) -> Iterator[str]:
 
 
 def _moments(pieces: Sequence[_MemberRows], start: float, steps: "pd.DataFrame") -> Iterator[Moment]:
-    found = np.unique(np.concatenate([piece.steps_N for piece in pieces]))
+    steps_S = np.unique(np.concatenate([piece.steps_N for piece in pieces]))
     bounds = [
-        (np.searchsorted(piece.steps_N, found), np.searchsorted(piece.steps_N, found, "right")) for piece in pieces
+        (np.searchsorted(piece.steps_N, steps_S), np.searchsorted(piece.steps_N, steps_S, "right")) for piece in pieces
     ]
-    seconds = start + _seconds_at(found, steps)
-    for at, step in enumerate(found.tolist()):
+    seconds = start + _seconds_at(steps_S, steps)
+    for at, step in enumerate(steps_S.tolist()):
         values: dict[str, float] = {}
         for piece, (lows, highs) in zip(pieces, bounds, strict=True):
             rows = slice(lows[at], highs[at])
@@ -142,10 +142,10 @@ def _moments(pieces: Sequence[_MemberRows], start: float, steps: "pd.DataFrame")
         yield Moment(step=step, seconds=float(seconds[at]), values=values)
 
 
-def _seconds_at(found: Array, steps: "pd.DataFrame") -> Array:
+def _seconds_at(steps_S: Array, steps: "pd.DataFrame") -> Array:
     """What all steps up to these took."""
     if not len(steps):
-        return np.zeros(len(found))
+        return np.zeros(len(steps_S))
     took = np.nan_to_num(steps["step_ms"].to_numpy(dtype=np.float64), posinf=0.0, neginf=0.0)
     passed = np.cumsum(np.clip(took, 0.0, LONGEST_STEP_MS)) / 1000
-    return np.interp(found, steps["step"].to_numpy(), passed)
+    return np.interp(steps_S, steps["step"].to_numpy(), passed)

@@ -66,9 +66,9 @@ class LocalWorkers:
                 # It may be dead, and what is left of a failure in memory is not wanted either.
                 self._pools[place].shutdown(wait=False, cancel_futures=True)
                 self._pools[place] = self._pool()
-            found = self._pools[place].submit(train_here, path, part, threads=self._threads)
-            self._work[place] = found
-            return found
+            future = self._pools[place].submit(train_here, path, part, threads=self._threads)
+            self._work[place] = future
+            return future
         return None
 
     def stop(self) -> None:
