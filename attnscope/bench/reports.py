@@ -190,10 +190,10 @@ def _open(path: Path) -> None:
 
 
 def _analyse(path: Path) -> None:
-    from attnscope.report.contents import contents
+    from attnscope.report.contents import contents_of
     from attnscope.runs.reader import open_run
 
-    contents(open_run(path))
+    contents_of(open_run(path))
 
 
 def _report(path: Path) -> None:

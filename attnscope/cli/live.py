@@ -80,12 +80,12 @@ def asked_to_stop(console: Console, saying: str = "Stopping after this step") ->
         asked = True
         console.print(Text(f"{saying}; press Ctrl-C again to stop at once."))
 
-    before = {each: signal.signal(each, ask) for each in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: asked
     finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class PartView:

@@ -36,18 +36,18 @@ class Curves:
     caption: str
 
 
-def curves_of(tables: Tables, found: Contents) -> Curves | None:
+def curves_of(tables: Tables, contents: Contents) -> Curves | None:
     """Thin the curves of as many members as fit; None where nothing was recorded."""
     if not len(tables.steps):
         return None
     keys_N = head_keys(tables.heads)
     known = distinct(keys_N)
     heads = known[:MOST_HEADS]
-    each = len(PER_STEP) + len(PER_HEAD) * len(heads)
-    most = max(1, min(MOST_MEMBERS, NUMBERS // (each * FEWEST_POINTS)))
-    places = np.unique(np.linspace(0, len(found.members) - 1, most).round().astype(int)).tolist()
-    points = max(FEWEST_POINTS, min(MOST_POINTS, NUMBERS // (each * len(places))))
-    members = [found.members[place] for place in places]
+    numbers_per_point = len(PER_STEP) + len(PER_HEAD) * len(heads)
+    most = max(1, min(MOST_MEMBERS, NUMBERS // (numbers_per_point * FEWEST_POINTS)))
+    places = np.unique(np.linspace(0, len(contents.members) - 1, most).round().astype(int)).tolist()
+    points = max(FEWEST_POINTS, min(MOST_POINTS, NUMBERS // (numbers_per_point * len(places))))
+    members = [contents.members[place] for place in places]
     steps, head_steps = [], []
     curves: dict[str, list[object]] = {name: [] for name in (*PER_STEP, *PER_HEAD)}
     for member in members:
@@ -82,10 +82,10 @@ def curves_of(tables: Tables, found: Contents) -> Curves | None:
         "head_steps": head_steps,
         "curves": list(curves.values()),
     }
-    left_out = len(found.members) - len(members)
+    left_out = len(contents.members) - len(members)
     said = f"Each point is a mean over steps; at most {points} points per curve. The tables of the run have every step."
     if left_out:
-        said = f"{len(members)} of {len(found.members)} members, at equal distances. {said}"
+        said = f"{len(members)} of {len(contents.members)} members, at equal distances. {said}"
     return Curves(json=to_json(data).replace("<", "\\u003c"), caption=said)
 
 

@@ -61,8 +61,8 @@ def thinned(steps: Floats, values: Floats, *, points: int = POINTS) -> tuple[Flo
         inside = values[low:high]
         finite = np.flatnonzero(np.isfinite(inside))
         if len(finite):
-            found = inside[finite]
-            keep += sorted({low + finite[found.argmin()], low + finite[found.argmax()]})
+            values_left = inside[finite]
+            keep += sorted({low + finite[values_left.argmin()], low + finite[values_left.argmax()]})
         if len(finite) < len(inside):
             keep.append(low + int(np.flatnonzero(~np.isfinite(inside))[0]))
     index = np.unique(np.array(keep, dtype=np.int64))
@@ -84,10 +84,10 @@ def finite_steps(steps_N: NDArray[np.int32], values_N: Floats) -> NDArray[np.int
 
 def heat(heads: "pd.DataFrame", rows_N: NDArray[np.int64], column: str) -> Heat | None:
     """The mean of a column per layer, head and bin of steps; None where nothing was recorded."""
-    found = heat_of(heads, rows_N, column, head_keys(heads)[rows_N])
-    if found is None:
+    binned = heat_of(heads, rows_N, column, head_keys(heads)[rows_N])
+    if binned is None:
         return None
-    keys_G, edges, values = found
+    keys_G, edges, values = binned
     return Heat(labels=tuple(map(head_label, keys_G)), edges=edges, values=values)
 
 

@@ -19,16 +19,16 @@ from attnscope.runs.tables import Tables
 __all__ = ["draw_figures"]
 
 
-def draw_figures(tables: Tables, found: Contents) -> list[Figure]:
+def draw_figures(tables: Tables, contents: Contents) -> list[Figure]:
     """Draw every figure for which something was recorded."""
     from matplotlib import rc_context
 
     with rc_context(STYLE), warnings.catch_warnings():
         # A member may be called anything: letters that the font lacks become boxes.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        drawn = [draw(found) for draw in (draw_phase, draw_matrix, draw_loss_by_lr)]
+        drawn = [draw(contents) for draw in (draw_phase, draw_matrix, draw_loss_by_lr)]
         drawn += [
-            draw(tables, found)
+            draw(tables, contents)
             for draw in (
                 draw_loss,
                 draw_attention,

@@ -104,10 +104,10 @@ def _plain_decades(canvas: "Canvas") -> None:
 
 def without_math(label: str) -> str:
     r"""A label of matplotlib's logarithmic axes, such as $\mathdefault{2\times10^{-3}}$, as plain text."""
-    found = MATH_LABEL.fullmatch(label)
-    if found is None:
+    math = MATH_LABEL.fullmatch(label)
+    if math is None:
         return label
-    inner = found["inner"].replace(r"\times", "×")
+    inner = math["inner"].replace(r"\times", "×")
     return POWER.sub(lambda power: f"10{power['power'].translate(RAISED)}", inner)
 
 
@@ -167,9 +167,9 @@ def plain_ticks(axes: "Axes") -> None:
         axes.yaxis.set_minor_locator(NullLocator())
 
 
-def reference_lines(axes: "Axes", found: Contents) -> None:
+def reference_lines(axes: "Axes", contents: Contents) -> None:
     """What models without context reach; dotted, with the name at the line."""
-    for name, value in found.reference.items():
+    for name, value in contents.reference.items():
         if value > 0:
             axes.axhline(value, color=GREY, linewidth=0.8, linestyle=":", zorder=1)
             axes.annotate(
@@ -184,9 +184,9 @@ def reference_lines(axes: "Axes", found: Contents) -> None:
             )
 
 
-def of_many(found: Contents, most: int) -> str:
+def of_many(contents: Contents, most: int) -> str:
     """A sentence for the caption where not all members are shown."""
-    total = len(found.members)
+    total = len(contents.members)
     return f" The first {most} of {total} members are shown." if total > most else ""
 
 

@@ -34,10 +34,10 @@ COARSE = 150  # bins of a curve that is one of many
 MOST_STARTS = 500  # members in the figure of step 0
 
 
-def draw_max_logit(tables: Tables, found: Contents) -> Figure | None:
+def draw_max_logit(tables: Tables, contents: Contents) -> Figure | None:
     """The largest attention logit over steps, with the bound that no row exceeds."""
     canvas, ((axes,),) = canvas_with(3.3)
-    points = COARSE if len(found.members) > MOST_NAMED else 1000
+    points = COARSE if len(contents.members) > MOST_NAMED else 1000
     top = 0.0
 
     def curve_of(column: str, member: MemberRow) -> tuple[Floats, Floats]:
@@ -50,9 +50,9 @@ def draw_max_logit(tables: Tables, found: Contents) -> Figure | None:
         top = max(top, float(values[np.isfinite(values)].max(initial=0.0)))
         return steps, values
 
-    few = len(found.members) <= MOST_NAMED
-    drawn = few and draw_members(axes, found.members, lambda member: curve_of("max_logit_bound", member), pale=True)
-    drawn |= draw_members(axes, found.members, lambda member: curve_of("max_logit", member))
+    few = len(contents.members) <= MOST_NAMED
+    drawn = few and draw_members(axes, contents.members, lambda member: curve_of("max_logit_bound", member), pale=True)
+    drawn |= draw_members(axes, contents.members, lambda member: curve_of("max_logit", member))
     if not drawn:
         return None
     axes.set(yscale="log", ylabel="max_logit (nats)")
@@ -79,20 +79,20 @@ def draw_max_logit(tables: Tables, found: Contents) -> Figure | None:
         title="Attention logits",
         alt="Largest attention logit of every member over steps, logarithmic, with the literature's thresholds",
         caption=f"max_logit: the largest over layers, heads and the rows measured.{bound} Dotted: thresholds from the "
-        "literature." + of_many(found, MOST_LINES),
+        "literature." + of_many(contents, MOST_LINES),
     )
 
 
-def draw_logit_std(tables: Tables, found: Contents) -> Figure | None:
+def draw_logit_std(tables: Tables, contents: Contents) -> Figure | None:
     """logit_std at step 0, per layer, against scale x sqrt(d_head): what q and k of unit variance give."""
     points = [
         (place, member, spread)
-        for place, member in enumerate(found.members[:MOST_STARTS])
+        for place, member in enumerate(contents.members[:MOST_STARTS])
         if member.theory_std is not None and (spread := _spread_at_start(tables, member)) is not None
     ]
     if not points:
         return None
-    named = len(found.members) <= MOST_NAMED
+    named = len(contents.members) <= MOST_NAMED
     canvas, ((axes,),) = canvas_with(3.3)
     for place, member, spread in points:
         colour, mark = (colour_of(place), "o") if named else outcome_style(member.status)
@@ -140,7 +140,7 @@ def draw_logit_std(tables: Tables, found: Contents) -> Figure | None:
         alt="Standard deviation of the attention logits at step 0 against scale times the square root of d_head",
         caption="logit_std before any training, mean over heads; filled: layer 0, open: deeper layers. Dotted: what q and k "
         "with entries of mean 0 and variance 1 give, scale · √d_head (Vaswani et al. 2017); below 1 the softmax is flat, "
-        "far above it one key takes all." + of_many(found, MOST_STARTS),
+        "far above it one key takes all." + of_many(contents, MOST_STARTS),
     )
 
 
@@ -154,5 +154,5 @@ def _spread_at_start(tables: Tables, member: MemberRow) -> Floats | None:
     layer_N = tables.heads["layer"].to_numpy()[first_N]
     value_N = tables.heads["logit_std"].to_numpy()[first_N].astype(np.float64)
     means = [value_N[layer_N == layer].mean() for layer in np.unique(layer_N)]
-    found = np.array(means)
-    return found if np.isfinite(found).all() and (found > 0).all() else None
+    means_L = np.array(means)
+    return means_L if np.isfinite(means_L).all() and (means_L > 0).all() else None

@@ -53,9 +53,9 @@ class _Layout:
     fixed: Mapping[str, str]
 
 
-def draw_phase(found: Contents) -> Figure | None:
+def draw_phase(contents: Contents) -> Figure | None:
     """Outcome over the two sides of the grid with the most values, a panel for each value of the others."""
-    comparison = found.comparison
+    comparison = contents.comparison
     if comparison is None or not comparison.axes:
         return None
 
@@ -73,9 +73,9 @@ def draw_phase(found: Contents) -> Figure | None:
     )
 
 
-def draw_matrix(found: Contents) -> Figure | None:
+def draw_matrix(contents: Contents) -> Figure | None:
     """Initialization against clipping, where more than one setting of either varies."""
-    comparison = found.comparison
+    comparison = contents.comparison
     if comparison is None:
         return None
     init = tuple(key for key in comparison.axes if key.startswith("init."))
@@ -91,9 +91,9 @@ def draw_matrix(found: Contents) -> Figure | None:
     )
 
 
-def draw_loss_by_lr(found: Contents) -> Figure | None:
+def draw_loss_by_lr(contents: Contents) -> Figure | None:
     """Final loss of every arm against its learning rates, with its LR sensitivity."""
-    comparison = found.comparison
+    comparison = contents.comparison
     if comparison is None or not any(len(arm.cells) > 1 for arm in comparison.lr_arms):
         return None
     arms = [arm for arm in comparison.lr_arms if any(_drawable(cell) for _, cell in arm.cells)]
@@ -258,7 +258,7 @@ def _draw_cell(axes: "Axes", column: int, row: int, cell: Cell, *, is_baseline: 
     width, tall = 0.94, 0.9
     left, bottom = column - width / 2, row - tall / 2
     total = cell.outcomes.total()
-    statuses = sorted(cell.outcomes, key=lambda each: [*ENDED, each].index(each))
+    statuses = sorted(cell.outcomes, key=lambda status: [*ENDED, status].index(status))
     at = left
     for status in statuses:
         colour, mark = outcome_style(status)
@@ -291,7 +291,7 @@ def _explain(canvas: object, comparison: Comparison) -> None:
     assert isinstance(canvas, Canvas)
     seen = {status for cell in comparison.cells for status in cell.outcomes}
     handles = []
-    for status in [each for each in ENDED if each in seen] + sorted(seen - set(ENDED)):
+    for status in [status for status in ENDED if status in seen] + sorted(seen - set(ENDED)):
         colour, mark = outcome_style(status)
         handles.append(
             Line2D(
@@ -312,8 +312,8 @@ def _explain(canvas: object, comparison: Comparison) -> None:
 def _combinations(comparison: Comparison, keys: Side) -> list[Values]:
     """Those that occur, the first setting slowest."""
     places = [{value: at for at, value in enumerate(comparison.axes[key])} for key in keys]
-    found = {tuple(cell.settings[key] for key in keys) for cell in comparison.cells}
-    return sorted(found, key=lambda values: [at[v] for at, v in zip(places, values, strict=True)])
+    combinations = {tuple(cell.settings[key] for key in keys) for cell in comparison.cells}
+    return sorted(combinations, key=lambda values: [at[v] for at, v in zip(places, values, strict=True)])
 
 
 def _tick(values: Values) -> str:
