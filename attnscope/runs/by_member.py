@@ -38,14 +38,14 @@ def configs_of(run: Run) -> tuple[Config | None, ...]:
     except RunError:
         return (None,) * len(run.entries)
     known: dict[str, Config | None] = {}
-    found = []
+    configs = []
     for entry in run.entries:
         changes = {key: entry.settings[key] for key in READ if key in entry.settings}
         same = repr(changes)
         if same not in known:
             known[same] = _changed(base, changes)
-        found.append(known[same])
-    return tuple(found)
+        configs.append(known[same])
+    return tuple(configs)
 
 
 def members_of_rows(table: "pd.DataFrame") -> NDArray[np.int64]:
