@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from attnscope.capture.graphs import is_number
 from attnscope.capture.seen import Seen
 from attnscope.capture.sites import Site, site_at
+from attnscope.errors import error_in_words
 
 SINK = "_attnscope_sink"
 FOREIGN = ("flash_attn", "xformers")  # whose operators take what we cannot read
@@ -83,7 +84,7 @@ def _insert_probes(graph: fx.Graph) -> None:
                 _insert(graph, node, len(_SITES) - 1, inputs)
         except Exception as error:
             # A graph that we do not understand must compile as it would without us.
-            reason = f"{type(error).__name__}: {error}"[:200]
+            reason = error_in_words(error)[:200]
             _told.on_failure(f"a compiled graph with {node.format_node()}: {reason}"[:300])
     _say_where_sinks_come_from(graph.owning_module)
 

@@ -19,6 +19,7 @@ from attnscope.capture.names import module_of_call
 from attnscope.capture.patches import Patches
 from attnscope.capture.products import Product, einsum_product, matrix_product
 from attnscope.capture.seen import NotMeasuredError, Seen
+from attnscope.errors import error_in_a_line
 
 # Called with the module whose method made the call (None outside of modules) and what was seen of it.
 OnAttention = Callable[[nn.Module | None, Seen], None]
@@ -136,7 +137,7 @@ class Capture:
             reason = str(error)
         except Exception as error:
             # Whatever a strange tensor does to our arithmetic, it must not stop training.
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            reason = error_in_a_line(error)
         else:
             return
         self._say(module, backend, tensors, reason)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from attnscope.check.batch import CallBatch, read_batch
 from attnscope.check.output import KINDS, OutputKind, described, rows_in
 from attnscope.check.undisturbed import copied, same_state, seed_all
-from attnscope.errors import AttnscopeError, ShapeError
+from attnscope.errors import AttnscopeError, ShapeError, error_in_a_line
 
 # Of two outputs, relative to the largest: below it, they agree. Measured on CPU: what a causal mask hides changes outputs by
 # exactly 0 in float32 and bfloat16 (fused, by hand, linear), and by 2e-7 in a convolution by FFT. One layer of 12 without its
@@ -207,8 +207,7 @@ def _rows(output: Any, batch: CallBatch, kind: OutputKind) -> Tensor | None:
 
 def raised(error: BaseException) -> str:
     """An exception in one line: what and where."""
-    text = str(error).strip().splitlines()
-    message = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+    message = error_in_a_line(error)
     frames = [each for each in traceback.extract_tb(error.__traceback__) if not each.filename.startswith((_OURS, "<"))]
     theirs = [each for each in frames if "site-packages" not in each.filename] or frames
     if not theirs:
