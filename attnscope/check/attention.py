@@ -56,8 +56,8 @@ def look(case: Case, mode: Mode = "evaluation", *, seed: int = SEED, dropout: bo
     is_own = [one.layer != two.layer or abs(one.keys_sum - two.keys_sum) > NOISE for one, two in pairs]
     own = [*is_own, *[True] * (len(observed.calls) - len(is_own))]
     calls = [
-        each if of_input else replace(each, direction=None, farthest=0, soft=None)
-        for each, of_input in zip(observed.calls, own, strict=True)
+        attention if of_input else replace(attention, direction=None, farthest=0, soft=None)
+        for attention, of_input in zip(observed.calls, own, strict=True)
     ]
     return replace(observed, calls=tuple(calls))
 
@@ -93,9 +93,9 @@ def _look(case: Case, mode: Mode, *, seed: int, dropout: bool, gradients: bool) 
         except AttnscopeError as error:
             return Observed(calls=(), why=f"{_FAILED}{error}", unseen=(), reacts={})
         reacts = _reacts(case, output, leaves[0]) if leaves and case.kind == "positions" else {}
-    found = tuple(replace(each, d_model=_width_of(each.layer, widths)) for each in calls)
-    why = "" if found else "; ".join(unseen[:1]) or "no call looked like attention"
-    return Observed(calls=found, why=why, unseen=tuple(unseen), reacts=reacts)
+    with_width = tuple(replace(attention, d_model=_width_of(attention.layer, widths)) for attention in calls)
+    why = "" if with_width else "; ".join(unseen[:1]) or "no call looked like attention"
+    return Observed(calls=with_width, why=why, unseen=tuple(unseen), reacts=reacts)
 
 
 @contextmanager
@@ -160,7 +160,7 @@ def _reacts(case: Case, output: Tensor, leaf: Tensor) -> dict[int, Tensor]:
         return {}
     generator = torch.Generator().manual_seed(SEED)
     direction_F = torch.randn(output.shape[-1], generator=generator).to(output)
-    found: dict[int, Tensor] = {}
+    reacts: dict[int, Tensor] = {}
     for i in spread(real_BT.shape[1], PROBES):
         if not real_BT[:, i].any():
             continue
@@ -176,8 +176,8 @@ def _reacts(case: Case, output: Tensor, leaf: Tensor) -> dict[int, Tensor]:
         size_BT = torch.linalg.vector_norm(grad.flatten(2).float(), dim=-1)
         share_BT = (size_BT / size_BT.amax(dim=1, keepdim=True)).nan_to_num(0.0)
         share_BT = share_BT.masked_fill(~(real_BT & real_BT[:, i : i + 1]), 0.0)
-        found[i] = share_BT.amax(dim=0)
-    return found
+        reacts[i] = share_BT.amax(dim=0)
+    return reacts
 
 
 def _in_order(grad: Tensor, batch: CallBatch) -> Tensor:

@@ -55,9 +55,9 @@ class CallBatch:
     @property
     def raw(self) -> Tensor:
         """The input as it stands among the arguments."""
-        found = self.args[self.at] if isinstance(self.at, int) else self.kwargs[self.at]
-        assert isinstance(found, Tensor)
-        return found
+        x = self.args[self.at] if isinstance(self.at, int) else self.kwargs[self.at]
+        assert isinstance(x, Tensor)
+        return x
 
     @property
     def input(self) -> Tensor:
@@ -116,14 +116,14 @@ def read_batch(model: nn.Module, batch: object, *, time_first: bool = False) -> 
         )
 
     name = order[0]
-    sources = [each for each in order if each not in DECODER and name in DECODER]
-    found = read(name, read(sources[0], None) if sources else None)
-    if found.has_ids and len(known_ids(found)) < 2:
+    sources = [source for source in order if source not in DECODER and name in DECODER]
+    call_batch = read(name, read(sources[0], None) if sources else None)
+    if call_batch.has_ids and len(known_ids(call_batch)) < 2:
         raise ShapeError(
-            f"batch: {name} {tuple(found.raw.shape)} does not hold two different token ids, so that none can be changed. Give "
+            f"batch: {name} {tuple(call_batch.raw.shape)} does not hold two different token ids, so that none can be changed. Give "
             "real or random tokens."
         )
-    return found
+    return call_batch
 
 
 def with_input(batch: CallBatch, x: Tensor) -> CallBatch:
@@ -173,9 +173,9 @@ def _named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> l
     """Name, place and value of every argument; positional ones are named as `forward` names them."""
     try:
         names = [
-            each.name
-            for each in inspect.signature(model.forward).parameters.values()
-            if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)
+            parameter.name
+            for parameter in inspect.signature(model.forward).parameters.values()
+            if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
         ]
     except (TypeError, ValueError):
         names = []

@@ -96,7 +96,7 @@ class Case:
             sequences: whether one number for each sequence will do, of modules without positions; else only pooled outputs
                 (B, F) have one.
         """
-        found: Trace = []
+        trace: Trace = []
         handles = []
         with in_mode(self.model, mode, seed=seed), torch.no_grad():
             try:
@@ -109,14 +109,14 @@ class Case:
                             rows = _rows(out, self.batch, "sequences")
                         if rows is not None:
                             weights = torch.arange(1.0, rows.shape[-1] + 1, device=rows.device)
-                            found.append((name, (rows.float() * weights.cos()).sum(dim=-1)))
+                            trace.append((name, (rows.float() * weights.cos()).sum(dim=-1)))
 
                     handles.append(module.register_forward_hook(look))
                 call(self.model, batch)
             finally:
                 for handle in handles:
                     handle.remove()
-        return found
+        return trace
 
 
 # A module, and one number for each position (B, T), or for each sequence (B, 1).
@@ -137,11 +137,11 @@ def open_case(model: nn.Module, batch: object, *, time_first: bool = False) -> C
     problems: dict[Mode, str] = {}
     for mode in MODES:
         try:
-            for found in (outputs, again):
+            for kept in (outputs, again):
                 with in_mode(model, mode, seed=SEED), torch.no_grad():
                     output = call(model, read)
                     kind = kind or next((k for k in KINDS if _rows(output, read, k) is not None), None)
-                    found[mode] = rows_of(output, read, kind)
+                    kept[mode] = rows_of(output, read, kind)
             if outputs[mode].shape != outputs["evaluation"].shape:
                 raise ShapeError(f"the output in {mode} has other rows than in evaluation")
         except AttnscopeError as error:
@@ -208,8 +208,10 @@ def _rows(output: Any, batch: CallBatch, kind: OutputKind) -> Tensor | None:
 def raised(error: BaseException) -> str:
     """An exception in one line: what and where."""
     message = error_in_a_line(error)
-    frames = [each for each in traceback.extract_tb(error.__traceback__) if not each.filename.startswith((_OURS, "<"))]
-    theirs = [each for each in frames if "site-packages" not in each.filename] or frames
+    frames = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith((_OURS, "<"))
+    ]
+    theirs = [frame for frame in frames if "site-packages" not in frame.filename] or frames
     if not theirs:
         return message
     return f"{message} ({theirs[-1].filename.rpartition('/')[2]}, line {theirs[-1].lineno})"

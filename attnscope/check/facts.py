@@ -172,7 +172,7 @@ def _of_some_heads(seen: Seen) -> tuple[Seen, int]:
         is_of_heads = isinstance(x, Tensor) and x.dim() == 4 and x.shape[1] == n_heads
         return x[:, :most] if is_of_heads else x
 
-    parts = {each.name: cut(getattr(seen.logits, each.name)) for each in fields(seen.logits)}
+    parts = {field.name: cut(getattr(seen.logits, field.name)) for field in fields(seen.logits)}
     return replace(seen, logits=replace(seen.logits, **parts)), n_heads
 
 
@@ -201,9 +201,9 @@ def _scale(seen: Seen) -> float | None:
     if isinstance(logits, Modified):
         raw, z, visible = modified_logits(logits)
     elif isinstance(logits, Computed) and (product := logits.raw()) is not None:
-        found = applied_scale(seen)
-        if found is not None or seen.shape[-2] != seen.shape[-1]:
-            return found
+        applied = applied_scale(seen)
+        if applied is not None or seen.shape[-2] != seen.shape[-1]:
+            return applied
         # A mask that hides nothing spoils the fit: of the keys before each query it is none.
         raw, z = product, logits.z.float()
         visible = visible_keys(seen).tril()
@@ -238,10 +238,10 @@ def _is_inverted(visible_BHTS: Tensor, batch: CallBatch) -> bool | None:
     n_batch, n_keys = visible_BHTS.shape[0], visible_BHTS.shape[-1]
     seen_BS = visible_BHTS.any(dim=2).any(dim=1)
     answers = []
-    for each in (batch, batch.source):
-        if each is None or each.mask_name is None or each.real_BT.shape != (n_batch, n_keys):
+    for given in (batch, batch.source):
+        if given is None or given.mask_name is None or given.real_BT.shape != (n_batch, n_keys):
             continue
-        real_BS = each.real_BT
+        real_BS = given.real_BT
         both_B = real_BS.any(dim=1) & ~real_BS.all(dim=1)
         if both_B.any():
             padding_B, real_B = (seen_BS & ~real_BS).any(dim=1), (seen_BS & real_BS).any(dim=1)

@@ -59,7 +59,7 @@ def future_leak(case: Case, observed: Observed, *, causal: bool | None) -> Check
     if case.kind != "positions":
         shape = tuple(case.outputs["evaluation"].shape)
         rows = "one number or vector" if case.kind == "whole" else f"{shape[0]} rows, one a sequence"
-        layers = [each for each in observed.calls if each.direction is not None]
+        layers = [call for call in observed.calls if call.direction is not None]
         finding = f"The output has no position axis ({rows})."
         return not_looked(NAME, finding, without, _layer_rows(layers))
     if n_positions < 2:
@@ -73,7 +73,7 @@ def future_leak(case: Case, observed: Observed, *, causal: bool | None) -> Check
     reach = _reach(case, observed)
     sight = reach.sight
     direction = direction_of(sight)
-    layers = [each for each in observed.calls if each.direction is not None]
+    layers = [call for call in observed.calls if call.direction is not None]
     if direction == "alone":
         return not_looked(
             NAME,
@@ -133,29 +133,29 @@ def _leaking(
 
 def _is_block(sight: Sight, layers: list[Attention]) -> bool:
     """Whether what is seen ahead is a prefix, or whole blocks, in all layers."""
-    kinds = {each.direction for each in layers} - {"alone"}
-    return kinds == {"blocks"} and sight.farthest <= max(each.farthest for each in layers)
+    kinds = {layer.direction for layer in layers} - {"alone"}
+    return kinds == {"blocks"} and sight.farthest <= max(layer.farthest for layer in layers)
 
 
 def _partly(direction: Direction, sight: Sight, layers: list[Attention]) -> str:
     """Why a leak looks like a mistake and not like an encoder; empty where it does not."""
     if direction == "backwards":
         return "and not to the past: the mask is the wrong way round"
-    soft = [each for each in layers if each.soft is not None and each.soft.keys == "later keys"]
+    soft = [layer for layer in layers if layer.soft is not None and layer.soft.keys == "later keys"]
     if soft:
-        return f"for the mask of {listed(each.layer for each in soft)} hides nothing: {soft[0].soft}"
+        return f"for the mask of {listed(layer.layer for layer in soft)} hides nothing: {soft[0].soft}"
     if _is_block(sight, layers):
         return ""
-    kinds = {each.direction for each in layers} - {"alone"}
-    causal = sum(each.direction == "causal" for each in layers)
+    kinds = {layer.direction for layer in layers} - {"alone"}
+    causal = sum(layer.direction == "causal" for layer in layers)
     if kinds == {"causal"}:
         return f"though the masks of {many(causal, 'attention layer')} are causal: something else mixes positions"
     if "causal" in kinds:
-        open_layers = [each.layer for each in layers if each.direction != "causal"]
+        open_layers = [layer.layer for layer in layers if layer.direction != "causal"]
         return f"in {len(open_layers)} of {many(len(layers), 'attention layer')} ({listed(open_layers)})"
     if "partly" in kinds:
-        odd = [each for each in layers if each.direction == "partly"]
-        ahead = max(each.farthest for each in odd)
+        odd = [layer for layer in layers if layer.direction == "partly"]
+        ahead = max(layer.farthest for layer in odd)
         return f"in part: {odd[0].layer} sees up to {many(ahead, 'position')} ahead"
     if direction == "partly":
         share = sight.mirrored / sight.mirrors if sight.mirrors else 0.0
@@ -259,8 +259,8 @@ def _pair_row(mode: Mode, i: int, j: int, change: float) -> dict[str, object]:
 
 def _layer_rows(layers: list[Attention]) -> tuple[dict[str, object], ...]:
     """Those that are not causal first."""
-    order = sorted(layers, key=lambda each: each.direction == "causal")
+    order = sorted(layers, key=lambda layer: layer.direction == "causal")
     rows: list[dict[str, object]] = [
-        {"layer": each.layer, "sees": each.direction, "ahead": each.farthest} for each in order
+        {"layer": layer.layer, "sees": layer.direction, "ahead": layer.farthest} for layer in order
     ]
     return tuple(rows[: MOST_EVIDENCE - 3])

@@ -20,17 +20,17 @@ def masked_rows(case: Case, observed: Observed) -> Checked:
     broken_BP = ~output.isfinite().all(dim=-1)
     broken, real = int(broken_BP.sum()), int((broken_BP & case.watched(case.batch.real_BT)).sum())
     n_rows = broken_BP.numel()
-    empty = sum(each.empty_rows for each in observed.calls)
-    empty_real = sum(each.empty_real_rows for each in observed.calls)
-    total = sum(each.rows for each in observed.calls)
+    empty = sum(call.empty_rows for call in observed.calls)
+    empty_real = sum(call.empty_real_rows for call in observed.calls)
+    total = sum(call.rows for call in observed.calls)
     evidence = [
         {
-            "layer": each.layer,
-            "rows": each.rows,
-            "without a key": each.empty_rows,
-            "of them not padded": each.empty_real_rows,
+            "layer": call.layer,
+            "rows": call.rows,
+            "without a key": call.empty_rows,
+            "of them not padded": call.empty_real_rows,
         }
-        for each in sorted(observed.calls, key=lambda each: -each.empty_real_rows)
+        for call in sorted(observed.calls, key=lambda call: -call.empty_real_rows)
     ]
     rows = "No attention was seen"
     if observed.calls:
@@ -82,12 +82,12 @@ def softmax_axis(_: Case, observed: Observed) -> Checked:
 
 def wrong_axes(unseen: Sequence[str]) -> list[tuple[str, str]]:
     """Of lines such as "layers.0.attn (eager, [[3, 4, 12, 12]]): reason", where each softmax over the queries is, and the reason."""
-    found = []
+    wrong = []
     for line in unseen:
         place, between, reason = line.partition("): ")
         if between and reason.startswith(WRONG_AXIS):
-            found.append((place.partition(" (")[0], reason))
-    return found
+            wrong.append((place.partition(" (")[0], reason))
+    return wrong
 
 
 def unseen_rest(observed: Observed) -> str:

@@ -70,7 +70,7 @@ def _opened(model: nn.Module, batch: object) -> tuple[Case, Observed]:
     """The case, with positions on the first axis of the input where the model treats them so."""
     case = open_case(model, batch)
     observed = look(case)
-    over_batch = {each.over_batch for each in observed.calls} - {None}
+    over_batch = {call.over_batch for call in observed.calls} - {None}
     if over_batch:
         other = open_case(model, batch, time_first=True)
         # Nobody hides later sequences of a batch from earlier ones: an axis with a causal mask is that of positions.

@@ -26,14 +26,14 @@ class Fact:
 
 
 FACTS = (
-    Fact(name="scale", of=lambda each: None if each.is_cosine else each.scale),
-    Fact(name="visible pairs", of=lambda each: each.pairs),
-    Fact(name="mask", of=lambda each: each.pattern),
-    Fact(name="heads", of=lambda each: each.n_heads),
-    Fact(name="d_head", of=lambda each: each.d_head),
-    Fact(name="queries", of=lambda each: each.n_queries),
-    Fact(name="keys", of=lambda each: each.n_keys),
-    Fact(name="dtype", of=lambda each: each.dtype),
+    Fact(name="scale", of=lambda call: None if call.is_cosine else call.scale),
+    Fact(name="visible pairs", of=lambda call: call.pairs),
+    Fact(name="mask", of=lambda call: call.pattern),
+    Fact(name="heads", of=lambda call: call.n_heads),
+    Fact(name="d_head", of=lambda call: call.d_head),
+    Fact(name="queries", of=lambda call: call.n_queries),
+    Fact(name="keys", of=lambda call: call.n_keys),
+    Fact(name="dtype", of=lambda call: call.dtype),
 )
 
 
@@ -50,7 +50,7 @@ def training_and_evaluation(case: Case, observed: Observed) -> Checked:
     seeds = SEEDS if is_random else SEEDS[:1]
     passes = [look(case, "training", seed=seed, dropout=False) for seed in seeds]
     rows = _differences(observed, passes)
-    n_calls = [len(observed.calls), *(len(each.calls) for each in passes)]
+    n_calls = [len(observed.calls), *(len(training.calls) for training in passes)]
     if rows:
         first = rows[0]
         return failed(
@@ -110,36 +110,36 @@ def _outputs(case: Case) -> list[torch.Tensor]:
 
 def _differences(observed: Observed, passes: list[Observed]) -> list[dict[str, object]]:
     """Facts of the same call of the same layer that all training passes agree on, and evaluation does not."""
-    found: list[dict[str, object]] = []
-    in_training = [_by_place(each) for each in passes]
+    rows: list[dict[str, object]] = []
+    in_training = [_by_place(training) for training in passes]
     for place, mine in _by_place(observed).items():
-        theirs = [each[place] for each in in_training if place in each]
+        theirs = [calls[place] for calls in in_training if place in calls]
         if len(theirs) < len(passes):
             continue
         here: list[dict[str, object]] = []
         for fact in FACTS:
-            one, others = fact.of(mine), [fact.of(each) for each in theirs]
+            one, others = fact.of(mine), [fact.of(call) for call in theirs]
             if fact.name == "mask" and here:
                 continue  # the number of pairs says it already
             if fact.name == "scale" and (one is None or None in others):
                 continue  # it could not be read
-            if _is_same(one, others[0]) or not all(_is_same(others[0], each) for each in others):
+            if _is_same(one, others[0]) or not all(_is_same(others[0], value) for value in others):
                 continue
             words = ("", "") if fact.name != "mask" else (f"{mine.mask}, {mine.pairs:,} pairs", f"{theirs[0].mask}, {theirs[0].pairs:,} other pairs")  # fmt: skip
             here.append({"layer": mine.layer, "fact": fact.name, "evaluation": words[0] or one, "training": words[1] or others[0]})  # fmt: skip
-        found += here
-    return found
+        rows += here
+    return rows
 
 
 def _by_place(observed: Observed) -> dict[tuple[str, int], Attention]:
     """Calls by their layer, and the how many-th of it they are."""
-    found: dict[tuple[str, int], Attention] = {}
-    for each in observed.calls:
+    calls: dict[tuple[str, int], Attention] = {}
+    for call in observed.calls:
         number = 0
-        while (each.layer, number) in found:
+        while (call.layer, number) in calls:
             number += 1
-        found[each.layer, number] = each
-    return found
+        calls[call.layer, number] = call
+    return calls
 
 
 def _missing(observed: Observed, training: Observed) -> list[dict[str, object]]:

@@ -69,8 +69,8 @@ def short(value: float) -> str:
 
 def listed(names: Iterable[str], most: int = 3) -> str:
     """The first few names, each once."""
-    each = list(dict.fromkeys(names))
-    return ", ".join(each[:most]) + (", ..." if len(each) > most else "")
+    different = list(dict.fromkeys(names))
+    return ", ".join(different[:most]) + (", ..." if len(different) > most else "")
 
 
 def _result(name: str, status: Status, finding: str, evidence: Iterable[Row], remedy: str) -> Checked:
