@@ -12,7 +12,7 @@ from attnscope.check.attention import Observed, spread
 from attnscope.check.batch import CallBatch, changed_at
 from attnscope.check.case import NOISE, Case, Mode, change_BP, first_changed
 from attnscope.check.facts import Attention
-from attnscope.check.result import MOST_EVIDENCE, Checked, failed, listed, many, not_looked, passed, short, stated
+from attnscope.check.result import MOST_ROWS, Checked, failed, listed, many, not_looked, passed, short, stated
 from attnscope.check.sight import Direction, Sight, direction_of, sight_of
 
 CHANGED = 8  # positions, one after the other
@@ -263,4 +263,4 @@ def _layer_rows(layers: list[Attention]) -> tuple[dict[str, object], ...]:
     rows: list[dict[str, object]] = [
         {"layer": layer.layer, "sees": layer.direction, "ahead": layer.farthest} for layer in order
     ]
-    return tuple(rows[: MOST_EVIDENCE - 3])
+    return tuple(rows[: MOST_ROWS - 3])

@@ -12,7 +12,7 @@ from attnscope.check.attention import Observed, spread
 from attnscope.check.batch import CallBatch, changed_at
 from attnscope.check.case import BATCH_NORMS, MODES, NOISE, Case, Mode, change_BP, first_changed
 from attnscope.check.facts import Attention
-from attnscope.check.result import MOST_EVIDENCE, Checked, failed, listed, many, not_looked, passed, short, stated
+from attnscope.check.result import MOST_ROWS, Checked, failed, listed, many, not_looked, passed, short, stated
 
 BATCH = "batch leak"
 SEQUENCES = 4  # changed, one after the other
@@ -217,7 +217,7 @@ def _compared(
             if most > NOISE and (worst is None or most > worst[0]):
                 worst = (most, mode, changed)
     rows.sort(key=lambda row: -row[0])
-    evidence = tuple(row for _, row in rows)[:MOST_EVIDENCE]
+    evidence = tuple(row for _, row in rows)[:MOST_ROWS]
     where = " and ".join(usable)
     rest = f" ({'; '.join(unusable)})" if unusable else ""
     if worst is None:
