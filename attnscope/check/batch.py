@@ -89,11 +89,11 @@ def read_batch(model: nn.Module, batch: object, *, time_first: bool = False) -> 
     args, kwargs = _arguments(batch)
     named = _named(model, args, kwargs)
     given = {name: value for name, _, value in named}
-    places = {name: at for name, at, x in named if _is_input(name, x)}
-    if not places:
+    at_of = {name: at for name, at, x in named if _is_input(name, x)}
+    if not at_of:
         held = ", ".join(f"{name} {_kind(x)}" for name, _, x in named) or "nothing"
         raise ShapeError(f"batch: holds {held}, but no input. Give {FORMS}.")
-    order = sorted(places, key=lambda name: _rank(name, given[name]))
+    order = sorted(at_of, key=lambda name: _rank(name, given[name]))
 
     def read(name: str, source: CallBatch | None) -> CallBatch:
         x = given[name]
@@ -106,7 +106,7 @@ def read_batch(model: nn.Module, batch: object, *, time_first: bool = False) -> 
         return CallBatch(
             args=args,
             kwargs=kwargs,
-            at=places[name],
+            at=at_of[name],
             input_name=name,
             has_positions=has_positions,
             time_first=is_flipped,
@@ -170,7 +170,7 @@ def _arguments(batch: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, int | str, Any]]:
-    """Name, place and value of every argument; positional ones are named as `forward` names them."""
+    """Name, index or key, and value of every argument; positional ones are named as `forward` names them."""
     try:
         names = [
             parameter.name

@@ -35,7 +35,7 @@ def compare_runs(words: Sequence[str], *, baseline: Sequence[str], out: Path | N
     chosen = [_chosen(word) for word in words]
     wanted = {key: value_text(value) for key, value in map(parse_assignment, baseline)}
     tables, contents = side_by_side(chosen, baseline=wanted)
-    place = write_comparison(tables, contents, out or _folder(chosen))
+    report = write_comparison(tables, contents, out or _folder(chosen))
     comparison = contents.comparison
     assert comparison is not None
     if as_json:
@@ -44,7 +44,7 @@ def compare_runs(words: Sequence[str], *, baseline: Sequence[str], out: Path | N
             "differing": {key: list(values) for key, values in comparison.axes.items()},
             "cells": cells_as_json(comparison),
             "verdict": list(contents.verdict),
-            "report": str(place),
+            "report": str(report),
         }
         typer.echo(to_json(said, indent=1))
         return
@@ -55,7 +55,7 @@ def compare_runs(words: Sequence[str], *, baseline: Sequence[str], out: Path | N
     for lost in contents.lost:
         typer.echo(f"warning: {lost}", err=True)
     console.print()
-    console.print(Text(f"Report: {place}"), soft_wrap=True)
+    console.print(Text(f"Report: {report}"), soft_wrap=True)
     first = shlex.quote(str(chosen[0].run.path))
     console.print(Text(f"Next:   attnscope diagnose {first}"), soft_wrap=True)
 

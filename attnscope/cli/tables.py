@@ -108,12 +108,12 @@ def print_block(console: Console, block: "TableBlock") -> None:
     gap = 1 if console.width < 100 else 2
     table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold")
     is_narrow = _width_of(block) > console.width
-    for place, title in enumerate(block.titles):
-        if place < block.words:
-            longest = max((len(row[place]) for row in block.rows), default=0)
+    for at, title in enumerate(block.titles):
+        if at < block.words:
+            longest = max((len(row[at]) for row in block.rows), default=0)
             table.add_column(Text(title), overflow="fold", min_width=min(longest, UNBROKEN))
         else:
-            longest = max((len(row[place]) for row in block.rows), default=0)
+            longest = max((len(row[at]) for row in block.rows), default=0)
             shown = _broken(title, longest) if is_narrow else title
             table.add_column(Text(shown), justify="right", no_wrap=len(title) < LONG_TITLE)
     for row in block.rows:

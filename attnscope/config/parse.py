@@ -87,9 +87,9 @@ def _arms(tables: object, where: str) -> tuple[Arm, ...]:
             )
         if name in arms:
             raise ConfigError(f"{where}: arm {number}: the name {shown(name)} is taken. Give every arm its own name.")
-        place = f"{where}: arm {name}"
-        changes = flatten({key: value for key, value in table.items() if key != "name"}, place)
-        checked = apply_changes(Config(), changes, where=place)
+        where_it_stands = f"{where}: arm {name}"
+        changes = flatten({key: value for key, value in table.items() if key != "name"}, where_it_stands)
+        checked = apply_changes(Config(), changes, where=where_it_stands)
         arms[name] = Arm(name=name, changes={key: get_setting(checked, key) for key in changes})
     return tuple(arms.values())
 

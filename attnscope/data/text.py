@@ -188,8 +188,8 @@ def _refuse(error: OSError) -> None:
 
 
 def _unreadable(source: str, error: OSError) -> DataError:
-    place = Path(error.filename or source)  # a failing read names no file
-    inside = "" if place == Path(source) else f": {one_line(place)}"
+    unreadable = Path(error.filename or source)  # a failing read names no file
+    inside = "" if unreadable == Path(source) else f": {one_line(unreadable)}"
     return DataError(
         f"data.source = {one_line(source)}{inside} cannot be read: {error.strerror}. Give text that can be."
     )

@@ -84,9 +84,9 @@ def safe_names(names: Iterable[str], *, letters: str = " -_.=") -> dict[str, str
 
 def _check_default(default: Path) -> None:
     """Nothing in the run directory leads out of it."""
-    for place in (default.parent, default):
-        if os.path.lexists(place) and not is_folder(place):
-            raise RunError(f"{printable(place, 400)} is a link or a file. Delete it and try again.")
+    for folder in (default.parent, default):
+        if os.path.lexists(folder) and not is_folder(folder):
+            raise RunError(f"{printable(folder, 400)} is a link or a file. Delete it and try again.")
 
 
 def _is_empty_folder(path: Path) -> bool:

@@ -90,13 +90,13 @@ class Sheet:
         sizes = [shape.numel() for shape in self._shapes.values()]
         device = next(iter(parameters.values())).device
         self.values = torch.empty(len(REDUCTIONS), sum(sizes), device=device)
-        self._places = {name: tuple(columns.values()) for name, columns in self.read(self.values).items()}
+        self._views = {name: tuple(columns.values()) for name, columns in self.read(self.values).items()}
         self._host_norms = self.values[0].numpy() if device.type == "cpu" else None
 
     def measure(self, name: str, *, gradient: Tensor, weight: Tensor, update: Tensor) -> None:
         """Reduce one parameter: its gradient before clipping, its weight before the update, the update."""
         axes = self._axes[name]
-        grad_norm, highest, lowest, update_norm, weight_norm = self._places[name]
+        grad_norm, highest, lowest, update_norm, weight_norm = self._views[name]
         _norm(gradient, axes, out=grad_norm)
         torch.amax(gradient, dim=axes, out=highest)
         torch.amin(gradient, dim=axes, out=lowest)

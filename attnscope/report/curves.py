@@ -45,9 +45,9 @@ def curves_of(tables: Tables, contents: Contents) -> Curves | None:
     heads = known[:MOST_HEADS]
     numbers_per_point = len(PER_STEP) + len(PER_HEAD) * len(heads)
     most = max(1, min(MOST_MEMBERS, NUMBERS // (numbers_per_point * FEWEST_POINTS)))
-    places = np.unique(np.linspace(0, len(contents.members) - 1, most).round().astype(int)).tolist()
-    points = max(FEWEST_POINTS, min(MOST_POINTS, NUMBERS // (numbers_per_point * len(places))))
-    members = [contents.members[place] for place in places]
+    indices = np.unique(np.linspace(0, len(contents.members) - 1, most).round().astype(int)).tolist()
+    points = max(FEWEST_POINTS, min(MOST_POINTS, NUMBERS // (numbers_per_point * len(indices))))
+    members = [contents.members[index] for index in indices]
     steps, head_steps = [], []
     curves: dict[str, list[object]] = {name: [] for name in (*PER_STEP, *PER_HEAD)}
     for member in members:

@@ -153,7 +153,7 @@ def heat_of(
 
 
 def _numbering(key_N: Keys) -> tuple[list[int], Callable[[Keys], NDArray[np.int64]]]:
-    """The keys that occur, ascending, and what finds the place of keys among them."""
+    """The keys that occur, ascending, and what finds the index of keys among them."""
     low, high = int(key_N.min()), int(key_N.max())
     if high - low > MOST_KEYS:  # of a run that somebody made up
         keys_G = np.unique(key_N)
@@ -161,5 +161,5 @@ def _numbering(key_N: Keys) -> tuple[list[int], Callable[[Keys], NDArray[np.int6
     # A table to look up in: sorting millions of rows takes longer than all the rest.
     occurs = np.zeros(high - low + 1, dtype=bool)
     occurs[key_N - low] = True
-    places = np.cumsum(occurs) - 1
-    return (np.flatnonzero(occurs) + low).tolist(), lambda keys: places[keys - low]
+    index_of_key = np.cumsum(occurs) - 1
+    return (np.flatnonzero(occurs) + low).tolist(), lambda keys: index_of_key[keys - low]

@@ -88,7 +88,7 @@ class Run:
         self._notes += [note for note in [change_of(path)] if note]
         self._notes += strangers(path, [part.index for part in self._parts])
         self._steps_tables: dict[tuple[int, int], TableData] = {}
-        self._numbers: dict[int, dict[int, int]] = {}  # part, index -> place in run.json
+        self._numbers: dict[int, dict[int, int]] = {}  # part, index in it -> index in run.json
         for number, entry in enumerate(manifest.members):
             self._numbers.setdefault(entry.part, {})[entry.index] = number
 

@@ -168,13 +168,13 @@ def _schema_in(message: "pa.Message", table: str, lost: list[str]) -> tuple["pa.
             raise RunError(f"column {printable(name)} is of type {printable(kind)}")
     usable: list[int] = []
     for field in schema_of(table):
-        places = [at for at, (name, _) in enumerate(columns) if name == field.name]
-        if len(places) == 1 and columns[places[0]][1] == field.type:
-            usable += places
+        indices = [at for at, (name, _) in enumerate(columns) if name == field.name]
+        if len(indices) == 1 and columns[indices[0]][1] == field.type:
+            usable += indices
             continue
-        problem = f"has {len(places)} columns {field.name}"
-        if len(places) == 1:
-            problem = f"column {field.name} is {columns[places[0]][1]}, not {field.type}"
+        problem = f"has {len(indices)} columns {field.name}"
+        if len(indices) == 1:
+            problem = f"column {field.name} is {columns[indices[0]][1]}, not {field.type}"
         if field.name in KEYS[table]:
             raise RunError(problem)
         lost.append(problem)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attnscope.data import IGNORE, Batch, Corpus
 from attnscope.metrics.loss import token_losses
-from attnscope.model import geometry
+from attnscope.model import geometry_of
 from attnscope.train.step import Setup
 
 BATCHES = 8  # of held-out data per evaluation
@@ -104,13 +104,15 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 def _forward(setup: Setup, parameters: Mapping[str, Tensor], tokens: Tensor, real_BS: Tensor | None) -> Tensor:
     seq_len = tokens.shape[-1]
-    place = (
-        setup.place if seq_len == setup.place.seq_len else geometry(setup.config, seq_len=seq_len, device=setup.device)
+    geometry = (
+        setup.geometry
+        if seq_len == setup.geometry.seq_len
+        else geometry_of(setup.config, seq_len=seq_len, device=setup.device)
     )
     return setup.forward(
         {name: value.to(setup.dtype) for name, value in parameters.items()},
         setup.config,
-        place,
+        geometry,
         tokens,
         attn_scale_ML=setup.attn_scale_ML,
         real_BS=real_BS,

@@ -16,7 +16,7 @@ from attnscope.metrics.attention import max_attn_logit
 from attnscope.metrics.gradients import Grouping, global_norm, group_norms, group_parameters
 from attnscope.metrics.loss import TokenLosses, token_losses
 from attnscope.metrics.rows import Call
-from attnscope.model import QKV, AttentionInputs, Geometry, Observer, apart, attn_scales, geometry
+from attnscope.model import QKV, AttentionInputs, Geometry, Observer, apart, attn_scales, geometry_of
 from attnscope.train.clipping import clip_gradients
 from attnscope.train.optimizer import OPTIMIZERS, Hyper, State, add_decay
 from attnscope.train.schedule import lr_at
@@ -55,7 +55,7 @@ class Setup:
     device: torch.device
     dtype: torch.dtype
     forward: Callable[..., Tensor]
-    place: Geometry
+    geometry: Geometry
     grouping: Grouping
     attn_scale_ML: Tensor
     peak: Hyper
@@ -92,7 +92,7 @@ def set_up(
         device=device,
         dtype=DTYPES[config.precision.dtype],
         forward=forward,
-        place=geometry(config, seq_len=config.model.seq_len, device=device),
+        geometry=geometry_of(config, seq_len=config.model.seq_len, device=device),
         grouping=group_parameters(
             {name: _groups_of(name) for name in parameters},
             layered=frozenset(parameters) - frozenset(_NOT_LAYERED),
@@ -168,7 +168,7 @@ def run_step(
     output_logits_MNV = setup.forward(
         {name: value.to(setup.dtype) for name, value in parameters.items()},
         config,
-        setup.place,
+        setup.geometry,
         batch.tokens_BT,
         attn_scale_ML=setup.attn_scale_ML,
         real_BS=batch.visible_BS,

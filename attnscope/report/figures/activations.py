@@ -78,7 +78,7 @@ def draw_activations(tables: Tables, contents: Contents) -> Figure | None:
 
 def _draw_by_layer(axes: "Axes", tables: Tables, contents: Contents, column: str) -> None:
     is_many = len(contents.members) > MOST_NAMED
-    for place, member in enumerate(contents.members[:MOST_LINES]):
+    for index, member in enumerate(contents.members[:MOST_LINES]):
         rows_N = rows_of_member(tables.layers, member.name)
         steps_N, layers_N, rms_N, values_N = (
             tables.layers[name].to_numpy()[rows_N] for name in ("step", "layer", "activation_rms", column)
@@ -86,7 +86,7 @@ def _draw_by_layer(axes: "Axes", tables: Tables, contents: Contents, column: str
         whole = finite_steps(steps_N, rms_N)
         if not len(whole):
             continue
-        colour = outcome_style(member.status)[0] if is_many else colour_of(place)
+        colour = outcome_style(member.status)[0] if is_many else colour_of(index)
         for step in dict.fromkeys((whole[0], whole[-1])):
             here_N = steps_N == step
             is_last = step == whole[-1]

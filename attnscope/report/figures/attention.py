@@ -78,7 +78,7 @@ def chosen_members(members: list[MemberRow]) -> list[MemberRow]:
     """At most MOST_MAPS members: the first of each outcome, then the first ones."""
     if len(members) <= MOST_MAPS:
         return members
-    firsts = {member.status: place for place, member in reversed(list(enumerate(members)))}
-    places = sorted(firsts.values())
-    places += [place for place in range(len(members)) if place not in places]
-    return [members[place] for place in sorted(places[:MOST_MAPS])]
+    firsts = {member.status: index for index, member in reversed(list(enumerate(members)))}
+    indices = sorted(firsts.values())
+    indices += [index for index in range(len(members)) if index not in indices]
+    return [members[index] for index in sorted(indices[:MOST_MAPS])]

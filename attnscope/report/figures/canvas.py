@@ -134,26 +134,26 @@ def draw_members(
     if len(members) > MOST_NAMED:
         _draw_outcomes(axes, curves, pale=pale)
     else:
-        places = {member.name: place for place, member in enumerate(members)}
+        index_of = {member.name: index for index, member in enumerate(members)}
         for member, steps, values in curves:
-            place = places[member.name]
+            index = index_of[member.name]
             if pale:
-                axes.plot(steps, values, color=colour_of(place), alpha=0.35, linewidth=1, label="_behind")
+                axes.plot(steps, values, color=colour_of(index), alpha=0.35, linewidth=1, label="_behind")
             else:
-                _draw_named(axes, place, member, steps, values)
+                _draw_named(axes, index, member, steps, values)
     return bool(curves)
 
 
-def colour_of(place: int) -> str:
-    """Of the member at this place."""
-    return COLOURS[place % len(COLOURS)]
+def colour_of(index: int) -> str:
+    """Of the member with this index."""
+    return COLOURS[index % len(COLOURS)]
 
 
-def legend(axes: "Axes", place: Any = "best") -> None:
+def legend(axes: "Axes", corner: Any = "best") -> None:
     """Who is who; as many columns as it takes not to hide the curves."""
     handles, _ = axes.get_legend_handles_labels()
     if handles:
-        axes.legend(loc=place, ncols=1 + (len(handles) > 7))
+        axes.legend(loc=corner, ncols=1 + (len(handles) > 7))
 
 
 def plain_ticks(axes: "Axes") -> None:
@@ -226,15 +226,15 @@ def _draw_outcomes(axes: "Axes", curves: Sequence[tuple[MemberRow, Floats, Float
             axes.plot([], [], color=outcome_style(status)[0], label=f"{count} {status}")
 
 
-def _draw_named(axes: "Axes", place: int, member: MemberRow, steps: Floats, values: Floats) -> None:
+def _draw_named(axes: "Axes", index: int, member: MemberRow, steps: Floats, values: Floats) -> None:
     """A curve with gaps where it is not finite, and a cross before the first of them."""
-    colour = colour_of(place)
+    colour = colour_of(index)
     finite = np.isfinite(values)
     axes.plot(
         steps,
         np.where(finite, values, np.nan),
         color=colour,
-        linestyle=DASHES[place // len(COLOURS) % len(DASHES)],
+        linestyle=DASHES[index // len(COLOURS) % len(DASHES)],
         marker="." if finite.sum() < 3 else "",
         label=shown_text(member.name),
     )

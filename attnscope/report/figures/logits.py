@@ -57,12 +57,12 @@ def draw_max_logit(tables: Tables, contents: Contents) -> Figure | None:
         return None
     axes.set(yscale="log", ylabel="max_logit (nats)")
     over_steps(axes)
-    for place, (value, words) in enumerate(THRESHOLDS):
+    for index, (value, words) in enumerate(THRESHOLDS):
         if value <= 10 * top:
             axes.axhline(value, color=GREY, linewidth=0.8, linestyle=":")
             axes.annotate(
                 words,
-                (1 - 0.4 * (place % 2), value),  # side by side: on a tall axis they are close
+                (1 - 0.4 * (index % 2), value),  # side by side: on a tall axis they are close
                 xycoords=("axes fraction", "data"),
                 xytext=(-2, 1),
                 textcoords="offset points",
@@ -86,20 +86,20 @@ def draw_max_logit(tables: Tables, contents: Contents) -> Figure | None:
 def draw_logit_std(tables: Tables, contents: Contents) -> Figure | None:
     """logit_std at step 0, per layer, against scale x sqrt(d_head): what q and k of unit variance give."""
     points = [
-        (place, member, spread)
-        for place, member in enumerate(contents.members[:MOST_STARTS])
+        (index, member, spread)
+        for index, member in enumerate(contents.members[:MOST_STARTS])
         if member.theory_std is not None and (spread := _spread_at_start(tables, member)) is not None
     ]
     if not points:
         return None
     named = len(contents.members) <= MOST_NAMED
     canvas, ((axes,),) = canvas_with(3.3)
-    for place, member, spread in points:
-        colour, mark = (colour_of(place), "o") if named else outcome_style(member.status)
+    for index, member, spread in points:
+        colour, mark = (colour_of(index), "o") if named else outcome_style(member.status)
         x = np.full(len(spread), member.theory_std)
         axes.plot(
             # Members at the same theory stand side by side; the first layer is the one that theory is about.
-            x * 1.04 ** ((place % 5 - 2) if len(points) > 1 else 0),
+            x * 1.04 ** ((index % 5 - 2) if len(points) > 1 else 0),
             spread,
             color=colour,
             marker=mark,
@@ -110,7 +110,7 @@ def draw_logit_std(tables: Tables, contents: Contents) -> Figure | None:
             label="_layers",
         )
         axes.plot(
-            x[:1] * 1.04 ** ((place % 5 - 2) if len(points) > 1 else 0),
+            x[:1] * 1.04 ** ((index % 5 - 2) if len(points) > 1 else 0),
             spread[:1],
             color=colour,
             marker=mark,

@@ -102,8 +102,8 @@ def draw_loss_by_lr(contents: Contents) -> Figure | None:
     left_out = len(comparison.lr_arms) - len(arms[:MOST_ARMS])
     arms = arms[:MOST_ARMS]
     canvas, ((axes,),) = canvas_with(3.6)
-    for place, arm in enumerate(arms):
-        colour = colour_of(place)
+    for index, arm in enumerate(arms):
+        colour = colour_of(index)
         x, y = [], []
         for lr, cell in arm.cells:
             losses = _drawable(cell)
@@ -126,7 +126,7 @@ def draw_loss_by_lr(contents: Contents) -> Figure | None:
             x,
             y,
             color=colour,
-            linestyle=DASHES[place // len(COLOURS) % len(DASHES)],
+            linestyle=DASHES[index // len(COLOURS) % len(DASHES)],
             label=shown_text(arm.name) + said,
         )
     for status in ENDED:
@@ -205,7 +205,7 @@ def _draw_grid(comparison: Comparison, layout: _Layout, *, name: str, title: str
     for axes in axes_RC.flat[len(panels) :]:
         axes.set_visible(False)
     small = len(across) * len(down) > ROOM_FOR_LOSS or len(across) * columns > 10
-    for place, (axes, panel) in enumerate(zip(axes_RC.flat, panels, strict=False)):
+    for index, (axes, panel) in enumerate(zip(axes_RC.flat, panels, strict=False)):
         for (c, x), (r, y) in itertools.product(enumerate(across), enumerate(down)):
             settings = {**layout.fixed, **dict(zip(layout.panels, panel, strict=True))}
             settings |= dict(zip(layout.across, x, strict=True))
@@ -233,9 +233,9 @@ def _draw_grid(comparison: Comparison, layout: _Layout, *, name: str, title: str
             if len(said) > MOST_TITLE_LINES:
                 said[MOST_TITLE_LINES - 1 :] = [f"and {len(said) - MOST_TITLE_LINES + 1} more"]
             axes.set_title("\n".join(said) if len(", ".join(said)) > 40 else ", ".join(said))
-        if place % columns == 0 and layout.down:
+        if index % columns == 0 and layout.down:
             axes.set_ylabel(_label(layout.down))
-        if place >= len(panels) - columns:
+        if index >= len(panels) - columns:
             axes.set_xlabel(_label(layout.across))
     _explain(canvas, comparison)
     fixed = ", ".join(f"{key} = {value}" for key, value in layout.fixed.items())
@@ -311,9 +311,9 @@ def _explain(canvas: object, comparison: Comparison) -> None:
 
 def _combinations(comparison: Comparison, keys: Side) -> list[Values]:
     """Those that occur, the first setting slowest."""
-    places = [{value: at for at, value in enumerate(comparison.axes[key])} for key in keys]
+    ranks = [{value: at for at, value in enumerate(comparison.axes[key])} for key in keys]
     combinations = {tuple(cell.settings[key] for key in keys) for cell in comparison.cells}
-    return sorted(combinations, key=lambda values: [at[v] for at, v in zip(places, values, strict=True)])
+    return sorted(combinations, key=lambda values: [at[v] for at, v in zip(ranks, values, strict=True)])
 
 
 def _tick(values: Values) -> str:
