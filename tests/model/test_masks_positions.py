@@ -69,7 +69,7 @@ def test_geometry_has_one_mask_per_layer():
     config = parse_table({"model": {"n_layers": 3}, "attention": {"window": [0, 2, 0]}})
     geometry = geometry_of(config, seq_len=4, device=CPU)
     assert [rows(visible)[3] for visible in geometry.visible_TS] == ["1111", "0011", "1111"]
-    for visible, added in zip(geometry.visible_TS, place.mask_TS, strict=True):
+    for visible, added in zip(geometry.visible_TS, geometry.mask_TS, strict=True):
         assert torch.equal(added == 0, visible)
         assert (added[~visible] == -math.inf).all()
 
