@@ -18,6 +18,7 @@ from attnscope.report.figures.canvas import (
     outcome_style,
     over_steps,
     plain_ticks,
+    points_of_curves,
     save,
 )
 from attnscope.report.series import Floats, curve_of, finite_steps, thinned
@@ -27,12 +28,10 @@ from attnscope.runs.tables import Tables
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COARSE = 150  # bins of a curve that is one of many
-
 
 def draw_activations(tables: Tables, contents: Contents) -> Figure | None:
     """Above, activation_rms_max and the last layer's token_cosine over steps; below, both by layer."""
-    points = COARSE if len(contents.members) > MOST_NAMED else 1000
+    points = points_of_curves(contents)
 
     def curve(column: str, member: MemberRow) -> tuple[Floats, Floats]:
         return thinned(*curve_of(tables, member.name, column), points=points)

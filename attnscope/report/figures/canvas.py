@@ -15,7 +15,7 @@ import numpy as np
 from attnscope.comparison.member import MemberRow
 from attnscope.report.blocks import Figure
 from attnscope.report.contents import Contents
-from attnscope.report.series import Floats
+from attnscope.report.series import POINTS, Floats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,6 +33,7 @@ OUTCOMES: Mapping[str, tuple[str, str]] = {  # colour and mark
 OTHER_OUTCOME = (GREY, "d")
 MOST_NAMED = len(COLOURS) * len(DASHES)  # members that have a line of their own colour
 MOST_LINES = 300  # members that are drawn at all
+COARSE = 150  # bins of a curve that is one of many
 WIDTH = 7.6  # inches, of every figure
 DPI = 130
 
@@ -142,6 +143,11 @@ def draw_members(
             else:
                 _draw_named(axes, index, member, steps, values)
     return bool(curves)
+
+
+def points_of_curves(contents: Contents) -> int:
+    """Bins of the curve of each member."""
+    return COARSE if len(contents.members) > MOST_NAMED else POINTS
 
 
 def colour_of(index: int) -> str:

@@ -9,13 +9,13 @@ from attnscope.report.figures.attention import chosen_members
 from attnscope.report.figures.canvas import (
     MISSING,
     MOST_LINES,
-    MOST_NAMED,
     canvas_with,
     draw_members,
     legend,
     of_many,
     over_steps,
     plain_ticks,
+    points_of_curves,
     save,
     shortened,
     shown_text,
@@ -24,13 +24,12 @@ from attnscope.report.series import Floats, curve_of, heat_of, thinned
 from attnscope.runs.by_member import rows_of_member
 from attnscope.runs.tables import Tables
 
-COARSE = 150  # bins of a curve that is one of many
 GROUPS = ("embedding", "q", "k", "v", "o", "mlp_in", "mlp_out", "norm", "head")  # as data flows
 
 
 def draw_gradients(tables: Tables, contents: Contents) -> Figure | None:
     """grad_norm over steps, and clip_factor where anything was clipped."""
-    points = COARSE if len(contents.members) > MOST_NAMED else 1000
+    points = points_of_curves(contents)
 
     def curve(column: str, member: MemberRow) -> tuple[Floats, Floats]:
         steps, values = thinned(*curve_of(tables, member.name, column), points=points)

@@ -16,6 +16,7 @@ from attnscope.report.figures.canvas import (
     of_many,
     outcome_style,
     over_steps,
+    points_of_curves,
     save,
     shown_text,
 )
@@ -30,14 +31,13 @@ THRESHOLDS = (
     (1e4, "1e4: every run above diverged (Wortsman et al.)"),
     (65_504.0, "65 504: largest float16"),
 )
-COARSE = 150  # bins of a curve that is one of many
 MOST_STARTS = 500  # members in the figure of step 0
 
 
 def draw_max_logit(tables: Tables, contents: Contents) -> Figure | None:
     """The largest attention logit over steps, with the bound that no row exceeds."""
     canvas, ((axes,),) = canvas_with(3.3)
-    points = COARSE if len(contents.members) > MOST_NAMED else 1000
+    points = points_of_curves(contents)
     top = 0.0
 
     def curve_of(column: str, member: MemberRow) -> tuple[Floats, Floats]:

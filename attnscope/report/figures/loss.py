@@ -13,23 +13,20 @@ from attnscope.report.figures.canvas import (
     of_many,
     over_steps,
     plain_ticks,
+    points_of_curves,
     reference_lines,
     save,
 )
 from attnscope.report.series import curve_of, thinned
 from attnscope.runs.tables import Tables
 
-COARSE = 150  # bins of a curve that is one of many
-
 
 def draw_loss(tables: Tables, contents: Contents) -> Figure | None:
     """Loss over steps, logarithmic; a second panel for the first steps where something broke early."""
+    points = points_of_curves(contents)
     many = len(contents.members) > MOST_NAMED
     members = [m for m in contents.members[:MOST_LINES] if m.first_loss is not None]
-    curves = {
-        member.name: thinned(*curve_of(tables, member.name, "loss"), points=COARSE if many else 1000)
-        for member in members
-    }
+    curves = {member.name: thinned(*curve_of(tables, member.name, "loss"), points=points) for member in members}
     if not any(np.isfinite(values).any() for _, values in curves.values()):
         return None
     last = max(float(steps[-1]) for steps, _ in curves.values())
