@@ -11,12 +11,11 @@ from numpy.typing import NDArray
 
 from attnscope.config import Config, apply_changes
 from attnscope.errors import RunError
+from attnscope.runs.parts import NEVER as NEVER  # rules take it from here
 from attnscope.runs.reader import Run
 
 if TYPE_CHECKING:
     import pandas as pd
-
-NEVER = 2**62  # the step of what did not happen
 
 # The settings that rules read. Members that are alike in them share one resolved config.
 READ = (

@@ -36,7 +36,7 @@ CHANGED = "was changed after it was written: its checksum is another"
 
 MOST_START_BYTES = 1 << 20  # of the first line of an events file
 MOST_ERROR = 300  # characters
-NEVER = 2**62  # a step that no later segment replaces
+NEVER = 2**62  # later than any step: of what did not happen, or what no later segment replaces
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,7 @@ from attnscope.metrics.gradients import Grouping, global_norm, group_norms, grou
 from attnscope.metrics.loss import TokenLosses, token_losses
 from attnscope.metrics.rows import Call
 from attnscope.model import QKV, AttentionInputs, Geometry, Observer, apart, attn_scales, geometry_of
+from attnscope.train.broadcast import fit
 from attnscope.train.clipping import clip_gradients
 from attnscope.train.optimizer import OPTIMIZERS, Hyper, State, add_decay
 from attnscope.train.schedule import lr_at
@@ -193,7 +194,7 @@ def run_step(
     with torch.no_grad():
         gradients = dict(zip(parameters, in_order, strict=True))
         if loss_scale_M is not None:
-            gradients = {name: g / _fit(loss_scale_M, g) for name, g in gradients.items()}
+            gradients = {name: g / fit(loss_scale_M, g) for name, g in gradients.items()}
         _update(setup, parameters, state, gradients, loss_scale_M, step=step, observer=observer)
         if heads is not None:
             heads.shrink(parameters, d_head=config.d_head)
@@ -245,7 +246,7 @@ def _update(
         if setup.decays:
             add_decay(name, update, parameter, hyper)
         if sound_M is not None:
-            update.masked_fill_(~_fit(sound_M, update), 0.0)
+            update.masked_fill_(~fit(sound_M, update), 0.0)
         if observer is not None:
             observer.parameter(name, gradients[name], parameter, update)
         parameter.add_(update)
@@ -324,7 +325,7 @@ def all_finite(tensors: Mapping[str, Tensor]) -> Tensor:
 def _after_scaling(state: State, before: Mapping[str, Tensor], sound_M: Tensor) -> None:
     """Members whose gradients overflowed forget the step; their scale is halved, the others' grows now and then."""
     for name, old in before.items():
-        state[name].copy_(state[name].where(_fit(sound_M, old), old))
+        state[name].copy_(state[name].where(fit(sound_M, old), old))
     age_M = (before["loss_scale_age"] + 1).where(sound_M, 0)
     ripe_M = age_M >= LOSS_SCALE_INTERVAL
     grown_M = before["loss_scale"].where(~ripe_M, before["loss_scale"] * LOSS_SCALE_GROWTH)
@@ -352,7 +353,3 @@ def _dropout_seeds(setup: Setup, step: int) -> list[list[int]] | None:
 
 def _groups_of(name: str) -> tuple[str, ...]:
     return ("norm",) if name.startswith("norm_") else _GROUPS_OF.get(name, (name,))
-
-
-def _fit(x_M: Tensor, like: Tensor) -> Tensor:
-    return x_M.view(-1, *[1] * (like.dim() - 1))
