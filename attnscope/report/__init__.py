@@ -20,7 +20,7 @@ from attnscope.runs.atomic import reason_of, remedy_of, replace_file
 from attnscope.runs.foreign import printable
 from attnscope.runs.reader import Run
 from attnscope.runs.report_folder import report_dir
-from attnscope.runs.tables import Tables
+from attnscope.runs.tables import RunTables
 
 __all__ = ["write_comparison", "write_report"]
 
@@ -51,7 +51,7 @@ def write_report(run: Run, contents: Contents | None = None) -> Path:
     return folder / "report.html"
 
 
-def write_comparison(tables: Tables, contents: Contents, folder: Path) -> Path:
+def write_comparison(tables: RunTables, contents: Contents, folder: Path) -> Path:
     """Write report.html, report.md and figures/ of what `attnscope.report.side_by_side` has put together.
 
     Returns:
@@ -69,7 +69,7 @@ def write_comparison(tables: Tables, contents: Contents, folder: Path) -> Path:
     return folder / "report.html"
 
 
-def _rendered(tables: Tables, contents: Contents) -> tuple[dict[str, str], list[Figure]]:
+def _rendered(tables: RunTables, contents: Contents) -> tuple[dict[str, str], list[Figure]]:
     figures = draw_figures(tables, contents)
     sections = document_of(contents, figures)
     page = to_html(contents.name, contents.verdict, sections, curves_of(tables, contents))

@@ -12,7 +12,7 @@ from attnscope.report.contents import Contents
 from attnscope.report.series import Floats, distinct, head_keys, head_label, heat_of
 from attnscope.runs.by_member import rows_of_member
 from attnscope.runs.layout import COLUMNS, to_json
-from attnscope.runs.tables import Tables
+from attnscope.runs.tables import RunTables
 
 PER_STEP = ("loss", "grad_norm")
 PER_HEAD = ("entropy_ratio", "max_prob", "max_logit", "softmax_gain", "logit_std")
@@ -36,7 +36,7 @@ class Curves:
     caption: str
 
 
-def curves_of(tables: Tables, contents: Contents) -> Curves | None:
+def curves_of(tables: RunTables, contents: Contents) -> Curves | None:
     """Thin the curves of as many members as fit; None where nothing was recorded."""
     if not len(tables.steps):
         return None

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnscope.runs.by_member import rows_of_member
-from attnscope.runs.tables import Tables
+from attnscope.runs.tables import RunTables
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,7 +41,7 @@ class Heat:
     values: Floats
 
 
-def curve_of(tables: Tables, name: str, column: str) -> tuple[Floats, Floats]:
+def curve_of(tables: RunTables, name: str, column: str) -> tuple[Floats, Floats]:
     """Steps of a member and one of its columns of the steps table, (N,) each."""
     rows_N = rows_of_member(tables.steps, name)
     steps = tables.steps["step"].to_numpy()[rows_N].astype(np.float64)

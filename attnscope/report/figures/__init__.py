@@ -14,12 +14,12 @@ from attnscope.report.figures.gradients import draw_gradients, draw_group_gradie
 from attnscope.report.figures.logits import draw_logit_std, draw_max_logit
 from attnscope.report.figures.loss import draw_loss
 from attnscope.report.figures.sweeps import draw_loss_by_lr, draw_matrix, draw_phase
-from attnscope.runs.tables import Tables
+from attnscope.runs.tables import RunTables
 
 __all__ = ["draw_figures"]
 
 
-def draw_figures(tables: Tables, contents: Contents) -> list[Figure]:
+def draw_figures(tables: RunTables, contents: Contents) -> list[Figure]:
     """Draw every figure for which something was recorded."""
     from matplotlib import rc_context
 

@@ -23,13 +23,13 @@ from attnscope.report.figures.canvas import (
 )
 from attnscope.report.series import Floats, curve_of, finite_steps, thinned
 from attnscope.runs.by_member import rows_of_member
-from attnscope.runs.tables import Tables
+from attnscope.runs.tables import RunTables
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def draw_activations(tables: Tables, contents: Contents) -> Figure | None:
+def draw_activations(tables: RunTables, contents: Contents) -> Figure | None:
     """Above, activation_rms_max and the last layer's token_cosine over steps; below, both by layer."""
     points = points_of_curves(contents)
 
@@ -75,7 +75,7 @@ def draw_activations(tables: Tables, contents: Contents) -> Figure | None:
     )
 
 
-def _draw_by_layer(axes: "Axes", tables: Tables, contents: Contents, column: str) -> None:
+def _draw_by_layer(axes: "Axes", tables: RunTables, contents: Contents, column: str) -> None:
     is_many = len(contents.members) > MOST_NAMED
     for index, member in enumerate(contents.members[:MOST_LINES]):
         rows_N = rows_of_member(tables.layers, member.name)

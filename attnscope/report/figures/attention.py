@@ -8,14 +8,14 @@ from attnscope.report.contents import Contents
 from attnscope.report.figures.canvas import MISSING, canvas_with, over_steps, save, shown_text
 from attnscope.report.series import heat
 from attnscope.runs.by_member import rows_of_member
-from attnscope.runs.tables import Tables
+from attnscope.runs.tables import RunTables
 
 # Dark is a saturated softmax in all three.
 COLUMNS = (("entropy_ratio", "viridis"), ("max_prob", "viridis_r"), ("softmax_gain", "viridis"))
 MOST_MAPS = 4  # members
 
 
-def draw_attention(tables: Tables, contents: Contents) -> Figure | None:
+def draw_attention(tables: RunTables, contents: Contents) -> Figure | None:
     """entropy_ratio, max_prob and softmax_gain per layer, head and step."""
     shown = chosen_members([member for member in contents.members if member.start.max_prob is not None])
     if not shown:

@@ -22,12 +22,12 @@ from attnscope.report.figures.canvas import (
 )
 from attnscope.report.series import Floats, curve_of, heat_of, thinned
 from attnscope.runs.by_member import rows_of_member
-from attnscope.runs.tables import Tables
+from attnscope.runs.tables import RunTables
 
 GROUPS = ("embedding", "q", "k", "v", "o", "mlp_in", "mlp_out", "norm", "head")  # as data flows
 
 
-def draw_gradients(tables: Tables, contents: Contents) -> Figure | None:
+def draw_gradients(tables: RunTables, contents: Contents) -> Figure | None:
     """grad_norm over steps, and clip_factor where anything was clipped."""
     points = points_of_curves(contents)
 
@@ -63,7 +63,7 @@ def draw_gradients(tables: Tables, contents: Contents) -> Figure | None:
     )
 
 
-def draw_group_gradients(tables: Tables, contents: Contents) -> Figure | None:
+def draw_group_gradients(tables: RunTables, contents: Contents) -> Figure | None:
     """grad_norm per parameter group and layer over steps, before clipping."""
     return _groups(
         tables,
@@ -76,7 +76,7 @@ def draw_group_gradients(tables: Tables, contents: Contents) -> Figure | None:
     )
 
 
-def draw_update_ratios(tables: Tables, contents: Contents) -> Figure | None:
+def draw_update_ratios(tables: RunTables, contents: Contents) -> Figure | None:
     """update_ratio per parameter group and layer over steps."""
     return _groups(
         tables,
@@ -89,7 +89,7 @@ def draw_update_ratios(tables: Tables, contents: Contents) -> Figure | None:
     )
 
 
-def _groups(tables: Tables, contents: Contents, *, column: str, name: str, title: str, words: str) -> Figure | None:
+def _groups(tables: RunTables, contents: Contents, *, column: str, name: str, title: str, words: str) -> Figure | None:
     recorded = set(tables.params["member"].unique())
     shown = chosen_members([member for member in contents.members if member.name in recorded])
     maps = []
@@ -142,7 +142,7 @@ def _groups(tables: Tables, contents: Contents, *, column: str, name: str, title
     )
 
 
-def _heat_of_groups(tables: Tables, member: MemberRow, column: str) -> tuple[list[str], Floats, Floats] | None:
+def _heat_of_groups(tables: RunTables, member: MemberRow, column: str) -> tuple[list[str], Floats, Floats] | None:
     """Labels, edges of the steps, and log10 of the column, (G, bins)."""
     rows_N = rows_of_member(tables.params, member.name)
     if not len(rows_N):

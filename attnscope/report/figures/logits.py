@@ -22,7 +22,7 @@ from attnscope.report.figures.canvas import (
 )
 from attnscope.report.series import Floats, largest_per_step, thinned
 from attnscope.runs.by_member import rows_of_member
-from attnscope.runs.tables import Tables
+from attnscope.runs.tables import RunTables
 
 # What the field has seen of the largest attention logit.
 THRESHOLDS = (
@@ -34,7 +34,7 @@ THRESHOLDS = (
 MOST_STARTS = 500  # members in the figure of step 0
 
 
-def draw_max_logit(tables: Tables, contents: Contents) -> Figure | None:
+def draw_max_logit(tables: RunTables, contents: Contents) -> Figure | None:
     """The largest attention logit over steps, with the bound that no row exceeds."""
     canvas, ((axes,),) = canvas_with(3.3)
     points = points_of_curves(contents)
@@ -83,7 +83,7 @@ def draw_max_logit(tables: Tables, contents: Contents) -> Figure | None:
     )
 
 
-def draw_logit_std(tables: Tables, contents: Contents) -> Figure | None:
+def draw_logit_std(tables: RunTables, contents: Contents) -> Figure | None:
     """logit_std at step 0, per layer, against scale x sqrt(d_head): what q and k of unit variance give."""
     points = [
         (index, member, spread)
@@ -144,7 +144,7 @@ def draw_logit_std(tables: Tables, contents: Contents) -> Figure | None:
     )
 
 
-def _spread_at_start(tables: Tables, member: MemberRow) -> Floats | None:
+def _spread_at_start(tables: RunTables, member: MemberRow) -> Floats | None:
     """Mean logit_std over heads of each layer at the first step measured, layer 0 first; None if nothing was finite."""
     rows_N = rows_of_member(tables.heads, member.name)
     if not len(rows_N):

@@ -18,10 +18,10 @@ from attnscope.report.figures.canvas import (
     save,
 )
 from attnscope.report.series import curve_of, thinned
-from attnscope.runs.tables import Tables
+from attnscope.runs.tables import RunTables
 
 
-def draw_loss(tables: Tables, contents: Contents) -> Figure | None:
+def draw_loss(tables: RunTables, contents: Contents) -> Figure | None:
     """Loss over steps, logarithmic; a second panel for the first steps where something broke early."""
     points = points_of_curves(contents)
     many = len(contents.members) > MOST_NAMED
