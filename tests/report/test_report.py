@@ -92,7 +92,7 @@ def test_the_report_has_what_a_reader_looks_for(exploded):
     assert "| hot | none | 3 |" in text
     assert "loss not finite" in text and "unigram loss | " in text
     assert r"| entropy\_ratio | mean of entropy / ln n" in text
-    assert "### Cause: Attention logits are not scaled" in text
+    assert "### Cause (error): Attention logits are not scaled" in text
     for name in re.findall(r"\]\((.*?\.png)\)", text):
         picture = imread(place.parent / name)
         assert picture.shape[1] > 800 and picture.std() > 0.05, f"{name} is empty"
