@@ -44,7 +44,7 @@ def watch_training(config: "Config | None", path: Path, *, command: Sequence[str
 
     console = Console(stderr=True, highlight=False)
     members = members_of(config if config is not None else open_run(path).config)
-    view = View(members)
+    view = PartView(members)
     shown: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
     if console.is_terminal:
         # No refresh thread: it would take its share of the cores from training.
@@ -80,15 +80,15 @@ def asked_to_stop(console: Console, saying: str = "Stopping after this step") ->
         asked = True
         console.print(Text(f"{saying}; press Ctrl-C again to stop at once."))
 
-    before = {each: signal.signal(each, ask) for each in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: asked
     finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-class View:
+class PartView:
     """What is known about the part that trains now.
 
     Invariant: memory does not grow with the number of steps.

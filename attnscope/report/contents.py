@@ -92,7 +92,7 @@ class Contents:
     lost: tuple[str, ...]
 
 
-def contents(run: Run) -> Contents:
+def contents_of(run: Run) -> Contents:
     """Read from a run what its report says."""
     events = [
         (int(step), "" if member != member else str(member), str(kind), fields)
@@ -128,7 +128,7 @@ def contents(run: Run) -> Contents:
             for step, member, kind, fields in events
             if kind not in TOLD_ELSEWHERE
         ),
-        key=lambda each: each.step,
+        key=lambda happening: happening.step,
     )
     differing = _differing(run)
     members = tuple(member_rows(run, evaluations, generations, differing))
@@ -172,14 +172,14 @@ def _verdict(
 def _differing(run: Run) -> dict[str, tuple[str, ...]]:
     """Settings in which members differ, each member's value in the order of run.json."""
     keys = dict.fromkeys(key for member in run.members for key in member.settings)
-    found = {}
+    differing = {}
     for key in keys:
         values = tuple(
             _shown(member.settings[key] if key in member.settings else _base(run, key)) for member in run.members
         )
         if len(set(values)) > 1:
-            found[printable(key, 60)] = values
-    return found
+            differing[printable(key, 60)] = values
+    return differing
 
 
 def _base(run: Run, key: str) -> object:
@@ -193,8 +193,8 @@ def _reference(run: Run) -> dict[str, float]:
     reference = run.data.get("reference")
     if not isinstance(reference, dict):
         return {}
-    found = {key: number_in(reference.get(key)) for key in ("uniform", "unigram", "bigram", "optimum")}
-    return {key: value for key, value in found.items() if value is not None and np.isfinite(value)}
+    losses = {key: number_in(reference.get(key)) for key in ("uniform", "unigram", "bigram", "optimum")}
+    return {key: value for key, value in losses.items() if value is not None and np.isfinite(value)}
 
 
 def _rows(heads: "pd.DataFrame") -> tuple[int, int] | None:
@@ -214,7 +214,7 @@ def _in_words(kind: str, fields: Mapping[str, object]) -> str:
 
 
 def _told(value: object) -> str:
-    if isinstance(value, list) and all(isinstance(each, str | int | float) for each in value):
+    if isinstance(value, list) and all(isinstance(entry, str | int | float) for entry in value):
         return ", ".join(map(str, value))
     return value if isinstance(value, str) else to_json(value)
 

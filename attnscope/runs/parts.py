@@ -36,7 +36,7 @@ CHANGED = "was changed after it was written: its checksum is another"
 
 MOST_START_BYTES = 1 << 20  # of the first line of an events file
 MOST_ERROR = 300  # characters
-NEVER = 2**62  # a step that no later segment replaces
+NEVER = 2**62  # later than any step: of what did not happen, or what no later segment replaces
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,14 +85,14 @@ def find_part(run: Path, index: int) -> PartFiles:
             return PartFiles(index=index, path=path, lost=(f"{name}: is a link or no folder; not followed",))
         entries = {entry.name: entry.lstat() for entry in path.iterdir()}
         # An empty file is one whose first write failed: nothing was begun.
-        entries = {entry: found for entry, found in entries.items() if found.st_size or not stat.S_ISREG(found.st_mode)}
+        entries = {entry: stats for entry, stats in entries.items() if stats.st_size or not stat.S_ISREG(stats.st_mode)}
     except FileNotFoundError:
         return PartFiles(index=index, path=path)
     except OSError as error:
         return PartFiles(index=index, path=path, lost=(f"{name}: cannot be read: {reason_of(error)}",))
-    found = [TABLE_FILE.fullmatch(entry) or EVENTS_FILE.fullmatch(entry) for entry in entries]
-    segments = sorted({int(match["segment"]) for match in found if match})
-    times = [entries[match.string].st_mtime for match in found if match]
+    matches = [TABLE_FILE.fullmatch(entry) or EVENTS_FILE.fullmatch(entry) for entry in entries]
+    segments = sorted({int(match["segment"]) for match in matches if match})
+    times = [entries[match.string].st_mtime for match in matches if match]
     end: dict[str, Any] | None = None
     lost: tuple[str, ...] = ()
     if END_FILE in entries:
@@ -113,7 +113,7 @@ def find_part(run: Path, index: int) -> PartFiles:
     return PartFiles(
         index=index,
         path=path,
-        files=frozenset(match.string for match in found if match),
+        files=frozenset(match.string for match in matches if match),
         segments=tuple(segments),
         end=end,
         changed=max(times, default=0),
@@ -138,30 +138,30 @@ def error_of(part: PartFiles) -> str | None:
 def files_in(table: Mapping[str, Any]) -> dict[str, Written]:
     """The files that end.json or the event `start` lists."""
     files = table.get("files")
-    found: dict[str, Written] = {}
+    written: dict[str, Written] = {}
     for name, said in files.items() if isinstance(files, dict) else ():
         if isinstance(said, dict) and (TABLE_FILE.fullmatch(name) or EVENTS_FILE.fullmatch(name)):
             size, crc = said.get("bytes"), said.get(KEY)
             if is_whole(size, 0, 2**62) and isinstance(crc, str):
-                found[name] = Written(bytes=size, crc32=crc)
-    return found
+                written[name] = Written(bytes=size, crc32=crc)
+    return written
 
 
 def files_as_json(files: Mapping[str, Written]) -> dict[str, object]:
     """As end.json and the event `start` list files."""
-    return {name: {"bytes": each.bytes, KEY: each.crc32} for name, each in files.items()}
+    return {name: {"bytes": written.bytes, KEY: written.crc32} for name, written in files.items()}
 
 
 def files_as_found(part: PartFiles) -> dict[str, Written]:
     """The files of a part that is gone on with: as they were written where that is known, else as they are now."""
-    found = dict(part.written)
-    for name in sorted(part.files - found.keys()):
+    files = dict(part.written)
+    for name in sorted(part.files - files.keys()):
         try:
             data = read_file(part.path / name, name=name, limit=MAX_TABLE_BYTES)
         except RunError:
             continue
-        found[name] = Written(bytes=len(data), crc32=hexadecimal(crc32(data)))
-    return found
+        files[name] = Written(bytes=len(data), crc32=hexadecimal(crc32(data)))
+    return files
 
 
 def start_of(events: Path) -> dict[str, Any]:
@@ -171,7 +171,7 @@ def start_of(events: Path) -> dict[str, Any]:
             with events.open("rb") as file:
                 return _event_in(file.readline(MOST_START_BYTES).rstrip(b"\n")).fields
     except (OSError, ValueError, RecursionError):
-        pass  # said where the events are read
+        pass  # no reason to stop here: `read_events` reads the same file and says what is wrong with it
     return {}
 
 
@@ -190,10 +190,10 @@ def strangers(run: Path, known: Iterable[int]) -> tuple[str, ...]:
     """One line per part folder that no member is in."""
     expected = {part_folder(index) for index in known}
     try:
-        found = sorted(entry.name for entry in run.iterdir() if PART.fullmatch(entry.name))
+        names = sorted(entry.name for entry in run.iterdir() if PART.fullmatch(entry.name))
     except OSError as error:
         return (f"the folder cannot be listed: {reason_of(error)}",)
-    return tuple(f"{name}: no member of run.json is in it; left out" for name in found if name not in expected)
+    return tuple(f"{name}: no member of run.json is in it; left out" for name in names if name not in expected)
 
 
 def status_of(parts: Sequence[PartFiles], writer: Holder | None) -> str:
@@ -209,8 +209,8 @@ def status_of(parts: Sequence[PartFiles], writer: Holder | None) -> str:
 def written_elsewhere(parts: Sequence[PartFiles], writer: Holder | None) -> str:
     """Who writes a run on another machine, in words; empty if nobody does."""
     changed = max((part.changed for part in parts), default=0)
-    found = [each for each in (writer, *(part.writer for part in parts)) if each is not None]
-    return next((said for each in found if (said := in_words(each, changed))), "")
+    writers = [holder for holder in (writer, *(part.writer for part in parts)) if holder is not None]
+    return next((said for holder in writers if (said := in_words(holder, changed))), "")
 
 
 def read_events(part: PartFiles, segment: int) -> tuple[list[Event], list[str]]:
@@ -252,9 +252,9 @@ def read_table(part: PartFiles, segment: int, table: str) -> TableData:
         data = read_file(part.path / file, name=name, limit=MAX_TABLE_BYTES)
     except RunError as error:
         return replace(decode_table(b"", table), lost=(str(error),))
-    found = decode_table(data, table)
-    notes = _with_what_was_written(part, file, data, list(found.lost))
-    return replace(found, lost=tuple(f"{name}: {note}" for note in notes))
+    decoded = decode_table(data, table)
+    notes = _with_what_was_written(part, file, data, list(decoded.lost))
+    return replace(decoded, lost=tuple(f"{name}: {note}" for note in notes))
 
 
 def started_with(parts: Sequence[PartFiles], index: int) -> dict[str, Any]:
@@ -295,12 +295,12 @@ def gaps_in(
 
 
 def without_steps(
-    part: PartFiles, table: str, found: Mapping[int, TableData], steps: Mapping[int, TableData]
+    part: PartFiles, table: str, decoded: Mapping[int, TableData], steps: Mapping[int, TableData]
 ) -> list[str]:
     """One line for each segment in which another table goes further than the steps, which are written first."""
     notes = []
-    for segment, each in found.items():
-        last, later = (int(x.columns["step"].max(initial=-1)) for x in (steps[segment], each))
+    for segment, records in decoded.items():
+        last, later = (int(x.columns["step"].max(initial=-1)) for x in (steps[segment], records))
         file = table_file("steps", segment)
         if later > last and file not in part.written:  # else it was said already
             until = f"at {last}" if last >= 0 else "before the first"

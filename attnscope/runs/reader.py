@@ -88,7 +88,7 @@ class Run:
         self._notes += [note for note in [change_of(path)] if note]
         self._notes += strangers(path, [part.index for part in self._parts])
         self._steps_tables: dict[tuple[int, int], TableData] = {}
-        self._numbers: dict[int, dict[int, int]] = {}  # part, index -> place in run.json
+        self._numbers: dict[int, dict[int, int]] = {}  # part, index in it -> index in run.json
         for number, entry in enumerate(manifest.members):
             self._numbers.setdefault(entry.part, {})[entry.index] = number
 
@@ -235,16 +235,16 @@ class Run:
 
         chunks = [self._chunk(decode_table(b"", table), np.empty(0, dtype=np.int32))]
         for part in self._parts:
-            found = {segment: self._table(part, segment, table) for segment in part.segments}
-            ends = self._replaced_from(part, found)
-            steps = {segment: self._table(part, segment, "steps") for segment in found}
+            decoded = {segment: self._table(part, segment, table) for segment in part.segments}
+            ends = self._replaced_from(part, decoded)
+            steps = {segment: self._table(part, segment, "steps") for segment in decoded}
             if table != "steps":
-                self._notes += without_steps(part, table, found, steps)
+                self._notes += without_steps(part, table, decoded, steps)
             elif self.kind == "train":
-                starts = {segment: self._starts_in(part, segment) for segment in found}
+                starts = {segment: self._starts_in(part, segment) for segment in decoded}
                 self._notes += gaps_in(part, steps, starts, ends)
-            for segment, each in found.items():
-                steps_N, members_N = each.columns["step"], each.columns["member"]
+            for segment, records in decoded.items():
+                steps_N, members_N = records.columns["step"], records.columns["member"]
                 code_of = np.full(1 << 16, -1, dtype=np.int32)  # of every int16; negative ones at the end
                 for index, number in self._numbers[part.index].items():
                     if 0 <= index < 1 << 15:
@@ -254,12 +254,12 @@ class Run:
                     name = f"{part.path.name}/{table_file(table, segment)}"
                     self._notes.append(f"{name}: {strange} rows belong to no member of run.json")
                 keep_N = (codes_N >= 0) & (steps_N < ends[segment])
-                chunk = self._chunk(each, codes_N)
+                chunk = self._chunk(records, codes_N)
                 if not keep_N.all():  # a copy, which a long run has no room for
                     chunk = {name: x[keep_N] for name, x in chunk.items()}
                 chunks.append(chunk)
-                del each, chunk
-            found.clear()
+                del records, chunk
+            decoded.clear()
         filled = [chunk for chunk in chunks if len(chunk["step"])]
         if len(filled) == 1:
             return pd.DataFrame(filled[0], copy=False)
@@ -288,13 +288,13 @@ class Run:
         key = (part.index, segment)
         if table == "steps" and key in self._steps_tables:
             return self._steps_tables[key]
-        found = read_table(part, segment, table)
-        self._notes += found.lost
+        decoded = read_table(part, segment, table)
+        self._notes += decoded.lost
         if table == "steps":
-            self._steps_tables[key] = found
-        return found
+            self._steps_tables[key] = decoded
+        return decoded
 
-    def _replaced_from(self, part: PartFiles, found: Mapping[int, TableData]) -> dict[int, int]:
+    def _replaced_from(self, part: PartFiles, decoded: Mapping[int, TableData]) -> dict[int, int]:
         """The step from which later segments replace the records of each segment.
 
         A segment begins at the step it says or at its first record, but replaces nothing until it has one.
@@ -303,7 +303,7 @@ class Run:
         limit = NEVER
         for segment in reversed(part.segments):
             ends[segment] = limit
-            tables = [self._table(part, segment, "steps"), *filter(None, [found.get(segment)])]
+            tables = [self._table(part, segment, "steps"), *filter(None, [decoded.get(segment)])]
             firsts = [int(x.columns["step"].min()) for x in tables if len(x.columns["step"])]
             if firsts:
                 limit = min(limit, *firsts, *self._starts_in(part, segment))
@@ -315,16 +315,16 @@ class Run:
         return [event.step for event in events if event.kind == "start"]
 
     def _events_of(self, part: int) -> list[Event]:
-        return [event for (of, _), found in self._events_in.items() if of == part for event in found]
+        return [event for (of, _), events in self._events_in.items() if of == part for event in events]
 
     @cached_property
     def _events_in(self) -> dict[tuple[int, int], list[Event]]:
-        found = {}
+        events = {}
         for part in self._parts:
             for segment in part.segments:
-                found[part.index, segment], lost = read_events(part, segment)
+                events[part.index, segment], lost = read_events(part, segment)
                 self._notes += lost
-        return found
+        return events
 
 
 def open_run(path: str | Path, *, part: int | None = None) -> Run:

@@ -48,14 +48,14 @@ class NotMeasured:
 
 def attention_layers(run: Run) -> tuple[AttentionLayer, ...]:
     """The attention layers that were seen, in the order in which they were."""
-    found = []
+    layers = []
     for member, fields in _events(run, "attention"):
         layer, n_heads, d_head = (fields.get(key) for key in ("layer", "n_heads", "d_head"))
         scale = fields.get("scale")
         if not (is_whole(layer, 0, 2**15) and is_whole(n_heads, 1, 2**20) and is_whole(d_head, 1, 2**20)):  # fmt: skip
             continue
         good = isinstance(scale, int | float) and not isinstance(scale, bool)
-        found.append(
+        layers.append(
             AttentionLayer(
                 member=member,
                 layer=layer,
@@ -68,7 +68,7 @@ def attention_layers(run: Run) -> tuple[AttentionLayer, ...]:
                 backend=printable(fields.get("backend"), 40),
             )
         )
-    return tuple(found[:MOST_LAYERS])
+    return tuple(layers[:MOST_LAYERS])
 
 
 def not_measured(run: Run) -> tuple[NotMeasured, ...]:
@@ -85,10 +85,10 @@ def not_measured(run: Run) -> tuple[NotMeasured, ...]:
 
 def optimizers_of(run: Run) -> dict[str, set[str]]:
     """Member to the names of its optimizers' classes."""
-    found: dict[str, set[str]] = {}
+    names_of: dict[str, set[str]] = {}
     for member, fields in _events(run, "optimizer"):
-        found.setdefault(member, set()).add(printable(fields.get("name"), 60))
-    return found
+        names_of.setdefault(member, set()).add(printable(fields.get("name"), 60))
+    return names_of
 
 
 def _events(run: Run, kind: str) -> list[tuple[str, dict[str, object]]]:

@@ -10,7 +10,7 @@ import torch
 
 from attnscope.config import Config, DataConfig, Member, members_of
 from attnscope.data import Corpus, data_of
-from attnscope.errors import RunError
+from attnscope.errors import RunError, error_in_words
 from attnscope.model import QKV
 from attnscope.runs.checkpoint import Checkpoint, load_checkpoint
 from attnscope.runs.divergence import FED
@@ -220,7 +220,7 @@ def _said_how_it_ended(writer: PartWriter) -> Iterator[None]:
         raise
     except BaseException as error:
         with contextlib.suppress(RunError):
-            writer.finish("failed", error=f"{type(error).__name__}: {error}")
+            writer.finish("failed", error=error_in_words(error))
         raise
 
 
@@ -230,7 +230,7 @@ def _describe(corpora: Mapping[int, Corpus]) -> dict[str, object]:
         index: {"fingerprint": data.fingerprint, "reference": asdict(data.reference)} for index, data in corpora.items()
     }
     first = described[min(described)]
-    others = {str(index): each for index, each in described.items() if each != first}
+    others = {str(index): data for index, data in described.items() if data != first}
     return {**first, "parts": others}
 
 

@@ -18,7 +18,7 @@ from attnscope.report.comparison import (
     steps_text,
     with_interval,
 )
-from attnscope.report.contents import contents
+from attnscope.report.contents import contents_of
 from attnscope.report.side_by_side import Chosen, side_by_side
 from attnscope.runs.reader import open_run
 
@@ -292,10 +292,10 @@ def test_a_member_that_is_not_there_and_one_alone(runs):
 
 
 def test_the_contents_of_a_sweep_have_its_comparison(runs):
-    found = contents(runs["swept"])
+    found = contents_of(runs["swept"])
     assert [each.name for each in found.comparison.cells] == ["scale=inverse_sqrt", "scale=none"]
     assert found.comparison.baseline.name == "scale=inverse_sqrt"
-    assert contents(runs["slow"]).comparison is None
+    assert contents_of(runs["slow"]).comparison is None
 
 
 def test_a_half_finished_sweep_is_compared_as_far_as_it_is(runs, tmp_path):
@@ -309,7 +309,7 @@ def test_a_half_finished_sweep_is_compared_as_far_as_it_is(runs, tmp_path):
         os.truncate(path, path.stat().st_size * 2 // 3) if path.suffix == ".arrow" else None
         os.utime(path, (1, 1))
     run = open_run(tmp_path / "r")
-    found = contents(run)
+    found = contents_of(run)
     assert {member.status for member in found.members} == {"killed"}
     assert {change.effect for change in found.comparison.changes} == {"unknown"}
     subjects = subjects_of(run, found.members)

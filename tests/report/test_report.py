@@ -15,7 +15,7 @@ import attnscope
 from attnscope.diagnose import diagnose
 from attnscope.errors import RunError, RunWriteError
 from attnscope.report import write_report
-from attnscope.report.contents import MOST_EVENTS, contents
+from attnscope.report.contents import MOST_EVENTS, contents_of
 from attnscope.report.figures import draw_figures
 from attnscope.report.figures.attention import MOST_MAPS
 from attnscope.report.markdown import escaped
@@ -62,7 +62,7 @@ def markdown(run):
 
 
 def test_members_of_an_exploded_run(exploded):
-    hot, cold = contents(exploded).members
+    hot, cold = contents_of(exploded).members
     assert (hot.status, hot.nonfinite_at) == ("diverged", exploded.members[0].nonfinite_at)
     assert hot.step == exploded.members[0].diverged_at
     assert cold.val_loss == pytest.approx(next(f["val_loss"] for f in exploded.events["fields"] if "seq_len" in f))
@@ -92,7 +92,7 @@ def test_the_report_has_what_a_reader_looks_for(exploded):
     assert "| hot | none | 3 |" in text
     assert "loss not finite" in text and "unigram loss | " in text
     assert r"| entropy\_ratio | mean of entropy / ln n" in text
-    assert "### Cause: Attention logits are not scaled" in text
+    assert "### Cause (error): Attention logits are not scaled" in text
     for name in re.findall(r"\]\((.*?\.png)\)", text):
         picture = imread(place.parent / name)
         assert picture.shape[1] > 800 and picture.std() > 0.05, f"{name} is empty"
@@ -150,7 +150,7 @@ def test_a_run_of_nothing_but_nan_is_reported(tmp_path):
         )
     part.finish("finished")
     run = open_run(tmp_path / "r")
-    assert [m.status for m in contents(run).members] == ["diverged", "diverged"]
+    assert [m.status for m in contents_of(run).members] == ["diverged", "diverged"]
     assert "became non-finite at step 0" in markdown(run)
 
 
@@ -213,7 +213,7 @@ def test_events_are_limited_and_counted(tmp_path):
     for step in range(MOST_EVENTS + 7):
         part.event("strange", step=step, member=None, what=step)
     part.finish("finished")
-    found = contents(open_run(tmp_path / "r"))
+    found = contents_of(open_run(tmp_path / "r"))
     assert (len(found.events), found.events_left_out) == (MOST_EVENTS, 7)
     assert found.events[3].what == "what: 3" and found.events[3].member == ""
     assert "7 more events" in markdown(open_run(tmp_path / "r"))
@@ -263,7 +263,7 @@ def test_a_full_disk_leaves_the_old_report(tmp_path, monkeypatch):
 def test_a_long_run_is_drawn_from_few_points(tmp_path):
     made(tmp_path / "r", steps=range(20_000))
     run = open_run(tmp_path / "r")
-    for figure in draw_figures(run, contents(run)):
+    for figure in draw_figures(run, contents_of(run)):
         assert imread(io.BytesIO(figure.png)).size > 0
         assert len(figure.png) < 300_000
 
