@@ -189,13 +189,3 @@ def _softmax(heads: "pd.DataFrame", rows_N: NDArray[np.int64]) -> Softmax:
         logit_std=mean("logit_std"),
         max_logit=None if found["max_logit"].isna().all() else float(found["max_logit"].max()),
     )
-
-
-def number_in(value: object) -> float | None:
-    """A number of an event; None where it is something else, or none that a float can be."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        return float(value)
-    except OverflowError:
-        return None

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attnscope.runs.events import Event
+from attnscope.runs.events import Event, Nonfinite
 from attnscope.runs.layout import MemberEntry
 from attnscope.runs.outcome import outcome
 from attnscope.runs.parts import NEVER, PartFiles
@@ -93,8 +93,8 @@ def _losses_seen(entry: MemberEntry, steps: Mapping[str, NDArray[Any]], events: 
     broken = [
         event.step
         for event in events
-        if event.kind == "nonfinite"
-        if event.member in (None, entry.index) and event.fields.get("tensor") == "loss"
+        if isinstance(event.what, Nonfinite) and event.what.tensor == "loss"
+        if event.member in (None, entry.index)
     ]
     return ~np.isnan(steps["loss"]) | (steps["step"] >= min(broken, default=NEVER))
 

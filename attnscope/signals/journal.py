@@ -67,4 +67,4 @@ class Journal:
         """Write events that others have seen."""
         if self._writer is not None:
             for event in events:
-                self._writer.event(event.kind, step=event.step, member=event.member, **event.fields)
+                self._writer.event(event)

@@ -21,6 +21,7 @@ from attnscope.capture.names import Modules, called_by_torch
 from attnscope.capture.patches import Patches
 from attnscope.capture.seen import Seen
 from attnscope.errors import RunError, RunWriteError
+from attnscope.runs.events import SnapshotFailed, SnapshotTaken, Stopped
 from attnscope.signals.conditions import Stopper
 from attnscope.signals.journal import FLUSH_SECONDS
 from attnscope.watch.finite import Finite, Outputs
@@ -61,7 +62,7 @@ class Watcher:
             rows=settings.rows,
             patterns=settings.layers,
             on_layer=recorder.add_layer,
-            on_event=self._guard.event,
+            on_unmeasured=lambda what, step: self._guard.event(what, step=step),
         )
         self._steps = Steps(
             recorder=recorder,
@@ -324,7 +325,7 @@ class Watcher:
         self._snapshot(self._recorder.broken if met is None else met[1])
         if met is not None:
             condition, found = met
-            self._guard.event("stopped", step=step, on=condition.text, found=found)
+            self._guard.event(Stopped(on=condition.text, found=found), step=step)
             self._stopper = None
             stop(condition, found)
 
@@ -341,12 +342,12 @@ class Watcher:
         try:
             paths = snapshots.write(self._recorder.folder)
         except Exception as error:
-            self._guard.event("snapshot_failed", step=step, reason=str(error)[:MOST_TEXT])
+            self._guard.event(SnapshotFailed(reason=str(error)[:MOST_TEXT]), step=step)
         else:
             self._written = tuple(paths)
             if paths:
-                names = [path.name for path in paths]
-                self._guard.event("snapshot", step=step, why=why, files=names)
+                names = tuple(path.name for path in paths)
+                self._guard.event(SnapshotTaken(why=why, files=names), step=step)
         finally:
             snapshots.remove()
 

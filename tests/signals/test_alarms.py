@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attnscope.runs.events import Place
 from attnscope.runs.outcome import outcome
-from attnscope.signals.alarms import MOST_PLACES, MOST_TIMES, Alarms
+from attnscope.signals.alarms import MOST_PLACES, MOST_TIMES, Alarms, first_places
 from attnscope.signals.nonfinite import TENSORS
 
 NAN, INF = np.nan, np.inf
@@ -64,8 +65,19 @@ def test_numbers_that_break_every_other_step_do_not_fill_the_disk():
 
 
 def test_places_may_be_named_by_whoever_knows_them():
-    found = Alarms(place=lambda layer, group: f"blocks.{layer}.{group}").look(tables([[4.0]], gradients_SM=[[1]]))
-    assert found[0].fields["where"] == ["blocks.1.q"] and MOST_PLACES > 1
+    named = Alarms(place=lambda layer, group: Place(path=f"blocks.{layer}.{group}"))
+    (broken,) = named.look(tables([[4.0]], gradients_SM=[[1]]))
+    assert broken.what.where == (Place(path="blocks.1.q"),) and MOST_PLACES > 1
+
+
+def test_places_that_read_alike_are_named_once():
+    weight, bias, other = (
+        Place(layer=0, group="q", path="q.weight"),
+        Place(layer=0, group="q", path="q.bias"),
+        Place(layer=1),
+    )
+    assert first_places([weight, bias, other]) == (weight, other)
+    assert len(first_places(Place(layer=layer) for layer in range(2 * MOST_PLACES))) == MOST_PLACES
 
 
 def test_a_bound_that_is_unknown_is_not_broken():
