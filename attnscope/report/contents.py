@@ -20,8 +20,8 @@ from attnscope.diagnose import Diagnosis, examine
 from attnscope.errors import RunError
 from attnscope.report.comparison import sentence_on
 from attnscope.report.verdict import verdict_of
+from attnscope.runs.event_lines import PLACES, fields_of
 from attnscope.runs.events import (
-    PLACES,
     AttentionSeen,
     Diverged,
     Dropped,
@@ -207,7 +207,9 @@ def _in_words(event: Event) -> str:
         return printable(f"loss {printable(what.why, 60)}", 100)
     if isinstance(what, Dropped):
         return "no longer trained: the others go on without it"
-    told = (f"{key}: {_told(value)}" for key, value in event.fields.items() if key != PLACES)  # in words they are told
+    told = (
+        f"{key}: {_told(value)}" for key, value in fields_of(event).items() if key != PLACES
+    )  # in words they are told
     return printable("; ".join(told), 300)
 
 

@@ -3,14 +3,13 @@
 Shape key: S steps of the member.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from attnscope.runs.events import Event, Nonfinite
 from attnscope.runs.layout import MemberEntry
 from attnscope.runs.outcome import Outcome, outcome
 from attnscope.runs.parts import NEVER, PartFiles
@@ -93,7 +92,7 @@ def member_record(
     error: str | None,
     config: Mapping[str, object],
     unigram: float | None,
-    seen_events: Sequence[Event] | None,
+    seen: NDArray[np.bool_] | None,
 ) -> MemberRecord:
     """How a member ended.
 
@@ -104,7 +103,7 @@ def member_record(
         error: what its part died of.
         config: of run.json, as a table.
         unigram: loss of what it was trained on, nats per token; None = unknown.
-        seen_events: of its part, where losses that were not seen are NaN; None where all were seen.
+        seen: whether each loss was seen, (S,); None = all were.
     """
     ended = outcome(
         steps["step"],
@@ -115,7 +114,7 @@ def member_record(
         error=error,
         planned_steps=_planned_steps(config, entry.settings),
         unigram=unigram,
-        seen=None if seen_events is None else _losses_seen(entry, steps, seen_events),
+        seen=seen,
     )
     return MemberRecord(entry=entry, outcome=ended)
 
@@ -135,17 +134,6 @@ def end_status_of(part: PartFiles, *, run_status: str, is_held: bool) -> str | N
     if part.segments:
         return None
     return {"killed": None, "running": None, "failed": "interrupted"}.get(run_status, run_status)
-
-
-def _losses_seen(entry: MemberEntry, steps: Mapping[str, NDArray[Any]], events: Sequence[Event]) -> NDArray[Any]:
-    """Of watched code, whose loss may not be seen: a loss that is NaN, and that the recorder saw, is in the events."""
-    broken = [
-        event.step
-        for event in events
-        if isinstance(event.what, Nonfinite) and event.what.tensor == "loss"
-        if event.member in (None, entry.index)
-    ]
-    return ~np.isnan(steps["loss"]) | (steps["step"] >= min(broken, default=NEVER))
 
 
 def _planned_steps(config: Mapping[str, object], settings: Mapping[str, object]) -> int:

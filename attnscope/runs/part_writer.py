@@ -21,7 +21,8 @@ from numpy.typing import ArrayLike
 from attnscope.errors import RunWriteError
 from attnscope.runs.atomic import reason_of, remedy_of, replace_file
 from attnscope.runs.checksums import hexadecimal, sealed
-from attnscope.runs.events import Event, Started, event_as_json
+from attnscope.runs.event_lines import event_as_json
+from attnscope.runs.events import Event, Started
 from attnscope.runs.foreign import is_folder
 from attnscope.runs.holder import hold, release
 from attnscope.runs.layout import END_FILE, END_STATUSES, TABLE_FILE, part_folder, segment_of, table_file, to_json

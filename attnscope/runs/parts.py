@@ -11,7 +11,8 @@ from zlib import crc32
 from attnscope.errors import RunError
 from attnscope.runs.atomic import reason_of
 from attnscope.runs.checksums import KEY, has_seal, hexadecimal, is_as_sealed
-from attnscope.runs.events import Event, Started, event_in_json
+from attnscope.runs.event_lines import event_in_json
+from attnscope.runs.events import Event, Started
 from attnscope.runs.foreign import is_folder, is_regular_file, printable, read_file
 from attnscope.runs.holder import Holder, in_words, writer_of
 from attnscope.runs.layout import (

@@ -21,7 +21,8 @@ from attnscope.config import Config, nearest, parse_table
 from attnscope.errors import ConfigError, RunError
 from attnscope.runs.atomic import reason_of, remedy_of
 from attnscope.runs.divergence import FED
-from attnscope.runs.events import Event, Started
+from attnscope.runs.event_lines import fields_of
+from attnscope.runs.events import Event, Nonfinite, Started
 from attnscope.runs.foreign import printable
 from attnscope.runs.holder import writer_of
 from attnscope.runs.layout import RUN_FILE, Manifest, table_file
@@ -164,7 +165,7 @@ class Run:
                     np.array(codes, dtype=np.int32), categories=pd.Index(self._names, dtype=object)
                 ),
                 "kind": pd.Series([event.kind for _, _, event in rows], dtype=object),
-                "fields": pd.Series([event.fields for _, _, event in rows], dtype=object),
+                "fields": pd.Series([fields_of(event) for _, _, event in rows], dtype=object),
             }
         )
 
@@ -187,6 +188,7 @@ class Run:
         order_N = np.argsort(codes_N, kind="stable")
         bounds = np.searchsorted(codes_N[order_N], np.arange(len(self._names) + 1))
         columns = {name: self.steps[name].to_numpy()[order_N] for name in FED}
+        seen_N = self.loss_seen[order_N] if self.kind == "watch" else None
         ends = {part.index: end_status_of(part, run_status=self.status, is_held=self._is_held) for part in self._parts}
         errors = {part.index: error_of(part) for part in self._parts}
         return tuple(
@@ -197,11 +199,29 @@ class Run:
                 error=errors[entry.part],
                 config=self._manifest.config,
                 unigram=self.unigram_of(entry.part),
-                # The loss of watched code may not be seen.
-                seen_events=self._events_of(entry.part) if self.kind == "watch" else None,
+                seen=None if seen_N is None else seen_N[low:high],
             )
             for entry, (low, high) in zip(self.entries, pairwise(bounds), strict=True)
         )
+
+    @cached_property
+    def loss_seen(self) -> NDArray[np.bool_]:
+        """Whether the loss of each row of `steps` was seen, (N,).
+
+        In watched code NaN also stands for a loss that was not; after the first event of a loss that is not finite it is one.
+        """
+        loss_N = self.steps["loss"].to_numpy()
+        if self.kind == "train":
+            return np.ones(len(loss_N), dtype=bool)
+        first_M = np.full(len(self.entries), NEVER)
+        for part, _, event in self._events_kept:
+            if isinstance(event.what, Nonfinite) and event.what.tensor == "loss":
+                for index, m in self._numbers[part].items():
+                    if event.member in (None, index):
+                        first_M[m] = min(first_M[m], event.step)
+        codes_N = self.steps["member"].cat.codes.to_numpy()
+        seen_N: NDArray[np.bool_] = ~np.isnan(loss_N) | (self.steps["step"].to_numpy() >= first_M[codes_N])
+        return seen_N
 
     @property
     def lost(self) -> tuple[str, ...]:
@@ -336,9 +356,6 @@ class Run:
             if event.step < end
         ]
         return sorted(rows, key=lambda row: row[:2])
-
-    def _events_of(self, part: int) -> list[Event]:
-        return [event for (of, _), found in self._events_in.items() if of == part for event in found]
 
     @cached_property
     def _events_in(self) -> dict[tuple[int, int], list[Event]]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attnscope.capture.names import Modules
 from attnscope.capture.seen import scale_of
+from attnscope.runs.event_lines import as_plain
 from attnscope.runs.events import (
     AttentionSeen,
     Event,
@@ -19,7 +20,6 @@ from attnscope.runs.events import (
     Place,
     TrackerFailed,
     What,
-    as_plain,
 )
 from attnscope.runs.part_writer import PartWriter
 from attnscope.signals.alarms import Alarms, place_of

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attnscope.runs.event_lines import fields_of
 from attnscope.runs.events import Place
 from attnscope.runs.outcome import outcome
 from attnscope.signals.alarms import MOST_PLACES, MOST_TIMES, Alarms, first_places
@@ -41,7 +42,7 @@ def tables(losses_SM, *, start=0, logits_SM=None, gradients_SM=None, grad_norms_
 
 
 def said(events):
-    return [(e.step, e.member, e.fields.get("tensor", e.kind), e.fields.get("where")) for e in events]
+    return [(e.step, e.member, fields_of(e).get("tensor", e.kind), fields_of(e).get("where")) for e in events]
 
 
 def test_what_breaks_is_said_with_its_place_in_the_order_of_the_step():
@@ -51,7 +52,7 @@ def test_what_breaks_is_said_with_its_place_in_the_order_of_the_step():
         (1, 0, "loss", None),
         (1, 0, "gradient", ["layer 1 q"]),
     ]
-    assert [e.fields["direction"] for e in found] == ["forward", "forward", "backward"]
+    assert [e.what.direction for e in found] == ["forward", "forward", "backward"]
 
 
 def test_a_tensor_that_breaks_again_after_it_was_sound_is_said_again():

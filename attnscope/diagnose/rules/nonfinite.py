@@ -6,14 +6,13 @@ Shape key: N rows, M member in the order of run.json.
 import math
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from attnscope.diagnose.blindness import answer, without_loss, without_optimizer, without_steps
 from attnscope.findings import Evidence, Finding, NotLooked, of_several, worst_first
-from attnscope.runs.by_member import NEVER, members_of_rows, sorted_by_member
+from attnscope.runs.by_member import members_of_rows, sorted_by_member
 from attnscope.runs.divergence import IN_A_ROW
 from attnscope.runs.events import Nonfinite, Place, SkippedUpdate
 from attnscope.runs.foreign import printable
@@ -129,7 +128,7 @@ def nonfinite_loss_passed(run: Run) -> Finding | NotLooked | None:
     Source: the definition.
     """
     codes_N, step_N, loss_N, norm_N = sorted_by_member(run.steps, ("step", "loss", "grad_norm"))
-    is_bad_N = ~np.isfinite(loss_N) & _is_seen(run, codes_N, step_N, loss_N)
+    is_bad_N = ~np.isfinite(loss_N) & _is_seen(run)
     passed_K = np.flatnonzero(is_bad_N & (step_N <= _last_sound(run)[codes_N]))
     blind = without_loss(run)
     if not len(passed_K):
@@ -261,7 +260,7 @@ def _last_sound(run: Run) -> NDArray[np.int64]:
     n_members = len(run.entries)
     finite_N, norm_finite_N = np.isfinite(loss_N), np.isfinite(norm_N)
     is_known_M = np.bincount(codes_N[norm_finite_N], minlength=n_members) > 0
-    seen_N = _is_seen(run, codes_N, step_N, loss_N)
+    seen_N = _is_seen(run)
     sound_N = np.where(seen_N, finite_N & (norm_finite_N | ~is_known_M[codes_N]), norm_finite_N)
     sound_M = np.full(n_members, -1, dtype=np.int64)
     np.maximum.at(sound_M, codes_N[sound_N].astype(np.int64), step_N[sound_N].astype(np.int64))
@@ -276,21 +275,9 @@ def _last_sound(run: Run) -> NDArray[np.int64]:
     return sound_M
 
 
-def _is_seen(run: Run, codes_N: NDArray[Any], step_N: NDArray[Any], loss_N: NDArray[Any]) -> NDArray[np.bool_]:
-    """Whether each loss was seen, (N,): in watched runs NaN also stands for one that was not.
-
-    As `Run.members` has it: from the first event of a loss that is not finite on, NaN is what was seen.
-    """
-    seen_N: NDArray[np.bool_] = np.ones(len(loss_N), dtype=bool)
-    if run.kind == "watch":
-        number = {entry.name: m for m, entry in enumerate(run.entries)}
-        first_M = np.full(len(run.entries), NEVER)
-        for each in _breaks(run):
-            if each.tensor == "loss":
-                m = number[each.member]
-                first_M[m] = min(first_M[m], each.step)
-        seen_N = ~np.isnan(loss_N) | (step_N >= first_M[codes_N])
-    return seen_N
+def _is_seen(run: Run) -> NDArray[np.bool_]:
+    """Whether each loss was seen, (N,), in the order of `sorted_by_member`."""
+    return run.loss_seen[np.argsort(members_of_rows(run.steps), kind="stable")]
 
 
 def _breaks(run: Run) -> list[Break]:
