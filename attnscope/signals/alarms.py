@@ -38,9 +38,14 @@ class Alarms:
         """`place` says where the layer and group of a row are."""
         self._place = place
         self._watches: dict[int, LossWatch] = {}
-        self._diverged: set[int] = set()
+        self._diverged: dict[int, Event] = {}
         self._is_broken: dict[tuple[int, str], bool] = {}
         self._times: dict[tuple[int, str], int] = {}
+
+    @property
+    def diverged(self) -> Event | None:
+        """The first divergence of those that have been seen so far."""
+        return min(self._diverged.values(), key=lambda event: event.step, default=None)
 
     def look(self, tables: Tables, more: Sequence[Looked] = ()) -> list[Event]:
         """The events of a block, in the order of their steps, and of one step in the order in which it computes the tensors.
@@ -78,8 +83,9 @@ class Alarms:
     def _new_verdict(self, member: int, watch: LossWatch) -> list[Event]:
         if watch.diverged_at is None or member in self._diverged:
             return []
-        self._diverged.add(member)
-        return [Event(step=watch.diverged_at, member=member, what=Diverged(why=watch.why or ""))]
+        event = Event(step=watch.diverged_at, member=member, what=Diverged(why=watch.why or ""))
+        self._diverged[member] = event
+        return [event]
 
     def _breaks(self, looked: Looked) -> list[Event]:
         """The steps at which a tensor of a member is broken that was sound before."""

@@ -23,6 +23,7 @@ from attnscope.runs.events import (
 )
 from attnscope.runs.part_writer import PartWriter
 from attnscope.signals.alarms import Alarms, place_of
+from attnscope.signals.conditions import Condition
 from attnscope.signals.journal import Journal
 from attnscope.signals.nonfinite import Looked
 from attnscope.watch.step import Step
@@ -187,6 +188,10 @@ class WatchRecorder:
                 if failure is not None:
                     self.event(TrackerFailed(reason=failure), step=last)
         return {**tables, "losses": seen}
+
+    def met(self, conditions: Sequence[Condition], tables: Tables) -> tuple[Condition, str] | None:
+        """The first condition that the block last flushed meets, and what met it; None if none does."""
+        return self._journal.met(conditions, tables)
 
     def finish(self, status: str, measuring: Measuring, *, step: int, **fields: object) -> None:
         """Write what is left and say how it ended, and what stayed empty."""

@@ -92,7 +92,9 @@ def test_a_bound_that_is_unknown_is_not_broken():
 def test_the_end_decides_on_losses_that_are_not_finite():
     alarms = Alarms()
     assert [e.kind for e in alarms.look(tables([[4.0, 4.0], [4.0, NAN]]))] == ["nonfinite"]
+    assert alarms.diverged is None
     assert said(alarms.end([0, 1])) == [(1, 1, "diverged", None)]
+    assert (alarms.diverged.step, alarms.diverged.member) == (1, 1)
     assert alarms.end([0, 1]) == []
 
 
