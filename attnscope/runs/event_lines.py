@@ -6,7 +6,7 @@ where it may be. Where it has neither, and where the kind is not known, the even
 
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -33,7 +33,7 @@ def fields_of(event: Event) -> Mapping[str, object]:
 
 
 def event_in_json(line: object) -> Event | None:
-    """The event of a line that JSON was read from; None where it is none. Never an error, whatever it is."""
+    """The event of a line that JSON was read from; None where it is none, whatever else it is."""
     if not isinstance(line, dict):
         return None
     kind, step, member, written = (line.get(key) for key in ("kind", "step", "member", "fields"))
@@ -51,19 +51,19 @@ def event_in_json(line: object) -> Event | None:
 def _fields_of(what: What) -> dict[str, object]:
     """The fields of a line, as JSON understands them; an optional one that is None is left out."""
     if isinstance(what, Untyped | NotRecorded):
-        plain = as_plain(what.fields if isinstance(what, Untyped) else what.why_empty)
-        return cast("dict[str, object]", plain)
-    found: dict[str, object] = {}
-    for each in fields(what):
-        value = getattr(what, each.name)
-        if value is None and each.default is None:
+        table = what.fields if isinstance(what, Untyped) else what.why_empty
+        return {name: as_plain(value) for name, value in table.items()}
+    plain: dict[str, object] = {}
+    for field in fields(what):
+        value = getattr(what, field.name)
+        if value is None and field.default is None:
             continue
-        if each.type in (tuple[Place, ...], tuple[Place, ...] | None):
-            found[each.name] = [place.words for place in value]
-            found[PLACES] = [_place_as_json(place) for place in value]
+        if field.type in (tuple[Place, ...], tuple[Place, ...] | None):
+            plain[field.name] = [place.words for place in value]
+            plain[PLACES] = [_place_as_json(place) for place in value]
         else:
-            found[each.name] = as_plain(value)
-    return found
+            plain[field.name] = as_plain(value)
+    return plain
 
 
 def as_plain(value: object, deep: int = MOST_DEEP) -> object:
@@ -85,11 +85,11 @@ def _what_in(kind: str, as_read: Mapping[str, object]) -> What:
     if what is NotRecorded:
         return NotRecorded(why_empty={key: why for key, why in as_read.items() if isinstance(why, str)})
     values: dict[str, Any] = {}
-    for each in () if what is None else fields(what):
-        value = _READERS[each.type](as_read, each.name)
-        if value is not None or each.type in _OPTIONAL:
-            values[each.name] = value
-        elif each.default is MISSING and each.default_factory is MISSING:
+    for field in () if what is None else fields(what):
+        value = _READERS[field.type](as_read, field.name)
+        if value is not None or field.type in _OPTIONAL:
+            values[field.name] = value
+        elif field.default is MISSING and field.default_factory is MISSING:
             what = None
             break
     return Untyped(kind=kind, fields=as_read) if what is None else what(**values)
@@ -102,7 +102,7 @@ def _text(as_read: Mapping[str, object], name: str) -> str | None:
 
 def _texts(as_read: Mapping[str, object], name: str) -> tuple[str, ...] | None:
     value = as_read.get(name)
-    return tuple(value) if isinstance(value, list) and all(isinstance(each, str) for each in value) else None
+    return tuple(value) if isinstance(value, list) and all(isinstance(text, str) for text in value) else None
 
 
 def _whole(as_read: Mapping[str, object], name: str) -> int | None:
@@ -121,7 +121,7 @@ def _table(as_read: Mapping[str, object], name: str) -> Mapping[str, object] | N
 
 def _shapes(as_read: Mapping[str, object], name: str) -> tuple[tuple[object, ...], ...] | None:
     value = as_read.get(name)
-    return tuple(tuple(each) for each in value if isinstance(each, list)) if isinstance(value, list) else None
+    return tuple(tuple(sizes) for sizes in value if isinstance(sizes, list)) if isinstance(value, list) else None
 
 
 def _places(as_read: Mapping[str, object], name: str) -> tuple[Place, ...] | None:
@@ -129,15 +129,15 @@ def _places(as_read: Mapping[str, object], name: str) -> tuple[Place, ...] | Non
     texts, tables = _texts(as_read, name), as_read.get(PLACES)
     if texts is None:
         return None
-    known = [_place_in_json(each) for each in tables] if isinstance(tables, list) else []
+    known = [_place_in_json(table) for table in tables] if isinstance(tables, list) else []
     if len(known) != len(texts):
         known = [None] * len(texts)
     return tuple(place or place_in_words(text) for place, text in zip(known, texts, strict=True))
 
 
 def _place_as_json(place: Place) -> dict[str, object]:
-    found = {"layer": place.layer, "group": place.group, "path": place.path}
-    return {name: value for name, value in found.items() if value is not None}
+    table = {"layer": place.layer, "group": place.group, "path": place.path}
+    return {name: value for name, value in table.items() if value is not None}
 
 
 def _place_in_json(table: object) -> Place | None:
