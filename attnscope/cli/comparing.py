@@ -2,7 +2,6 @@
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import typer
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from attnscope.cli.tables import cells_as_json, print_comparison
+from attnscope.comparison.member import row_as_json
 from attnscope.config import parse_assignment, value_text
 from attnscope.report import write_comparison
 from attnscope.report.side_by_side import Chosen, side_by_side
@@ -40,7 +40,7 @@ def compare_runs(words: Sequence[str], *, baseline: Sequence[str], out: Path | N
     assert comparison is not None
     if as_json:
         said = {
-            "members": [asdict(member) for member in contents.members],
+            "members": [row_as_json(member) for member in contents.members],
             "differing": {key: list(values) for key, values in comparison.axes.items()},
             "cells": cells_as_json(comparison),
             "verdict": list(contents.verdict),

@@ -19,10 +19,10 @@ from rich.table import Table
 from rich.text import Text
 
 from attnscope.report.numbers import number
+from attnscope.runs.events import Diverged, Event, Nonfinite
 
 if TYPE_CHECKING:
     from attnscope.config import Config, Member
-    from attnscope.runs.events import Event
     from attnscope.train.block import Block
     from attnscope.train.loop import Progress
 
@@ -189,20 +189,20 @@ class PartView:
             text += f"  {tokens:,.0f} tokens/s  eta {(self._steps - done) / rate:.0f} s"
         return text
 
-    def _line_of(self, event: "Event") -> Text | None:
-        if event.member is None or event.kind not in ("nonfinite", "diverged"):
+    def _line_of(self, event: Event) -> Text | None:
+        what = event.what
+        if event.member is None or not isinstance(what, Nonfinite | Diverged):
             return None
         name = self._members[event.member].name
-        if event.kind == "nonfinite":
-            where = event.fields.get("where")
+        if isinstance(what, Nonfinite):
             place = ""
-            if isinstance(where, list):
-                place = f" ({', '.join([*where[:3], *['...'] * (len(where) > 3)])})"
-            tensor = event.fields["tensor"]
-            verb = "are" if tensor == "attention logits" else "is"
-            return Text(f"step {event.step}: {tensor} of {name} {verb} not finite{place}", "red")
+            if what.where is not None:
+                words = [place.words for place in what.where]
+                place = f" ({', '.join([*words[:3], *['...'] * (len(words) > 3)])})"
+            verb = "are" if what.tensor == "attention logits" else "is"
+            return Text(f"step {event.step}: {what.tensor} of {name} {verb} not finite{place}", "red")
         self._notes[event.member] = f"✗ diverged at step {event.step}"
-        return Text(f"step {event.step}: {name} diverged: loss {event.fields['why']}", "red")
+        return Text(f"step {event.step}: {name} diverged: loss {what.why}", "red")
 
 
 class Curve:

@@ -44,6 +44,7 @@ STYLES = {
 
 def print_result(path: Path, *, as_json: bool) -> None:
     """Write the report of a run and print its members, what happened, and where to look next."""
+    from attnscope.comparison.member import row_as_json
     from attnscope.report import write_report
     from attnscope.report.contents import contents_of
     from attnscope.runs.reader import open_run
@@ -55,7 +56,7 @@ def print_result(path: Path, *, as_json: bool) -> None:
         said = {
             "run": str(path),
             "status": run.status,
-            "members": [asdict(member) for member in contents.members],
+            "members": [row_as_json(member) for member in contents.members],
             "verdict": list(contents.verdict),
             "cells": cells_as_json(contents.comparison) if contents.comparison else None,
             "reference": run.data.get("reference"),

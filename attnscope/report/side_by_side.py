@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from attnscope.comparison.cells import Comparison, baseline_of, compare
-from attnscope.comparison.member import MemberRow
+from attnscope.comparison.member import MemberRow, renamed
 from attnscope.comparison.subjects import Subject, subjects_of
 from attnscope.diagnose import Diagnosis
 from attnscope.errors import RunError
@@ -73,7 +73,7 @@ def side_by_side(chosen: Sequence[Chosen], *, baseline: Mapping[str, str] | None
         names.append(new)
         contents_of_runs.append(read)
         subjects += [
-            replace(subject, row=replace(subject.row, name=new[subject.row.name]))
+            replace(subject, row=renamed(subject.row, new[subject.row.name]))
             for subject in subjects_of(choice.run, read.members)
             if subject.row.name in new
         ]

@@ -23,6 +23,16 @@ def printable(text: object, limit: int = 120) -> str:
     return "".join(letter if letter.isprintable() else REPLACEMENT for letter in cut)
 
 
+def number_in(value: object) -> float | None:
+    """A number of anybody's JSON; None where it is something else, or none that a float can be."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return None
+
+
 def read_file(path: Path, *, name: str, limit: int) -> bytes:
     """The bytes of a regular file; `name` is what errors call it.
 

@@ -11,7 +11,8 @@ from zlib import crc32
 from attnscope.errors import RunError
 from attnscope.runs.atomic import reason_of
 from attnscope.runs.checksums import KEY, has_seal, hexadecimal, is_as_sealed
-from attnscope.runs.events import Event
+from attnscope.runs.event_lines import event_in_json
+from attnscope.runs.events import Event, Started
 from attnscope.runs.foreign import is_folder, is_regular_file, printable, read_file
 from attnscope.runs.holder import Holder, in_words, writer_of
 from attnscope.runs.layout import (
@@ -19,7 +20,6 @@ from attnscope.runs.layout import (
     END_STATUSES,
     EVENTS_FILE,
     MAX_EVENTS_BYTES,
-    MAX_INDEX,
     MAX_JSON_BYTES,
     MAX_TABLE_BYTES,
     PART,
@@ -102,9 +102,10 @@ def find_part(run: Path, index: int) -> PartFiles:
             lost = (str(error),)
     if end and segments and end.get("segment") != segments[-1]:
         end = None
-    written = files_in(end) if end else {}
+    written = files_in(end.get("files")) if end else {}
     if not end and segments and segments[-1] > 0:
-        written = files_in(start_of(path / table_file("events", segments[-1])))
+        started = start_of(path / table_file("events", segments[-1]))
+        written = {} if started is None else files_in(started.files)
     lost += tuple(
         f"{name}/{entry}: is gone or empty; {said.bytes} bytes were written"
         for entry, said in sorted(written.items())
@@ -135,9 +136,8 @@ def error_of(part: PartFiles) -> str | None:
     return printable(part.end.get("error") or "an error that it did not name", MOST_ERROR)
 
 
-def files_in(table: Mapping[str, Any]) -> dict[str, Written]:
+def files_in(files: object) -> dict[str, Written]:
     """The files that end.json or the event `start` lists."""
-    files = table.get("files")
     written: dict[str, Written] = {}
     for name, said in files.items() if isinstance(files, dict) else ():
         if isinstance(said, dict) and (TABLE_FILE.fullmatch(name) or EVENTS_FILE.fullmatch(name)):
@@ -164,15 +164,16 @@ def files_as_found(part: PartFiles) -> dict[str, Written]:
     return files
 
 
-def start_of(events: Path) -> dict[str, Any]:
-    """What the first line of a segment's events says of how the segment began."""
+def start_of(events: Path) -> Started | None:
+    """How a segment began, as the first line of its events says; None where it says nothing of it."""
     try:
         if is_regular_file(events):
             with events.open("rb") as file:
-                return _event_in(file.readline(MOST_START_BYTES).rstrip(b"\n")).fields
+                what = _event_in(file.readline(MOST_START_BYTES).rstrip(b"\n")).what
+                return what if isinstance(what, Started) else None
     except (OSError, ValueError, RecursionError):
         pass  # no reason to stop here: `read_events` reads the same file and says what is wrong with it
-    return {}
+    return None
 
 
 def _with_what_was_written(part: PartFiles, file: str, data: bytes, lost: list[str]) -> list[str]:
@@ -257,13 +258,13 @@ def read_table(part: PartFiles, segment: int, table: str) -> TableData:
     return replace(decoded, lost=tuple(f"{name}: {note}" for note in notes))
 
 
-def started_with(parts: Sequence[PartFiles], index: int) -> dict[str, Any]:
-    """How a part began, or another one where it did not: what the event `start` says besides its step."""
+def started_with(parts: Sequence[PartFiles], index: int) -> Started | None:
+    """How a part began, or another one where it did not; None where none says."""
     for part in sorted(parts, key=lambda part: (part.index != index, part.index)):
         for segment in part.segments:
             if said := start_of(part.path / table_file("events", segment)):
                 return said
-    return {}
+    return None
 
 
 def gaps_in(
@@ -309,19 +310,10 @@ def without_steps(
 
 
 def _event_in(line: bytes) -> Event:
-    value = json.loads(line.decode())
-    if not isinstance(value, dict) or not is_as_sealed(line):
+    event = event_in_json(json.loads(line.decode()))
+    if event is None or not is_as_sealed(line):
         raise ValueError
-    kind, step, member, fields = (value.get(key) for key in ("kind", "step", "member", "fields"))
-    if (
-        not isinstance(kind, str)
-        or not is_whole(step, 0, 2**31 - 1)
-        or not (member is None or is_whole(member, 0, MAX_INDEX))
-        or not isinstance(fields, dict)
-    ):
-        raise ValueError
-    special = {key: with_special(item) for key, item in fields.items()}
-    return Event(kind=printable(kind, 40), step=step, member=member, fields=special)
+    return event
 
 
 def _end_in(path: Path, *, name: str) -> dict[str, Any]:

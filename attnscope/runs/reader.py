@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,8 @@ from attnscope.config import Config, nearest, parse_table
 from attnscope.errors import ConfigError, RunError
 from attnscope.runs.atomic import reason_of, remedy_of
 from attnscope.runs.divergence import FED
-from attnscope.runs.events import Event
+from attnscope.runs.event_lines import fields_of
+from attnscope.runs.events import Event, Nonfinite, Started
 from attnscope.runs.foreign import printable
 from attnscope.runs.holder import writer_of
 from attnscope.runs.layout import RUN_FILE, Manifest, table_file
@@ -46,6 +47,8 @@ from attnscope.runs.streams import TableData, decode_table
 
 if TYPE_CHECKING:
     import pandas as pd
+
+_What = TypeVar("_What")
 
 
 class Run:
@@ -151,15 +154,8 @@ class Run:
         """
         import pandas as pd
 
-        rows = [
-            (part.index, segment, event)
-            for part in self._parts
-            for segment, end in self._replaced_from(part, {}).items()
-            for event in self._events_in[part.index, segment]
-            if event.step < end
-        ]
-        rows.sort(key=lambda row: row[:2])
-        codes = [-1 if event.member is None else self._numbers[part].get(event.member, -1) for part, _, event in rows]
+        rows = self._events_kept
+        codes = [self._number_of(part, event) for part, _, event in rows]
         return pd.DataFrame(
             {
                 "part": np.array([part for part, _, _ in rows], dtype=np.int32),
@@ -169,9 +165,21 @@ class Run:
                     np.array(codes, dtype=np.int32), categories=pd.Index(self._names, dtype=object)
                 ),
                 "kind": pd.Series([event.kind for _, _, event in rows], dtype=object),
-                "fields": pd.Series([event.fields for _, _, event in rows], dtype=object),
+                "fields": pd.Series([fields_of(event) for _, _, event in rows], dtype=object),
             }
         )
+
+    @cached_property
+    def happenings(self) -> tuple[tuple[str | None, Event], ...]:
+        """The rows of `events`, typed: the name of the member, None if it concerns all, and what happened."""
+        return tuple(
+            (None if (m := self._number_of(part, event)) < 0 else self._names[m], event)
+            for part, _, event in self._events_kept
+        )
+
+    def happened(self, kind: type[_What]) -> list[tuple[int, str | None, _What]]:
+        """Step, name of the member and what happened, of the events of one kind."""
+        return [(event.step, member, event.what) for member, event in self.happenings if isinstance(event.what, kind)]
 
     @cached_property
     def members(self) -> tuple[MemberRecord, ...]:
@@ -180,6 +188,7 @@ class Run:
         order_N = np.argsort(codes_N, kind="stable")
         bounds = np.searchsorted(codes_N[order_N], np.arange(len(self._names) + 1))
         columns = {name: self.steps[name].to_numpy()[order_N] for name in FED}
+        seen_N = self.loss_seen[order_N] if self.kind == "watch" else None
         ends = {part.index: end_status_of(part, run_status=self.status, is_held=self._is_held) for part in self._parts}
         errors = {part.index: error_of(part) for part in self._parts}
         return tuple(
@@ -190,11 +199,29 @@ class Run:
                 error=errors[entry.part],
                 config=self._manifest.config,
                 unigram=self.unigram_of(entry.part),
-                # The loss of watched code may not be seen.
-                seen_events=self._events_of(entry.part) if self.kind == "watch" else None,
+                seen=None if seen_N is None else seen_N[low:high],
             )
             for entry, (low, high) in zip(self.entries, pairwise(bounds), strict=True)
         )
+
+    @cached_property
+    def loss_seen(self) -> NDArray[np.bool_]:
+        """Whether the loss of each row of `steps` was seen, (N,).
+
+        In watched code NaN also stands for a loss that was not; after the first event of a loss that is not finite it is one.
+        """
+        loss_N = self.steps["loss"].to_numpy()
+        if self.kind == "train":
+            return np.ones(len(loss_N), dtype=bool)
+        first_M = np.full(len(self.entries), NEVER)
+        for part, _, event in self._events_kept:
+            if isinstance(event.what, Nonfinite) and event.what.tensor == "loss":
+                for index, m in self._numbers[part].items():
+                    if event.member in (None, index):
+                        first_M[m] = min(first_M[m], event.step)
+        codes_N = self.steps["member"].cat.codes.to_numpy()
+        seen_N: NDArray[np.bool_] = ~np.isnan(loss_N) | (self.steps["step"].to_numpy() >= first_M[codes_N])
+        return seen_N
 
     @property
     def lost(self) -> tuple[str, ...]:
@@ -209,9 +236,9 @@ class Run:
 
     def threads_of(self, part: int) -> int | None:
         """Threads that a part was trained with, or one that did begin where it did not; None = nobody knows."""
-        said = started_with(self._parts, part).get("threads")
-        if is_whole(said, 1, 2**15):
-            return said
+        started = started_with(self._parts, part)
+        if started is not None and is_whole(started.threads, 1, 2**15):
+            return started.threads
         # Before parts said it, the process that made the run did, which trained all but sweeps.
         made_with = self.environment.get("threads")
         began = any(part.segments for part in self._parts) and "sweep" not in self._manifest.config
@@ -312,10 +339,23 @@ class Run:
     def _starts_in(self, part: PartFiles, segment: int) -> list[int]:
         """Where a segment says that it begins."""
         events = self._events_in[part.index, segment]
-        return [event.step for event in events if event.kind == "start"]
+        return [event.step for event in events if isinstance(event.what, Started)]
 
-    def _events_of(self, part: int) -> list[Event]:
-        return [event for (of, _), events in self._events_in.items() if of == part for event in events]
+    def _number_of(self, part: int, event: Event) -> int:
+        """Place in run.json of the member that an event concerns; -1 if there is no such one."""
+        return -1 if event.member is None else self._numbers[part].get(event.member, -1)
+
+    @cached_property
+    def _events_kept(self) -> list[tuple[int, int, Event]]:
+        """Part, segment and event, of what no later segment replaces."""
+        rows = [
+            (part.index, segment, event)
+            for part in self._parts
+            for segment, end in self._replaced_from(part, {}).items()
+            for event in self._events_in[part.index, segment]
+            if event.step < end
+        ]
+        return sorted(rows, key=lambda row: row[:2])
 
     @cached_property
     def _events_in(self) -> dict[tuple[int, int], list[Event]]:

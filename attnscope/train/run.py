@@ -15,6 +15,7 @@ from attnscope.model import QKV
 from attnscope.runs.checkpoint import Checkpoint, load_checkpoint
 from attnscope.runs.divergence import FED
 from attnscope.runs.environment import environment
+from attnscope.runs.events import CheckpointLeftOut, Event
 from attnscope.runs.foreign import printable
 from attnscope.runs.holder import holding
 from attnscope.runs.layout import part_folder
@@ -157,7 +158,7 @@ def train_part_of(
         writer = RunWriter.resume(run.path).part(index, first_step=part.step, threads=threads)
         with _said_how_it_ended(writer):
             for note in notes:
-                writer.event("checkpoint_left_out", step=part.step, why=note)
+                writer.event(Event(step=part.step, what=CheckpointLeftOut(why=note)))
             status = train_part(part, data, writer=writer, alarms=alarms, on_progress=report, should_stop=should_stop)
             writer.finish(status)
             return status

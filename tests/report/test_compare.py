@@ -7,7 +7,6 @@ import pytest
 
 import attnscope
 from attnscope.comparison.cells import compare
-from attnscope.comparison.member import MemberRow, Softmax
 from attnscope.comparison.subjects import Subject, outcome_text, subjects_of
 from attnscope.errors import RunError
 from attnscope.report.comparison import (
@@ -21,24 +20,15 @@ from attnscope.report.comparison import (
 from attnscope.report.contents import contents_of
 from attnscope.report.side_by_side import Chosen, side_by_side
 from attnscope.runs.reader import open_run
-
-ROW = MemberRow(
-    name="a", status="trained", step=99, nonfinite_at=None, first_loss=6.0, best_loss=2.0, final_loss=2.0,
-    val_loss=None, prefix_loss=None, unigram=3.0, theory_std=1.0, start=Softmax(), end=Softmax(), settings={},
-)  # fmt: skip
+from tests.report.rows import row_of
 
 
 def subject(status="trained", final=2.0, *, seed=0, step=99, data="d", first=6.0, **settings):
     shown = {key.replace("__", "."): value for key, value in settings.items()}
     return Subject(
         run="r",
-        row=replace(
-            ROW,
-            name=str((seed, shown)),
-            status=status,
-            final_loss=final,
-            step=step,
-            first_loss=first,
+        row=row_of(
+            str((seed, shown)), status, final_loss=final, step=step, first_loss=first, unigram=3.0, theory_std=1.0
         ),
         settings={key: f"{value:g}" if isinstance(value, float) else value for key, value in shown.items()}
         | {"train.seed": str(seed)},
