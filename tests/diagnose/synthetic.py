@@ -8,6 +8,7 @@ from attnscope.config import members_of, parse_table
 from attnscope.runs.layout import COLUMNS
 from attnscope.runs.reader import Run, open_run
 from attnscope.runs.writer import RunWriter
+from tests.runs.made_up import event
 
 HEALTHY = {"entropy_ratio": 0.5, "max_logit": 10.0, "logit_std": 1.0}
 MOVING = {"weight_norm": 10.0, "update_norm": 0.01, "grad_norm": 1.0, "grad_max": 0.2}
@@ -84,6 +85,6 @@ def run_of(
         if columns is not None:
             part.append(table, columns)
     for kind, step, member, fields in events:
-        part.event(kind, step=step, member=member, **fields)
+        part.event(event(kind, step=step, member=member, **fields))
     part.finish(end, **({} if error is None else {"error": error}))
     return open_run(path)

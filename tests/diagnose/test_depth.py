@@ -5,6 +5,7 @@ import pytest
 
 import attnscope
 from attnscope.diagnose.rules.depth import (
+    A_LAYER,
     EXPLODING,
     NO_LAYERS,
     VANISHING,
@@ -17,7 +18,7 @@ from tests.diagnose.synthetic import params_table, run_of, steps_table
 RULES = (gradients_vanish_with_depth, gradients_explode_with_depth)
 
 
-def layered(path, first, *, n=60, losses=None, layers=(0, 1, 2), **other):
+def layered(path, first, *, n=60, losses=None, layers=(0, 1, 2, 3), **other):
     """A run in which the first of some layers gets a gradient of norm `first`, one number or one a step, the others of 1."""
     grad_norm = np.ones((n, 1, len(layers), 2)) / 2**0.5
     grad_norm[:, :, 0] *= np.broadcast_to(np.asarray(first, dtype=float), n).reshape(n, 1, 1)
@@ -41,13 +42,20 @@ def test_each_threshold(tmp_path, first, found):
     assert tuple(rule(run) is not None for rule in RULES) == found
 
 
+@pytest.mark.parametrize(("times", "is_named"), [(0.99, True), (1.01, False)])
+@pytest.mark.parametrize("n_layers", [2, 3])
+def test_with_few_layers_a_tenth_from_one_to_the_next_is_little(tmp_path, n_layers, times, is_named):
+    run = layered(tmp_path / "r", times * A_LAYER ** (n_layers - 1), layers=tuple(range(n_layers)))
+    assert (gradients_vanish_with_depth(run) is not None) is is_named
+
+
 def test_the_sentence_tells_both_layers_and_the_step(tmp_path):
     finding = gradients_vanish_with_depth(layered(tmp_path / "r", 1e-5))
     assert finding.summary == (
-        "At step 1 the gradient of layer 0 of scaled has norm 1e-05 and that of layer 2 1: over 20 measured steps the median of their "
+        "At step 1 the gradient of layer 0 of scaled has norm 1e-05 and that of layer 3 1: over 20 measured steps the median of their "
         "ratio is 1e-05 (below 0.001)."
     )
-    assert [piece.layer for piece in finding.evidence] == [0, 2] and finding.severity == "warning"
+    assert [piece.layer for piece in finding.evidence] == [0, 3] and finding.severity == "warning"
     assert finding.evidence[0].threshold == pytest.approx(VANISHING)
 
 
@@ -70,7 +78,7 @@ def test_gradients_that_vanish_late_are_dated_there_and_a_dip_is_none(tmp_path):
 
 def test_layers_without_gradients_do_not_count_nor_does_the_first_step(tmp_path):
     frozen = np.where(np.arange(60) >= 0, 0.0, 1.0)
-    run = layered(tmp_path / "a", frozen)  # 1 and 2 are left
+    run = layered(tmp_path / "a", frozen)  # the others are left
     assert all(rule(run) is None for rule in RULES)
     begins_at_zero = np.where(np.arange(60) == 0, 1e-9, 1.0)
     assert gradients_vanish_with_depth(layered(tmp_path / "b", begins_at_zero)) is None

@@ -26,6 +26,7 @@ from attnscope.runs.layout import MemberEntry
 from attnscope.runs.reader import open_run
 from attnscope.runs.writer import RunWriter
 from tests.diagnose.synthetic import params_table, run_of, steps_table
+from tests.runs.made_up import event
 
 SMALL = {
     "model": {"d_model": 32, "n_layers": 2, "seq_len": 16, "norm": "pre"},
@@ -51,7 +52,7 @@ def watched(path, *, steps, params=None, optimizer="AdamW"):
     if params is not None:
         part.append("params", params)
     if optimizer:
-        part.event("optimizer", step=0, member=0, name=optimizer)
+        part.event(event("optimizer", step=0, member=0, name=optimizer))
     part.finish("finished")
     return open_run(path)
 

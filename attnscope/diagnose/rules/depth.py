@@ -19,6 +19,9 @@ from attnscope.runs.reader import Run
 # post and no norm; Xavier weights with gains 0.1 to 3, and GPT-2's): of those that learned none is outside 0.005 to 25.
 VANISHING = 1e-3
 EXPLODING = 70.0
+# With fewer than four layers, which AutoTrainer did not have: a tenth from layer to layer. Of members of two and three layers that learned none
+# falls below half.
+A_LAYER = 0.1
 WINDOW = 20  # measured steps, at the beginning and at the end
 LEARNED = 0.9  # of the first loss: what ends above learned next to nothing
 
@@ -40,7 +43,8 @@ def gradients_vanish_with_depth(run: Run) -> Finding | NotLooked | None:
     """The first layers get next to no gradient.
 
     What it looks at: grad_norm of the first layer that has gradients by that of the last one (all groups of a layer together),
-    as the median of the first WINDOW measured steps and of the last ones before divergence, against VANISHING.
+    as the median of the first WINDOW measured steps and of the last ones before divergence, against VANISHING, and with fewer than
+    four layers against A_LAYER for each step from one to the next.
     Why it matters: what the first layers do is never corrected. With SGD they stand still; Adam makes steps of full size out of
     noise.
     What to try: residual connections, model.norm = pre, weights that keep the size of activations; a lower optimizer.lr if it came later.
@@ -95,11 +99,12 @@ def vanished_later(run: Run) -> dict[str, tuple[int, float]]:
     for m, entry in enumerate(run.entries):
         k = slice(int(depth.start_M[m]), int(depth.start_M[m + 1]))
         mine_K = ratio_K[k]
-        if len(mine_K) < WINDOW or not np.median(mine_K[:3]) > 10 * VANISHING:
+        limit = _vanishing(int(depth.layer_K[1][k][-1] - depth.layer_K[0][k][-1])) if len(mine_K) else 0.0
+        if len(mine_K) < WINDOW or not np.median(mine_K[:3]) > 2 * limit:
             continue
         median = float(np.median(mine_K[-WINDOW:]))
-        if median < VANISHING:
-            found[entry.name] = int(depth.step_K[k][np.argmax(mine_K < VANISHING)]), median
+        if median < limit:
+            found[entry.name] = int(depth.step_K[k][np.argmax(mine_K < limit)]), median
     return found
 
 
@@ -128,17 +133,19 @@ def _found(
         windows = (k[1 : WINDOW + 1] if len(k) > 1 else k, k[-WINDOW:])
         medians = [float(np.median(ratio_K[window])) for window in windows]
         worst = int(np.argmax([sign * median for median in medians]))
-        if sign * medians[worst] <= sign * threshold:
+        first, last = (int(layer_K[k[-1]]) for layer_K in depth.layer_K)
+        limit = threshold if sign > 0 else _vanishing(last - first)
+        if sign * medians[worst] <= sign * limit:
             continue
         window = windows[worst]
-        at = int(window[np.argmax(sign * ratio_K[window] > sign * threshold)])
+        at = int(window[np.argmax(sign * ratio_K[window] > sign * limit)])
         first, last = (int(layer_K[at]) for layer_K in depth.layer_K)
         near, far = (float(norm_K[at]) for norm_K in depth.norm_K)
         step = int(depth.step_K[at])
         said = (
             f"At step {step} the gradient of layer {first} of {record.name} has norm {near:.3g} and that of layer {last} {far:.3g}: "
             f"over {len(window)} measured steps the median of their ratio is {medians[worst]:.2g} "
-            f"({'below' if sign < 0 else 'above'} {threshold:g})."
+            f"({'below' if sign < 0 else 'above'} {limit:g})."
         )
         concerns.append(
             Concern(
@@ -153,7 +160,7 @@ def _found(
                         layer=first,
                         quantity="grad_norm",
                         value=near,
-                        threshold=threshold * far,
+                        threshold=limit * far,
                     ),
                     Evidence(member=record.name, step=step, layer=last, quantity="grad_norm", value=far),
                 ),
@@ -172,6 +179,10 @@ def _found(
         explains=explains,
     )
     return answer(run, rule, finding, blind | without_steps(run))
+
+
+def _vanishing(layers_below: int) -> float:
+    return float(max(VANISHING, A_LAYER**layers_below))
 
 
 def _severity(record: MemberRecord, sign: int) -> Severity:
