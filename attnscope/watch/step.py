@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attnscope.watch.finite import Outputs
 from attnscope.watch.output import Output
+from attnscope.watch.passed import Passed
 
 
 @dataclass(slots=True, kw_only=True)
@@ -30,6 +31,7 @@ class Step:
         gradients: (layer, group) and norm before clipping of what has a gradient, (P,) each; at every step.
         outputs: sums over the outputs of modules.
         output: what cross-entropy was given.
+        passed: the residual stream, as it passed from block to block.
         lrs: of all parameter groups that were updated.
     """
 
@@ -46,6 +48,7 @@ class Step:
     gradients: list[tuple[list[tuple[int, str]], Tensor]] = field(default_factory=list)
     outputs: Outputs | None = None
     output: Output = field(default_factory=Output)
+    passed: Passed | None = None
     grad_norm: Tensor | None = None
     clip_factor: Tensor | None = None
     lrs: list[float | Tensor] = field(default_factory=list)
