@@ -75,14 +75,14 @@ class Modules:
         found: str | None = self._names.get(module)
         return found
 
-    def n_blocks_in(self, stack: str, model: str) -> int:
-        """How many blocks of this stack in models of this class are known: one more than their largest number."""
-        most = -1
+    def blocks_in(self, stack: str, model: str) -> dict[int, nn.Module]:
+        """The modules known that stand in this stack of a model of this class, by their numbers there."""
+        found = {}
         for module, name in self._names.items():
-            block = block_of(name)
-            if block is not None and block.is_whole and block.stack == stack and self._models[module] == model:
-                most = max(most, block.number)
-        return most + 1
+            block = block_at(name)
+            if block is not None and block.stack == stack and self._models[module] == model:
+                found[block.number] = module
+        return found
 
     def model_of(self, module: nn.Module) -> str:
         """The class of the largest model that holds the module."""
@@ -156,26 +156,28 @@ def places(names: Mapping[int, str]) -> dict[int, tuple[int, str]]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
-    """Where a module stands: transformer.h.3.attn is in block 3 of the stack transformer.h.
+    """A module with a number: transformer.h.3 is block 3 of the stack transformer.h.
 
     Attributes:
         stack: path of what holds the blocks; empty where that is the model.
-        number: the first number in the path, as `places` has it.
-        is_whole: the module is the block, not a part of it.
+        number: there.
     """
 
     stack: str
     number: int
-    is_whole: bool
 
 
-def block_of(path: str) -> Block | None:
-    """The block that a module with this path is or is in; None where there is no number."""
+def block_at(path: str) -> Block | None:
+    """The block with this path; None where it does not end in a number."""
+    stack, _, number = path.rpartition(".")
+    return Block(stack=stack, number=int(number)) if number.isdecimal() else None
+
+
+def blocks_around(path: str) -> list[Block]:
+    """The blocks that the module with this path is or is in, the outermost first."""
     words = path.split(".")
-    for at, word in enumerate(words):
-        if word.isdecimal():
-            return Block(stack=".".join(words[:at]), number=int(word), is_whole=at == len(words) - 1)
-    return None
+    blocks = (block_at(".".join(words[: end + 1])) for end in range(len(words)))
+    return [block for block in blocks if block is not None]
 
 
 def module_calls() -> list[ModuleCall]:

@@ -13,7 +13,7 @@ Shape key: N calls, C column.
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from attnscope.capture.dispatch import outside, why_unseen
 from attnscope.capture.eager import in_backward
-from attnscope.capture.names import Block, ModuleCall, Modules, block_of, module_calls
+from attnscope.capture.names import Block, ModuleCall, Modules, block_at, blocks_around, module_calls
 from attnscope.capture.patches import Patches
 from attnscope.capture.seen import Seen
 from attnscope.watch.kept import Kept
@@ -122,6 +122,7 @@ class Residual:
         self._on_event = on_event
         self._stacks: list[_Stack] = []
         self._stack_of = WeakIdKeyDictionary()  # block to its stack
+        self._around = WeakIdKeyDictionary()  # what attends to the block that it is in, or None
         self._now: _Entered | None = None
         self._rows: list[_Row] = []
         self._kept = Kept(columns=2, most=MOST)
@@ -182,14 +183,13 @@ class Residual:
             return
         if module is None or getattr(module, "_is_replica", False):  # of DataParallel, for one call
             return
-        place = block_of(self._modules.name_of(module))
+        place = self._block_around(module)
         if place is None:
             return
         if not torch.is_grad_enabled():
             if module.training and self._why == NO_BLOCKS:
                 self._why = REENTRANT
             return
-        place = replace(place, is_whole=True)
         call = next((call for call in module_calls() if self._place_of(call.module) == place), None)
         if call is None:
             return
@@ -205,10 +205,8 @@ class Residual:
         calls = module_calls()
         for call in calls:
             place = self._place_of(call.module)
-            if place is None or not place.is_whole:
-                continue
-            stack = self._stack_of_block(call.module, place)
-            if stack is not None and type(call.module) in stack.classes:
+            stack = None if place is None else self._stack_of_block(call.module, place)
+            if place is not None and stack is not None and type(call.module) in stack.classes:
                 self._enter(step, call, stack, place.number)
                 self._note(out)
                 return
@@ -216,7 +214,27 @@ class Residual:
 
     def _place_of(self, module: nn.Module) -> Block | None:
         name = self._modules.known_name_of(module)
-        return block_of(name) if name else None
+        return block_at(name) if name else None
+
+    def _block_around(self, module: nn.Module) -> Block | None:
+        """The block that a module is in; of several in one another, the outermost that has a sister of its class.
+
+        In a model whose first part is number 0 and whose second is a whole transformer, that is not the transformer.
+        """
+        if module in self._around:
+            known: Block | None = self._around[module]
+            return known
+        around = blocks_around(self._modules.name_of(module))
+        if len(around) > 1:
+            model = self._modules.model_of(module)
+            around = [block for block in around if self._has_sister(block, model)]
+        found = around[0] if around else None
+        self._around[module] = found
+        return found
+
+    def _has_sister(self, block: Block, model: str) -> bool:
+        blocks = self._modules.blocks_in(block.stack, model)
+        return sum(type(other) is type(blocks.get(block.number)) for other in blocks.values()) > 1
 
     def _stack_of_block(self, block: nn.Module, place: Block) -> _Stack | None:
         """The stack that a block is in; None where none with its path has a place for it, as in another model's stack."""
@@ -240,7 +258,7 @@ class Residual:
         """Layers have the numbers of the blocks in the first stack; those of the next stack follow. None = there are too many."""
         model = self._modules.model_of(block)
         first = sum(stack.size for stack in self._stacks)
-        size = self._modules.n_blocks_in(place.stack, model)
+        size = 1 + max(self._modules.blocks_in(place.stack, model), default=place.number)
         if len(self._stacks) >= MOST_STACKS or first + size > MOST_BLOCKS:
             return None
         stack = _Stack(name=place.stack, model=model, first=first, size=size)
