@@ -48,6 +48,14 @@ def curve_of(tables: Tables, name: str, column: str) -> tuple[Array, Array]:
     return steps, tables.steps[column].to_numpy()[rows_N].astype(np.float64)
 
 
+def where_measured(steps: Array, values: Array, measured: NDArray[np.int32]) -> tuple[Array, Array]:
+    """The curve at these steps alone if it has values at no others: a gap says that it broke, not that nobody looked."""
+    is_measured_N = np.isin(steps, measured)
+    if np.isfinite(values[~is_measured_N]).any():
+        return steps, values
+    return steps[is_measured_N], values[is_measured_N]
+
+
 def thinned(steps: Array, values: Array, *, points: int = POINTS) -> tuple[Array, Array]:
     """A curve of at most about 2 x `points` points: the smallest and the largest finite value of each bin, in order.
 

@@ -179,7 +179,7 @@ class Residual:
     def attend(self, step: int, module: nn.Module | None, seen: Seen) -> None:
         """An attention call: a block that it is in is one of a transformer."""
         if seen.backend.startswith("compiled"):
-            self._why = COMPILED if self._why == NO_BLOCKS else self._why
+            self._unseen(COMPILED)
             return
         if module is None or getattr(module, "_is_replica", False):  # of DataParallel, for one call
             return
@@ -187,8 +187,8 @@ class Residual:
         if place is None:
             return
         if not torch.is_grad_enabled():
-            if module.training and self._why == NO_BLOCKS:
-                self._why = REENTRANT
+            if module.training:
+                self._unseen(REENTRANT)
             return
         call = next((call for call in module_calls() if self._place_of(call.module) == place), None)
         if call is None:
@@ -198,6 +198,12 @@ class Residual:
             stack.classes.add(type(call.module))
             self._enter(step, call, stack, place.number)
             self._learn_axes(module, seen)
+
+    def _unseen(self, why: str) -> None:
+        """A block runs in which nothing is seen, so that what comes after it is not the output of the one before it."""
+        self._now = None
+        if why == COMPILED or self._why == NO_BLOCKS:
+            self._why = why
 
     def _look(self, step: int, operator: str, args: tuple[Any, ...], out: Any) -> None:
         if not self._stacks:
@@ -281,7 +287,7 @@ class Residual:
                 if x is not None:
                     self._add(before, x)
         begin = max(map(_place_in_graph, streams), default=-1)
-        self._why = NOTHING_PASSED
+        self._why = COMPILED if self._why == COMPILED else NOTHING_PASSED
         self._now = _Entered(
             block=weakref.ref(call.module),
             stack=stack,

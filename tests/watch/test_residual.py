@@ -467,6 +467,15 @@ def test_a_model_without_a_stream_that_can_be_seen_has_no_rows_and_is_told_why(t
     assert "val_loss" in found
 
 
+def test_what_comes_after_a_block_that_is_not_seen_is_not_the_output_of_the_one_before_it(tmp_path):
+    class Partly(GPT):
+        def run(self, block, x):
+            return block(x) if block is self.h[0] else checkpoint(block, x, use_reentrant=True)
+
+    train(Partly(), tmp_path / "run")
+    assert not len(open_run(tmp_path / "run").layers)
+
+
 def test_as_many_sequences_as_tokens_tell_no_axis_unless_a_module_does(tmp_path):
     square = TOKENS[:, :5]
     train(GPT(), tmp_path / "run", loss_of=lambda model: loss_of(model, square))
