@@ -137,7 +137,8 @@ class Steps:
         self._begin()
         if self.now.measured:
             self._layers.see(self.now, module, seen)
-            self._residual.attend(self.now.number, module, seen)
+            with self._guard.measuring("residual stream", self.now.number):
+                self._residual.attend(self.now.number, module, seen)
 
     @_guarded("residual stream")
     def passing(self, look: Callable[[int], None]) -> None:
