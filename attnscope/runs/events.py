@@ -168,6 +168,23 @@ class OptimizerSeen:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BlocksSeen:
+    """`blocks`: a stack of numbered blocks of watched code was seen for the first time.
+
+    Attributes:
+        name: its path.
+        model: class of the model.
+        first_layer: `layer` in the layers table of its block 0.
+        n_blocks: it has.
+    """
+
+    name: str
+    model: str = ""
+    first_layer: int
+    n_blocks: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SkippedUpdate:
     """`skipped_update`: loss scaling skipped an update of watched code; `where` the gradient was not finite."""
 
@@ -250,6 +267,7 @@ What = (
     | Unmeasured
     | NotRecorded
     | OptimizerSeen
+    | BlocksSeen
     | SkippedUpdate
     | StepWithoutGradient
     | LossNotSeen
@@ -272,6 +290,7 @@ EVENTS: Mapping[str, type[What]] = {
     "not_measured": Unmeasured,
     "not_recorded": NotRecorded,
     "optimizer": OptimizerSeen,
+    "blocks": BlocksSeen,
     "skipped_update": SkippedUpdate,
     "step_without_gradient": StepWithoutGradient,
     "loss_not_seen": LossNotSeen,

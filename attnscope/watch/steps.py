@@ -28,6 +28,7 @@ from attnscope.watch.numbers import UnreadableError, copy_of_scalar, device_name
 from attnscope.watch.output import see_cross_entropy
 from attnscope.watch.parameters import Parameters, parameters_of
 from attnscope.watch.recording import WatchRecorder, broken_gradients
+from attnscope.watch.residual import Residual
 from attnscope.watch.step import Step
 from attnscope.watch.turns import Turns
 
@@ -69,6 +70,7 @@ class Steps:
         recorder: WatchRecorder,
         modules: Modules,
         layers: Layers,
+        residual: Residual,
         guard: Guard,
         every: int,
         take_outputs: Callable[[], Outputs | None],
@@ -81,6 +83,7 @@ class Steps:
             recorder: takes the steps.
             modules: know the names of parameters.
             layers: measure attention.
+            residual: follows the residual stream.
             guard: says what goes wrong.
             every: steps between those that are measured, after the first ones.
             take_outputs: gives what was seen of outputs since it was last called.
@@ -89,13 +92,14 @@ class Steps:
         """
         self._recorder = recorder
         self._layers = layers
+        self._residual = residual
         self._guard = guard
         self._every = every
         self._take_outputs = take_outputs
         self._on_forward_over = on_forward_over
         self._on_end = on_end
         self._parameters = Parameters(modules, self._on_left_out)
-        self._turns = Turns(self._forget_attention)
+        self._turns = Turns(self._forget_forward)
         self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._open: set[int] = set()  # optimizers between before_update and after_update, by id
         self._moved: set[int] = set()  # optimizers that have stepped in this step, by id
@@ -135,6 +139,16 @@ class Steps:
         self._begin()
         if self.now.measured:
             self._layers.see(self.now, module, seen)
+            with self._guard.measuring("residual stream", self.now.number):
+                self._residual.attend(self.now.number, module, seen)
+
+    @_guarded("residual stream")
+    def passing(self, look: Callable[[int], None]) -> None:
+        """Something is computed in training; `look` is given the number of the step if that is measured."""
+        if not self.repeats and self._turns.is_mine(trains=False):
+            self._begin()
+            if self.now.measured:
+                look(self.now.number)
 
     @_guarded("attention")
     def unmeasured(self, module: nn.Module | None, backend: str, shapes: list[list[int]], reason: str) -> None:
@@ -284,6 +298,8 @@ class Steps:
             self._parameters.end_step(now)
         with self._guard.measuring("outputs of modules", now.number):
             now.outputs = self._take_outputs()
+        with self._guard.measuring("residual stream", now.number):
+            now.passed = self._residual.take(now.number)
         if now.updated and not now.losses:
             self._lacks_loss(now)
         if self._moved_nothing and not now.updated and not self._lacks_gradient:
@@ -328,10 +344,11 @@ class Steps:
             self._guard.not_measured("training", self.now.number, ANOTHER_THREAD)
         return mine
 
-    def _forget_attention(self) -> None:
-        """It was that of another training."""
+    def _forget_forward(self) -> None:
+        """Attention and streams were those of another training."""
         self.now.heads.clear()
         self.now.purposes.clear()
+        self._residual.forget()
 
     def _on_left_out(self, name: str, reason: str) -> None:
         self._guard.not_measured(name, self.now.number, reason)

@@ -27,6 +27,7 @@ from attnscope.watch.finite import Finite, Outputs
 from attnscope.watch.guard import MOST_TEXT, Guard, one_line
 from attnscope.watch.layers import Layers
 from attnscope.watch.recording import Tables, WatchRecorder
+from attnscope.watch.residual import Residual
 from attnscope.watch.settings import Settings
 from attnscope.watch.snapshots import Snapshots
 from attnscope.watch.steps import Steps
@@ -62,14 +63,16 @@ class Watcher:
             on_layer=recorder.add_layer,
             on_unmeasured=lambda what, step: self._guard.event(what, step=step),
         )
+        self._residual = Residual(modules, on_event=self._guard.event)
         self._steps = Steps(
             recorder=recorder,
             modules=modules,
             layers=self._layers,
+            residual=self._residual,
             guard=self._guard,
             every=settings.every,
             take_outputs=self._take_outputs,
-            on_forward_over=lambda: self._capture.forget(),
+            on_forward_over=self._forward_over,
             on_end=self._step_over,
         )
         self._snapshots = Snapshots(settings.snapshot, self._step_of_forward) if settings.snapshot else None
@@ -79,6 +82,9 @@ class Watcher:
         self._seeing = Patches(lambda: steps.is_on and (steps.now.measured or steps.stepped), self._failed("attention"))
         self._hearing = Patches(lambda: steps.is_on, self._failed("training"))
         self._checking = Patches(lambda: steps.is_on, self._failed("outputs of modules"))
+        self._following = Patches(
+            lambda: steps.is_on and (steps.now.measured or steps.stepped), self._failed("residual stream")
+        )
 
     # -- from here on, what the user calls --
 
@@ -104,6 +110,7 @@ class Watcher:
         self._capture = Capture(self._seeing, on_attention=self._on_attention, on_unmeasured=self._on_unmeasured)
         self._finite = Finite(self._checking, on_call=self._on_forward)
         self._training = Training(self._hearing, self._steps)
+        self._residual.listen(self._following, self._on_passing)
         self._hearing.replace([torch], "compile", self._compile)
         if "torch._dynamo" in sys.modules:  # something may be compiled already, and be traced later
             self._install_probes()
@@ -148,7 +155,7 @@ class Watcher:
             self._training.remove()
             if self._probes is not None:
                 self._probes.remove()
-            for patches in (self._checking, self._hearing, self._seeing):
+            for patches in (self._following, self._checking, self._hearing, self._seeing):
                 patches.restore()
             self._capture.forget()
             if os.getpid() == self._process:
@@ -177,7 +184,7 @@ class Watcher:
         }
         said |= {name: value for name, value in more.items() if value}
         with guard.measuring("end", now):
-            self._recorder.finish(status, guard.measuring, step=now, **said)
+            self._recorder.finish(status, guard.measuring, step=now, why_empty=self._residual.why_empty, **said)
 
     def stop_after(self, error: BaseException | None) -> None:
         """Stop, and say that training ended with this exception, or with none."""
@@ -260,7 +267,16 @@ class Watcher:
 
     def _on_attention(self, module: nn.Module | None, seen: Seen) -> None:
         self._on_forward(module)
-        self._steps.attention(module, seen)
+        with self._following.undisturbed():
+            self._steps.attention(module, seen)
+
+    def _on_passing(self, look: Callable[[int], None]) -> None:
+        with self._seeing.undisturbed():
+            self._steps.passing(look)
+
+    def _forward_over(self) -> None:
+        self._capture.forget()
+        self._residual.over()
 
     def _on_unmeasured(self, module: nn.Module | None, backend: str, shapes: list[list[int]], reason: str) -> None:
         self._on_forward(module)
