@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MOST_EVENTS = 200
-TOLD_ELSEWHERE = ("start", "evaluation", "generation", "attention", "not_measured")
+TOLD_ELSEWHERE = ("start", "evaluation", "generation", "attention", "not_measured", "cross_entropy", "targets")
 MOST_TEXT = 2000  # characters of a generated text
 
 

@@ -1,13 +1,14 @@
 """What a watched run says of the attention layers and optimizers that were seen; anybody's, so everything is checked."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from attnscope.runs.foreign import printable
 from attnscope.runs.manifest import is_whole
 from attnscope.runs.reader import Run
 
 MOST_LAYERS = 10_000
+MOST_DTYPES = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +36,29 @@ class AttentionLayer:
     mask: str
     dtype: str
     backend: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CrossEntropy:
+    """What a watched script's cross-entropy was given at its first steps.
+
+    Attributes:
+        step: of the first call.
+        classes: the axis that the softmax runs over.
+        loss: mean cross-entropy of the first call, nats per target, whatever the script makes of it; NaN = not a number.
+        steps: whose targets were looked at; 0 = the run ended before.
+        same: how many of them have the targets of the first.
+        irregular: whether targets like these are no two batches' by their layout.
+        entropy: of the frequencies of the targets, nats; None where there were too few to tell.
+    """
+
+    step: int
+    classes: int
+    loss: float
+    steps: int = 0
+    same: int = 0
+    irregular: bool = False
+    entropy: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,9 +115,48 @@ def optimizers_of(run: Run) -> dict[str, set[str]]:
     return found
 
 
+def dtypes_of(run: Run) -> dict[str, set[str]]:
+    """Member to the dtypes of the weights that its optimizers move; members of older runs, which do not say it, are missing."""
+    found: dict[str, set[str]] = {}
+    for member, fields in _events(run, "optimizer"):
+        dtypes = fields.get("dtypes")
+        if isinstance(dtypes, list):
+            found.setdefault(member, set()).update(printable(dtype, 40) for dtype in dtypes[:MOST_DTYPES])
+    return found
+
+
+def cross_entropies(run: Run) -> dict[str, CrossEntropy]:
+    """Member to what its cross-entropy was given first; those are missing of which none with class indices was seen."""
+    found: dict[str, CrossEntropy] = {}
+    for member, step, fields in _dated_events(run, "cross_entropy"):
+        classes, loss = fields.get("classes"), _number(fields.get("loss"))
+        if is_whole(classes, 1, 2**31) and loss is not None:
+            found.setdefault(member, CrossEntropy(step=step, classes=classes, loss=loss))
+    for member, _, fields in _dated_events(run, "targets"):
+        steps, same, entropy = fields.get("steps"), fields.get("same"), _number(fields.get("entropy"))
+        if member in found and is_whole(steps, 1, 2**31) and is_whole(same, 0, steps):
+            found[member] = replace(
+                found[member],
+                steps=steps,
+                same=same,
+                irregular=fields.get("irregular") is True,
+                entropy=entropy if entropy is not None and math.isfinite(entropy) else None,
+            )
+    return found
+
+
+def _number(value: object) -> float | None:
+    """A float, NaN and infinite ones included; None for anything else."""
+    return value if isinstance(value, float) else None
+
+
 def _events(run: Run, kind: str) -> list[tuple[str, dict[str, object]]]:
+    return [(member, fields) for member, _, fields in _dated_events(run, kind)]
+
+
+def _dated_events(run: Run, kind: str) -> list[tuple[str, int, dict[str, object]]]:
     events = run.events[run.events["kind"] == kind]
     return [
-        ("" if member != member else str(member), fields)
-        for member, fields in zip(events["member"].astype(object), events["fields"], strict=True)
+        ("" if member != member else str(member), int(step), fields)
+        for member, step, fields in zip(events["member"].astype(object), events["step"], events["fields"], strict=True)
     ]

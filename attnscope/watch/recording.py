@@ -16,7 +16,8 @@ from attnscope.runs.part_writer import PartWriter
 from attnscope.signals.alarms import Alarms, place_of
 from attnscope.signals.journal import Journal
 from attnscope.signals.nonfinite import Looked
-from attnscope.watch.step import Step
+from attnscope.watch.output import Targets
+from attnscope.watch.step import FIRST, Step
 from attnscope.watch.tables import Array, heads_of, params_of, seen_losses, steps_of
 
 MOST_PLACES = 20  # that an event names
@@ -109,6 +110,7 @@ class WatchRecorder:
         self._undescribed: list[tuple[int, Layer]] = []
         self._journal = Journal(writer, Alarms(self._place))
         self._tokens = 0
+        self._targets = Targets(FIRST)
         self._filled: set[str] = set()
         self.broken: str | None = None
         self.losses_not_seen = 0
@@ -151,6 +153,7 @@ class WatchRecorder:
         block, self._block = self._block, []
         if not block:
             return {}
+        self._look_at_targets(block, measuring)
         last = block[-1].number
         tables: Tables = {"steps": {}, "heads": {}, "params": {}}
         with measuring("table steps", last):
@@ -184,9 +187,16 @@ class WatchRecorder:
                     self.event("tracker_failed", step=last, reason=failure)
         return {**tables, "losses": seen}
 
+    def _look_at_targets(self, block: Sequence[Step], measuring: Measuring, *, is_end: bool = False) -> None:
+        with measuring("targets", block[-1].number if block else 0):
+            calls = [(step.number, step.output.first) for step in block if step.counts]
+            for step, kind, fields in self._targets.add(calls, is_end=is_end):
+                self.event(kind, step=step, **fields)
+
     def finish(self, status: str, measuring: Measuring, *, step: int, **fields: object) -> None:
         """Write what is left and say how it ended, and what stayed empty."""
         self.flush(measuring)
+        self._look_at_targets([], measuring, is_end=True)
         self._journal.end([0])
         with measuring("event not_recorded", step):
             empty = {name: why for name, why in WHY_EMPTY.items() if name not in self._filled}

@@ -11,6 +11,8 @@ from torch import Tensor
 from attnscope.watch.finite import Outputs
 from attnscope.watch.output import Output
 
+FIRST = 20  # steps that are all measured, whatever the cadence: what explodes, explodes early
+
 
 @dataclass(slots=True, kw_only=True)
 class Step:
