@@ -23,6 +23,8 @@ NEVER = 2**62  # the step of what did not happen
 READ = (
     "attention.scale",
     "attention.qk_norm",
+    "attention.backend",
+    "attention.logit_softcap",
     "model.d_model",
     "model.n_heads",
     "model.d_head",

@@ -22,6 +22,7 @@ class AttentionLayer:
         n_heads: query heads.
         d_head: size of a query.
         scale: what multiplied q.k; None where no single number does, or it could not be seen.
+        scale_after: what of it multiplied the product, and not q or k before; None as for scale, and in older runs.
         mask: in words.
         dtype: of the queries.
         backend: sdpa, eager, ...
@@ -33,6 +34,7 @@ class AttentionLayer:
     n_heads: int
     d_head: int
     scale: float | None
+    scale_after: float | None
     mask: str
     dtype: str
     backend: str
@@ -75,10 +77,8 @@ def attention_layers(run: Run) -> tuple[AttentionLayer, ...]:
     found = []
     for member, fields in _events(run, "attention"):
         layer, n_heads, d_head = (fields.get(key) for key in ("layer", "n_heads", "d_head"))
-        scale = fields.get("scale")
         if not (is_whole(layer, 0, 2**15) and is_whole(n_heads, 1, 2**20) and is_whole(d_head, 1, 2**20)):  # fmt: skip
             continue
-        good = isinstance(scale, int | float) and not isinstance(scale, bool)
         found.append(
             AttentionLayer(
                 member=member,
@@ -86,7 +86,8 @@ def attention_layers(run: Run) -> tuple[AttentionLayer, ...]:
                 name=printable(fields.get("name"), 120),
                 n_heads=n_heads,
                 d_head=d_head,
-                scale=float(scale) if good and math.isfinite(scale) else None,  # type: ignore[arg-type]
+                scale=_finite(fields.get("scale")),
+                scale_after=_finite(fields.get("scale_after")),
                 mask=printable(fields.get("mask"), 40),
                 dtype=printable(fields.get("dtype"), 40),
                 backend=printable(fields.get("backend"), 40),
@@ -133,16 +134,26 @@ def cross_entropies(run: Run) -> dict[str, CrossEntropy]:
         if is_whole(classes, 1, 2**31) and loss is not None:
             found.setdefault(member, CrossEntropy(step=step, classes=classes, loss=loss))
     for member, _, fields in _dated_events(run, "targets"):
-        steps, same, entropy = fields.get("steps"), fields.get("same"), _number(fields.get("entropy"))
+        steps, same = fields.get("steps"), fields.get("same")
         if member in found and is_whole(steps, 1, 2**31) and is_whole(same, 0, steps):
             found[member] = replace(
                 found[member],
                 steps=steps,
                 same=same,
                 irregular=fields.get("irregular") is True,
-                entropy=entropy if entropy is not None and math.isfinite(entropy) else None,
+                entropy=_finite(fields.get("entropy")),
             )
     return found
+
+
+def _finite(value: object) -> float | None:
+    """A finite number; None for anything else."""
+    good = isinstance(value, int | float) and not isinstance(value, bool)
+    try:
+        number = float(value) if good else math.nan  # type: ignore[arg-type]
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _number(value: object) -> float | None:

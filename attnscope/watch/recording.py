@@ -88,6 +88,7 @@ class Layer:
             "n_heads": self.n_heads,
             "d_head": self.d_head,
             "scale": applied,
+            "scale_after": scale,
             "mask": self.mask,
             "dtype": self.dtype,
             "backend": self.backend,

@@ -1,0 +1,149 @@
+"""Rules of half precision: numbers that come close to its largest, a loss scale that falls away, updates that are rounded away.
+
+Shape key: N rows, M member in the order of run.json.
+"""
+
+import numpy as np
+
+from attnscope.diagnose.blindness import answer, without_attention, without_steps
+from attnscope.diagnose.concern import Concern, finding_of
+from attnscope.diagnose.products import FLOAT16_MAX, products_of
+from attnscope.findings import Evidence, Finding, NotLooked
+from attnscope.runs.by_member import diverged_at, members_of_rows, slices_of, sorted_by_member
+from attnscope.runs.reader import Run
+
+HEADROOM = 0.25  # of FLOAT16_MAX
+MEASURED_HEADROOM = "TODO"
+
+LEAST_SCALE = 1.0  # a loss scale that protects nothing any more
+FIRST_SCALE = 2.0  # of a run that scales its loss
+
+HALF_ULP = 2.0**-9  # of bfloat16, whose significand has 8 bits: an entry moves only by more than this share of its size
+STANDING = 0.9  # share of the measured steps at which a group does not move
+FEWEST_MEASURED = 5  # steps
+MEASURED_ROUNDING = "TODO"
+
+
+def half_precision_headroom(run: Run) -> Finding | NotLooked | None:
+    """q.k comes close to the largest float16 before it is scaled.
+
+    What it looks at: members that compute attention in float16 without a fused kernel: max_logit over the scale is the largest
+    q.k, against HEADROOM of the largest float16, 65,504; before the member diverged.
+    Why it matters: above it the product is infinite, however small the scale that follows, and its softmax NaN. Loss scaling
+    protects the gradient only.
+    What to try: bfloat16; F.scaled_dot_product_attention, which sums the product in float32; q times the scale before the product;
+    attention.qk_norm.
+    Known limits: of sampled query rows, so the largest product of all is larger. Only attention: activations of the MLP and output
+    logits may overflow earlier. Of a watched script only where what multiplied the product could be seen; soft-capped logits
+    tell nothing.
+    Source: IEEE 754; MEASURED_HEADROOM.
+    """
+    product_N, blind = products_of(run)
+    limit = HEADROOM * FLOAT16_MAX
+    codes_N, step_N = members_of_rows(run.heads), run.heads["step"].to_numpy()
+    layer_N, head_N = run.heads["layer"].to_numpy(), run.heads["head"].to_numpy()
+    over_N = (product_N > limit) & (step_N < diverged_at(run)[codes_N])
+    concerns = []
+    for m in np.unique(codes_N[over_N]).tolist():
+        record = run.members[m]
+        rows_K = np.flatnonzero(over_N & (codes_N == m))
+        first = int(rows_K[step_N[rows_K].argmin()])
+        most = int(rows_K[product_N[rows_K].argmax()])
+        broke = record.nonfinite_at
+        said = (
+            f"From step {step_N[first]} on, q.k of {record.name} is above {limit:,.0f} before it is scaled: {product_N[most]:,.0f} at step "
+            f"{step_N[most]} in layer {layer_N[most]}, head {head_N[most]}; the largest float16 is {FLOAT16_MAX:,.0f}."
+            + ("" if broke is None else f" At step {broke} its loss is not finite.")
+        )
+        evidence = tuple(
+            Evidence(
+                member=record.name,
+                step=int(step_N[at]),
+                layer=int(layer_N[at]),
+                head=int(head_N[at]),
+                quantity="max_logit",
+                value=float(run.heads["max_logit"].iloc[at]),
+                threshold=float(run.heads["max_logit"].iloc[at] / product_N[at] * limit),
+            )
+            for at in dict.fromkeys((most, first))
+        )
+        concerns.append(
+            Concern(
+                member=record.name,
+                step=int(step_N[first]),
+                badness=float(product_N[most]),
+                said=said,
+                evidence=evidence,
+                severity="warning" if broke is None else "error",
+            )
+        )
+    finding = finding_of(
+        run,
+        concerns,
+        rule="half_precision_headroom",
+        title="q.k comes close to the largest float16",
+        kind="cause",
+        several="come close to the largest float16",
+        remedy=(
+            "Use bfloat16, or a fused kernel (F.scaled_dot_product_attention sums the product in float32), or multiply q by the "
+            "scale before the product; attention.qk_norm bounds it."
+        ),
+        source=MEASURED_HEADROOM,
+        explains=("nonfinite", "nonfinite_loss_passed", "loss_explosion", "loss_scale_collapse", "updates_skipped"),
+    )
+    unmeasured = without_attention(run)
+    blind = {name: unmeasured.get(name, why) for name, why in blind.items()}
+    return answer(run, "half_precision_headroom", finding, blind)
+
+
+def loss_scale_collapse(run: Run) -> Finding | NotLooked | None:
+    """The loss scale was halved until nothing was left of it.
+
+    What it looks at: loss_scale of members that begin with at least FIRST_SCALE, before they diverged: whether it came down to
+    LEAST_SCALE or below.
+    Why it matters: it is halved at each step whose gradient is not finite. At one, gradients overflow without any scaling, and
+    what it was there to protect from, underflow, is no longer prevented.
+    What to try: what makes the gradients large or not finite (other findings); bfloat16, which needs no scale.
+    Known limits: of watched scripts only torch's GradScaler is seen. A scale that is kept low on purpose is no finding, as it does not
+    begin high.
+    Source: Micikevicius et al. 2018; DeepSpeed and fairseq stop at a least scale, too.
+    """
+    codes_N, step_N, scale_N = sorted_by_member(run.steps, ("step", "loss_scale"))
+    keep_N = (step_N < diverged_at(run)[codes_N]) & np.isfinite(scale_N)
+    codes_N, step_N, scale_N = codes_N[keep_N], step_N[keep_N], scale_N[keep_N]
+    concerns = []
+    for m, rows in enumerate(slices_of(codes_N, len(run.entries))):
+        if rows.start == rows.stop or scale_N[rows][0] < FIRST_SCALE or scale_N[rows].min() > LEAST_SCALE:
+            continue
+        name, first = run.entries[m].name, float(scale_N[rows][0])
+        at = rows.start + int((scale_N[rows] <= LEAST_SCALE).argmax())
+        lowest = float(scale_N[rows].min())
+        evidence = Evidence(
+            member=name, step=int(step_N[at]), quantity="loss_scale", value=float(scale_N[at]), threshold=LEAST_SCALE
+        )
+        concerns.append(
+            Concern(
+                member=name,
+                step=int(step_N[at]),
+                badness=-lowest,
+                said=(
+                    f"The loss scale of {name} falls from {first:g} to {scale_N[at]:g} at step {step_N[at]}"
+                    + (f", and to {lowest:.3g} later" if lowest < scale_N[at] else "")
+                    + ": its gradients are not finite without any scale."
+                ),
+                evidence=(evidence,),
+                severity="warning",
+            )
+        )
+    finding = finding_of(
+        run,
+        concerns,
+        rule="loss_scale_collapse",
+        title="The loss scale was halved until nothing was left",
+        kind="symptom",
+        several="have no loss scale left",
+        remedy="Remove what makes the gradients large or not finite (other findings), or use bfloat16, which needs no scale.",
+        source="Micikevicius et al. 2018",
+        explains=("stalled", "nonfinite"),
+    )
+    return answer(run, "loss_scale_collapse", finding, without_steps(run))
