@@ -32,7 +32,7 @@ class Levels:
         optimum: the best loss that any model can have.
     """
 
-    guessing: float
+    guessing: float | None = None
     unigram: float | None = None
     optimum: float | None = None
 
@@ -48,9 +48,9 @@ def levels_of(run: Run) -> dict[str, Levels]:
     for entry in run.entries:
         reference = run.data_of(entry.part).get("reference")
         numbers = {key: value for key, value in _items(reference) if isinstance(value, float) and math.isfinite(value)}
-        if "uniform" in numbers:
+        if numbers:
             found[entry.name] = Levels(
-                guessing=numbers["uniform"], unigram=numbers.get("unigram"), optimum=numbers.get("optimum")
+                guessing=numbers.get("uniform"), unigram=numbers.get("unigram"), optimum=numbers.get("optimum")
             )
     return found
 

@@ -23,6 +23,7 @@ NEVER = 2**62  # the step of what did not happen
 READ = (
     "attention.scale",
     "attention.qk_norm",
+    "attention.mask",
     "attention.backend",
     "attention.logit_softcap",
     "model.d_model",

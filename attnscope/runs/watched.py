@@ -51,6 +51,7 @@ class CrossEntropy:
         steps: whose targets were looked at; 0 = the run ended before.
         same: how many of them have the targets of the first.
         irregular: whether targets like these are no two batches' by their layout.
+        counted: share of the targets that count.
         entropy: of the frequencies of the targets, nats; None where there were too few to tell.
     """
 
@@ -60,6 +61,7 @@ class CrossEntropy:
     steps: int = 0
     same: int = 0
     irregular: bool = False
+    counted: float = 0.0
     entropy: float | None = None
 
 
@@ -141,6 +143,7 @@ def cross_entropies(run: Run) -> dict[str, CrossEntropy]:
                 steps=steps,
                 same=same,
                 irregular=fields.get("irregular") is True,
+                counted=_finite(fields.get("counted")) or 0.0,
                 entropy=_finite(fields.get("entropy")),
             )
     return found

@@ -80,6 +80,7 @@ class Targets:
         self._classes: int | None = None
         self._firsts_N: Array | None = None
         self._counts_V: dict[int, int] = {}
+        self._looked_at = 0
         self._steps = 0
         self._same = 0
         self._told = False
@@ -101,6 +102,7 @@ class Targets:
                 self._classes, self._firsts_N = call.classes, targets_N
                 yield step, "cross_entropy", {"classes": call.classes, "loss": float(call.loss)}
             self._steps += 1
+            self._looked_at += len(targets_N)
             self._same += bool(np.array_equal(targets_N, self._firsts_N))
             values_K, counts_K = np.unique(targets_N[targets_N != call.ignore_index], return_counts=True)
             for value, count in zip(values_K.tolist(), counts_K.tolist(), strict=True):
@@ -123,6 +125,7 @@ class Targets:
             "steps": self._steps,
             "same": self._same,
             "irregular": is_irregular(self._firsts_N),
+            "counted": total / self._looked_at if self._looked_at else 0.0,
             "entropy": entropy,
         }
 

@@ -569,7 +569,13 @@ def test_the_first_targets_of_cross_entropy_are_looked_at(tmp_path):
     run = train(tmp_path / "run", step, steps=30, optimizer=SGD([z], lr=0.01))
     assert events(run, "cross_entropy") == [{"classes": 5, "loss": pytest.approx(first[0])}]
     (said,) = events(run, "targets")
-    assert said == {"steps": 20, "same": 2, "irregular": True, "entropy": pytest.approx(np.log(5), abs=0.01)}
+    assert said == {
+        "steps": 20,
+        "same": 2,
+        "irregular": True,
+        "counted": 399 / 400,
+        "entropy": pytest.approx(np.log(5), abs=0.01),
+    }
 
 
 @pytest.mark.parametrize(
@@ -594,7 +600,7 @@ def test_a_run_of_fewer_steps_than_are_looked_at_tells_its_targets_at_the_end(tm
         optimizer.step()
 
     run = train(tmp_path / "run", step, model=Classifies(), steps=3)
-    assert events(run, "targets") == [{"steps": 3, "same": 3, "irregular": False, "entropy": None}]
+    assert events(run, "targets") == [{"steps": 3, "same": 3, "irregular": False, "counted": 1.0, "entropy": None}]
 
 
 def test_targets_that_are_probabilities_are_no_tokens(tmp_path):

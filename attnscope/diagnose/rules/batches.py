@@ -93,8 +93,8 @@ def poisoned_batch(run: Run) -> Finding | NotLooked | None:
     """One batch is not like the others.
 
     What it looks at: a loss above the median of the WINDOW before by more than SIGMAS robust standard deviations, LEAST_EXCESS of it
-    and LEAST_JUMP nats, after a loss within CALM of them, with a gradient norm above STEEP times its median; the next NEXT losses
-    are back below BACK of the excess, and log_z, where it was recorded, moved by at most FLAT_LOGITS: the weights
+    and LEAST_JUMP nats, after a loss within CALM of them, with a gradient norm above STEEP times its median; the next losses
+    (three of them) are back below half of the excess, and log_z, where it was recorded, moved by at most FLAT_LOGITS: the weights
     were as before, so it was the batch. In a run with other spikes, or more than MOST_POISONED such steps, it is not said.
     Why it matters: an update that teaches nonsense: without clipping or with a large learning rate it can throw training back.
     What to try: look at the batch of that step (a damaged file, labels of something else, a document of one character); clip

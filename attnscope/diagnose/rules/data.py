@@ -33,6 +33,7 @@ ABOVE = 0.06
 FLAT = 0.03
 SURE = 3.0
 FEWEST_ON_PLATEAU = 50  # steps, which are the last half of those recorded
+MOST_SCORED = 0.5
 SKEWED = 0.1  # nats between ln(classes) and the entropy of the frequencies, from which on these are something to learn
 
 # Measured on watched loops, d_model 64, AdamW and SGD: TODO
@@ -57,9 +58,9 @@ def first_loss_too_high(run: Run) -> Finding | NotLooked | None:
     """
     concerns, guesses = [], levels_of(run)
     for name, (step, loss) in _first_losses(run).items():
-        if name not in guesses:
+        guessing = guesses[name].guessing if name in guesses else None
+        if guessing is None:
             continue
-        guessing = guesses[name].guessing
         if not loss - guessing > TOO_HIGH:
             continue
         said = (
@@ -89,7 +90,7 @@ def first_loss_too_high(run: Run) -> Finding | NotLooked | None:
 def loss_too_low(run: Run) -> Finding | NotLooked | None:
     """The loss is lower than the data allow.
 
-    What it looks at: runs of this lab. Whether the held-out loss is below the unigram loss, but above it where the model does not
+    What it looks at: runs of this lab that predict the next token without a causal mask. Whether the held-out loss is below the unigram loss, but above it where the model does not
     see the token that it predicts (train.sample_tokens measures it); and whether the final loss is more than BELOW_OPTIMUM
     below the best that any model can have, which is known of generated data.
     Why it matters: it was learned to read the answer, which is not there when the model is used: what it generates is garbage.
@@ -98,34 +99,35 @@ def loss_too_low(run: Run) -> Finding | NotLooked | None:
     sees the answer. Of a watched script neither is known.
     Source: the definition; missing_causal_mask: 0.10 held out, and 9.1 where the model does not see the token.
     """
-    concerns = []
+    concerns, levels, blind = [], levels_of(run), dict.fromkeys(_may_see_the_answer(run), UNKNOWN_OPTIMUM)
     held_out, alone = _numbers(run, "evaluation", "val_loss"), _numbers(run, "generation", "loss_from_prefixes")
-    levels, blind = levels_of(run), {}
-    for record, config in zip(run.members, configs_of(run), strict=True):
+    for record in run.members:
         name, level = record.name, levels.get(record.name)
-        unigram, optimum = (None, None) if level is None else (level.unigram, level.optimum)
-        is_masked = config is None or config.data.objective != "next_token"
-        seen, unseen = held_out.get(name), alone.get(name)
-        if record.diverged_at is not None:
+        if record.diverged_at is not None or name not in blind:
+            blind.pop(name, None)
             continue
-        if seen is not None and unseen is not None and unigram is not None and not is_masked:
-            if not seen < unigram < unseen:
+        if level is None or run.kind == "watch":
+            continue
+        seen, unseen, last = held_out.get(name), alone.get(name), record.final_loss
+        if seen is not None and unseen is not None and level.unigram is not None:
+            del blind[name]
+            if not seen < level.unigram < unseen:
                 continue
             said = (
                 f"The held-out loss of {name} is {seen:.3g}, but {unseen:.3g} where it does not see the token that it predicts, "
-                f"above the {unigram:.3g} of token frequencies alone: it has learned to read the answer."
+                f"above the {level.unigram:.3g} of token frequencies alone: it has learned to read the answer."
             )
             value, threshold, quantity = seen, unseen, "val_loss"
-        elif optimum and record.status in ("trained", "stalled") and record.final_loss is not None:
-            if not record.final_loss < optimum - BELOW_OPTIMUM:
+        elif level.optimum and last is not None:
+            del blind[name]
+            if not last < level.optimum - BELOW_OPTIMUM:
                 continue
             said = (
-                f"The loss of {name} ends at {record.final_loss:.3g}, below the {optimum:.3g} that the best of all models has "
-                "on its data: it sees the answer."
+                f"The loss of {name} ends at {last:.3g}, below the {level.optimum:.3g} that the best of all models has on its "
+                "data: it sees the answer."
             )
-            value, threshold, quantity = record.final_loss, optimum, "loss"
+            value, threshold, quantity = last, level.optimum, "loss"
         else:
-            blind[name] = UNKNOWN_OPTIMUM
             continue
         evidence = Evidence(member=name, step=record.last_step, quantity=quantity, value=value, threshold=threshold)
         concerns.append(
@@ -236,11 +238,12 @@ def plateau(run: Run) -> Finding | NotLooked | None:
     not tell of the targets, or do not get through to the output. At ln(classes) it does not even know that.
     What to try: whether targets belong to their inputs (shuffled apart, shifted by one too many); whether attention and
     positions work (other findings); the learning rate.
-    Known limits: where all classes are alike likely, a task that is hard to begin with (recall, modular arithmetic) looks the
-    same for long, so then it is a note. Of more classes than the first targets can tell, only ln(classes) is known.
+    Known limits: a task that is hard to begin with (recall, modular arithmetic, masked tokens) looks the same for long. So it is
+    a note where all classes are alike likely, or where fewer than MOST_SCORED of the targets count. Of more classes than the first targets can tell, only ln(classes) is known.
     Source: MEASURED_PLATEAU.
     """
     concerns, blind, levels, seen = [], without_levels(run), levels_of(run), cross_entropies(run)
+    hard = _score_few(run)
     for m, step_S, loss_S in losses_before(run):
         record = run.members[m]
         level = levels.get(record.name)
@@ -257,7 +260,7 @@ def plateau(run: Run) -> Finding | NotLooked | None:
         if at is None or _falls(late_S):
             continue
         what, value = at
-        is_skewed = level.unigram is not None and level.unigram < level.guessing - SKEWED
+        is_skewed = (level.unigram or 0.0) < (level.guessing or 0.0) - SKEWED and record.name not in hard
         severity: Severity = "warning" if is_skewed else "note"
         said = (
             f"From step {step_S[-len(late_S)]} to {step_S[-1]} the loss of {record.name} stays at {late_S.mean():.4g}, {what} of "
@@ -295,6 +298,23 @@ def plateau(run: Run) -> Finding | NotLooked | None:
         explains=("stalled",),
     )
     return answer(run, "plateau", finding, blind | without_loss(run))
+
+
+def _score_few(run: Run) -> set[str]:
+    """Members of which most targets do not count, as with masked tokens."""
+    if run.kind == "watch":
+        return {name for name, seen in cross_entropies(run).items() if seen.counted < MOST_SCORED}
+    configs = zip(run.entries, configs_of(run), strict=True)
+    return {entry.name for entry, config in configs if config is None or config.data.objective != "next_token"}
+
+
+def _may_see_the_answer(run: Run) -> list[str]:
+    """Members that nothing keeps from it: those of this lab that do not look back only, and all of watched scripts."""
+    names = []
+    for entry, config in zip(run.entries, configs_of(run), strict=True):
+        keeps = config is not None and (config.data.objective != "next_token" or config.attention.mask == "causal")
+        names += [] if keeps else [entry.name]
+    return names
 
 
 def _level_at(level: Levels, loss: float) -> tuple[str, float] | None:

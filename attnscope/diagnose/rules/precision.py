@@ -4,13 +4,15 @@ Shape key: N rows, M member in the order of run.json.
 """
 
 import numpy as np
+from numpy.typing import NDArray
 
-from attnscope.diagnose.blindness import answer, without_attention, without_steps
+from attnscope.diagnose.blindness import answer, without_attention, without_optimizer, without_steps
 from attnscope.diagnose.concern import Concern, finding_of
 from attnscope.diagnose.products import FLOAT16_MAX, products_of
 from attnscope.findings import Evidence, Finding, NotLooked
 from attnscope.runs.by_member import diverged_at, members_of_rows, slices_of, sorted_by_member
 from attnscope.runs.reader import Run
+from attnscope.runs.watched import dtypes_of
 
 HEADROOM = 0.25  # of FLOAT16_MAX
 MEASURED_HEADROOM = "TODO"
@@ -19,9 +21,9 @@ LEAST_SCALE = 1.0  # a loss scale that protects nothing any more
 FIRST_SCALE = 2.0  # of a run that scales its loss
 
 HALF_ULP = 2.0**-9  # of bfloat16, whose significand has 8 bits: an entry moves only by more than this share of its size
-STANDING = 0.9  # share of the measured steps at which a group does not move
 FEWEST_MEASURED = 5  # steps
 MEASURED_ROUNDING = "TODO"
+_MANY = 2**32  # more than there are steps
 
 
 def half_precision_headroom(run: Run) -> Finding | NotLooked | None:
@@ -147,3 +149,92 @@ def loss_scale_collapse(run: Run) -> Finding | NotLooked | None:
         explains=("stalled", "nonfinite"),
     )
     return answer(run, "loss_scale_collapse", finding, without_steps(run))
+
+
+def updates_round_away(run: Run) -> Finding | NotLooked | None:
+    """Updates are smaller than what bfloat16 weights can move by.
+
+    What it looks at: watched scripts whose optimizers move bfloat16 weights and no others: the median update_ratio over parameter
+    groups and measured steps at which the learning rate is at least half of its largest, against HALF_ULP = 2^-9, in runs of
+    at least FEWEST_MEASURED such steps.
+    Why it matters: a bfloat16 number has 8 significant bits. An update below half a unit in the last place of a weight is rounded
+    away, however often it comes; what is left of the others is coarse.
+    What to try: float32 weights under autocast to bfloat16; an optimizer that keeps float32 copies, rounds stochastically or
+    carries the rounding error along (Kahan summation).
+    Known limits: an optimizer that does the latter two looks the same, and is not hurt. Runs of this lab keep float32 weights.
+    Of older runs it is not known what the weights are.
+    Source: MEASURED_ROUNDING.
+    """
+    if run.kind != "watch":
+        return None
+    dtypes, blind = dtypes_of(run), without_optimizer(run)
+    blind = {
+        entry.name: "the dtype of the weights was not recorded" for entry in run.entries if entry.name not in dtypes
+    } | blind
+    full_K = _full_rates(run)
+    codes_N, step_N, layer_N, ratio_N = sorted_by_member(run.params, ("step", "layer", "update_ratio"))
+    group_N = run.params["group"].to_numpy()[np.argsort(members_of_rows(run.params), kind="stable")]
+    full_N = np.isin(codes_N * _MANY + step_N, full_K) & np.isfinite(ratio_N) & (step_N < diverged_at(run)[codes_N])
+    concerns = []
+    for m, entry in enumerate(run.entries):
+        if dtypes.get(entry.name) != {"bfloat16"}:
+            continue
+        rows_K = np.flatnonzero(full_N & (codes_N == m))
+        steps = np.unique(step_N[rows_K])
+        if len(steps) < FEWEST_MEASURED:
+            blind[entry.name] = f"fewer than {FEWEST_MEASURED} updates were measured at a full learning rate"
+            continue
+        ratio = float(np.median(ratio_N[rows_K]))
+        if not ratio < HALF_ULP:
+            continue
+        last_K = rows_K[step_N[rows_K] == steps[-1]]
+        evidence = tuple(
+            Evidence(
+                member=entry.name,
+                step=int(step_N[at]),
+                layer=None if layer_N[at] < 0 else int(layer_N[at]),
+                group=str(group_N[at]),
+                quantity="update_ratio",
+                value=float(ratio_N[at]),
+                threshold=HALF_ULP,
+            )
+            for at in last_K[np.argsort(ratio_N[last_K], kind="stable")]
+        )
+        concerns.append(
+            Concern(
+                member=entry.name,
+                step=int(steps[0]),
+                badness=-ratio,
+                said=(
+                    f"The weights of {entry.name} are bfloat16, and the median of its updates is {ratio:.2g} of the weights, below the "
+                    f"{HALF_ULP:.2g} (2^-9) that a weight needs to move: most of them are rounded away."
+                ),
+                evidence=evidence,
+                severity="warning",
+            )
+        )
+    finding = finding_of(
+        run,
+        concerns,
+        rule="updates_round_away",
+        title="Updates are rounded away",
+        kind="cause",
+        several="have updates that are rounded away",
+        remedy=(
+            "Keep the weights in float32 and run the forward pass under torch.autocast to bfloat16, or use an optimizer with float32 "
+            "copies, stochastic rounding or Kahan summation."
+        ),
+        source=MEASURED_ROUNDING,
+        explains=("learning_rate_too_low", "plateau", "stalled"),
+    )
+    return answer(run, "updates_round_away", finding, blind)
+
+
+def _full_rates(run: Run) -> NDArray[np.int64]:
+    """Steps at which the learning rate is at least half of the largest of its member, each with its member as one number."""
+    codes_N, step_N, lr_N = sorted_by_member(run.steps, ("step", "lr"))
+    most_M = np.full(len(run.entries), np.nan)
+    np.fmax.at(most_M, codes_N.astype(np.int64), lr_N)
+    full_N = (lr_N >= 0.5 * most_M[codes_N]) & (lr_N > 0)
+    found_K: NDArray[np.int64] = codes_N[full_N] * _MANY + step_N[full_N]
+    return found_K
