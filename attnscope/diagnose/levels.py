@@ -19,6 +19,8 @@ NOT_THE_LOSS = "the loss is not the cross-entropy that was seen"
 # Of the cross-entropy: by more, the loss of a step is something else, a sum or one with more terms. Micro-batches differ by less.
 STRANGE = 0.2
 
+FROM_SCRATCH = 0.7  # of ln(classes): the cross-entropy of a model that was trained before begins below
+
 _Floats = NDArray[np.float64]
 
 
@@ -70,6 +72,11 @@ def losses_before(run: Run) -> Iterator[tuple[int, NDArray[np.int64], _Floats]]:
     for m, rows in enumerate(slices_of(codes_N, len(run.entries))):
         if rows.start < rows.stop:
             yield m, step_N[rows].astype(np.int64), loss_N[rows]
+
+
+def untrained_in(run: Run) -> set[str]:
+    """Members of a watched script whose model was not trained before, as far as its first cross-entropy tells."""
+    return {name for name, seen in cross_entropies(run).items() if seen.loss > FROM_SCRATCH * math.log(seen.classes)}
 
 
 def is_about(loss: float, seen: CrossEntropy) -> bool:

@@ -10,7 +10,15 @@ from numpy.typing import NDArray
 
 from attnscope.diagnose.blindness import answer, without_loss
 from attnscope.diagnose.concern import Concern, finding_of
-from attnscope.diagnose.levels import NOT_THE_LOSS, Levels, is_about, levels_of, losses_before, without_levels
+from attnscope.diagnose.levels import (
+    NOT_THE_LOSS,
+    Levels,
+    is_about,
+    levels_of,
+    losses_before,
+    untrained_in,
+    without_levels,
+)
 from attnscope.findings import Evidence, Finding, NotLooked, Severity
 from attnscope.runs.by_member import configs_of, members_of_rows, slices_of, sorted_by_member
 from attnscope.runs.reader import Run
@@ -41,7 +49,6 @@ RISING_STEPS = 20
 RISING = 0.8  # share of steps after which the loss is higher
 LOWEST = 0.98  # of the first loss
 SMALL_UPDATE = 0.03  # update_ratio
-FROM_SCRATCH = 0.7  # of ln(classes): a model that is trained already begins below
 
 
 def first_loss_too_high(run: Run) -> Finding | NotLooked | None:
@@ -169,7 +176,7 @@ def loss_rises(run: Run) -> Finding | NotLooked | None:
     if run.kind != "watch":
         return None
     concerns, blind = [], without_levels(run)
-    ratio_M = _median_update(run)
+    ratio_M, from_scratch = _median_update(run), untrained_in(run)
     seen = cross_entropies(run)
     for m, step_S, loss_S in losses_before(run):
         record = run.members[m]
@@ -180,7 +187,7 @@ def loss_rises(run: Run) -> Finding | NotLooked | None:
         if len(loss_S) <= RISING_STEPS:
             blind[record.name] = f"fewer than {RISING_STEPS + 1} losses"
         elif is_about(-first, seen[record.name]) and last < first:
-            if seen[record.name].loss > FROM_SCRATCH * math.log(seen[record.name].classes):
+            if record.name in from_scratch:
                 said = (
                     f"The loss that {record.name} differentiates is minus its cross-entropy: {first:.3g} at step {step_S[0]}, where "
                     f"that is {seen[record.name].loss:.3g}. It falls to {last:.3g}, and the cross-entropy rises as far."

@@ -8,21 +8,32 @@ from numpy.typing import NDArray
 
 from attnscope.diagnose.blindness import answer, without_attention, without_optimizer, without_steps
 from attnscope.diagnose.concern import Concern, finding_of
+from attnscope.diagnose.levels import untrained_in
 from attnscope.diagnose.products import FLOAT16_MAX, products_of
 from attnscope.findings import Evidence, Finding, NotLooked
 from attnscope.runs.by_member import diverged_at, members_of_rows, slices_of, sorted_by_member
 from attnscope.runs.reader import Run
 from attnscope.runs.watched import dtypes_of
 
-HEADROOM = 0.25  # of FLOAT16_MAX
-MEASURED_HEADROOM = "TODO"
+# Of FLOAT16_MAX. Measured in float16 with pre norm, AdamW, d_model 64, 80 steps, two seeds: at lr 1e-3 and 3e-3 q.k stays below 0.002
+# of it, with a qk_gain of 4, 10 and 20 below 0.01, 0.05 and 0.19: none of 20 members overflows. Of 19 above it 11 overflow (all 4
+# with a qk_gain of 60, 7 of 7 at lr 0.1 and 0.3), and 8 with a qk_gain of 30 and 40 do not within 80 steps, at most at 0.75.
+HEADROOM = 0.25
+MEASURED_HEADROOM = (
+    "measured: healthy training stays below 0.002 of it; of 19 members that came above, 11 overflowed within 80 steps"
+)
 
 LEAST_SCALE = 1.0  # a loss scale that protects nothing any more
 FIRST_SCALE = 2.0  # of a run that scales its loss
 
 HALF_ULP = 2.0**-9  # of bfloat16, whose significand has 8 bits: an entry moves only by more than this share of its size
 FEWEST_MEASURED = 5  # steps
-MEASURED_ROUNDING = "TODO"
+# Measured with AdamW and SGD on bfloat16 weights beside float32 ones, pre norm, 150 steps, lr 1e-5 to 1e-1, two seeds: at a median
+# update_ratio of 0.0002 they end 0.26 to 0.34 nats higher, at 0.0015 0.16, at 0.002 to 0.004 0.03 to 0.05, at 0.01 less than 0.02.
+# Models that were trained before (80 steps at lr 1e-5 and 1e-4, ratios of 0.00003 to 0.0008) end 0.01 to 0.02 higher.
+MEASURED_ROUNDING = (
+    "measured: below 2^-9 a run of 150 steps ends 0.16 to 0.34 nats above its float32 twin, above it at most 0.05"
+)
 _MANY = 2**32  # more than there are steps
 
 
@@ -30,7 +41,7 @@ def half_precision_headroom(run: Run) -> Finding | NotLooked | None:
     """q.k comes close to the largest float16 before it is scaled.
 
     What it looks at: members that compute attention in float16 without a fused kernel: max_logit over the scale is the largest
-    q.k, against HEADROOM of the largest float16, 65,504; before the member diverged.
+    q.k, against HEADROOM of FLOAT16_MAX; up to the step at which the member diverged.
     Why it matters: above it the product is infinite, however small the scale that follows, and its softmax NaN. Loss scaling
     protects the gradient only.
     What to try: bfloat16; F.scaled_dot_product_attention, which sums the product in float32; q times the scale before the product;
@@ -44,7 +55,7 @@ def half_precision_headroom(run: Run) -> Finding | NotLooked | None:
     limit = HEADROOM * FLOAT16_MAX
     codes_N, step_N = members_of_rows(run.heads), run.heads["step"].to_numpy()
     layer_N, head_N = run.heads["layer"].to_numpy(), run.heads["head"].to_numpy()
-    over_N = (product_N > limit) & (step_N < diverged_at(run)[codes_N])
+    over_N = (product_N > limit) & (step_N <= diverged_at(run)[codes_N])  # its step still has sound weights
     concerns = []
     for m in np.unique(codes_N[over_N]).tolist():
         record = run.members[m]
@@ -156,7 +167,8 @@ def updates_round_away(run: Run) -> Finding | NotLooked | None:
 
     What it looks at: watched scripts whose optimizers move bfloat16 weights and no others: the median update_ratio over parameter
     groups and measured steps at which the learning rate is at least half of its largest, against HALF_ULP = 2^-9, in runs of
-    at least FEWEST_MEASURED such steps.
+    at least FEWEST_MEASURED such steps. It is a note where the model was trained before, as far as its first cross-entropy tells
+    (below FROM_SCRATCH of ln(classes)), or where that was not seen.
     Why it matters: a bfloat16 number has 8 significant bits. An update below half a unit in the last place of a weight is rounded
     away, however often it comes; what is left of the others is coarse.
     What to try: float32 weights under autocast to bfloat16; an optimizer that keeps float32 copies, rounds stochastically or
@@ -171,7 +183,7 @@ def updates_round_away(run: Run) -> Finding | NotLooked | None:
     blind = {
         entry.name: "the dtype of the weights was not recorded" for entry in run.entries if entry.name not in dtypes
     } | blind
-    full_K = _full_rates(run)
+    full_K, from_scratch = _full_rates(run), untrained_in(run)
     codes_N, step_N, layer_N, ratio_N = sorted_by_member(run.params, ("step", "layer", "update_ratio"))
     group_N = run.params["group"].to_numpy()[np.argsort(members_of_rows(run.params), kind="stable")]
     full_N = np.isin(codes_N * _MANY + step_N, full_K) & np.isfinite(ratio_N) & (step_N < diverged_at(run)[codes_N])
@@ -210,7 +222,7 @@ def updates_round_away(run: Run) -> Finding | NotLooked | None:
                     f"{HALF_ULP:.2g} (2^-9) that a weight needs to move: most of them are rounded away."
                 ),
                 evidence=evidence,
-                severity="warning",
+                severity="warning" if entry.name in from_scratch else "note",
             )
         )
     finding = finding_of(
