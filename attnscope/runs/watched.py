@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 
+from attnscope.runs.events import AttentionSeen, CrossEntropySeen, OptimizerSeen, TargetsSeen, Unmeasured
 from attnscope.runs.foreign import printable
 from attnscope.runs.manifest import is_whole
 from attnscope.runs.reader import Run
@@ -76,101 +77,71 @@ class NotMeasured:
 
 def attention_layers(run: Run) -> tuple[AttentionLayer, ...]:
     """The attention layers that were seen, in the order in which they were."""
-    found = []
-    for member, fields in _events(run, "attention"):
-        layer, n_heads, d_head = (fields.get(key) for key in ("layer", "n_heads", "d_head"))
-        if not (is_whole(layer, 0, 2**15) and is_whole(n_heads, 1, 2**20) and is_whole(d_head, 1, 2**20)):  # fmt: skip
-            continue
-        found.append(
-            AttentionLayer(
-                member=member,
-                layer=layer,
-                name=printable(fields.get("name"), 120),
-                n_heads=n_heads,
-                d_head=d_head,
-                scale=_finite(fields.get("scale")),
-                scale_after=_finite(fields.get("scale_after")),
-                mask=printable(fields.get("mask"), 40),
-                dtype=printable(fields.get("dtype"), 40),
-                backend=printable(fields.get("backend"), 40),
-            )
+    return tuple(
+        AttentionLayer(
+            member=member or "",
+            layer=seen.layer,
+            name=printable(seen.name, 120),
+            n_heads=seen.n_heads,
+            d_head=seen.d_head,
+            scale=seen.scale if seen.scale is not None and math.isfinite(seen.scale) else None,
+            scale_after=seen.scale_after if seen.scale_after is not None and math.isfinite(seen.scale_after) else None,
+            mask=printable(seen.mask, 40),
+            dtype=printable(seen.dtype, 40),
+            backend=printable(seen.backend, 40),
         )
-    return tuple(found[:MOST_LAYERS])
+        for _, member, seen in run.happened(AttentionSeen)
+        if is_whole(seen.layer, 0, 2**15) and is_whole(seen.n_heads, 1, 2**20) and is_whole(seen.d_head, 1, 2**20)
+    )[:MOST_LAYERS]
 
 
 def not_measured(run: Run) -> tuple[NotMeasured, ...]:
     """Calls that were seen and could not be measured."""
     return tuple(
         NotMeasured(
-            name=printable(fields.get("name"), 120),
-            backend=printable(fields.get("backend"), 40),
-            reason=printable(fields.get("reason"), 200),
+            name=printable(unmeasured.name, 120),
+            backend=printable(unmeasured.backend, 40),
+            reason=printable(unmeasured.reason, 200),
         )
-        for _, fields in _events(run, "not_measured")
+        for _, _, unmeasured in run.happened(Unmeasured)
     )
 
 
 def optimizers_of(run: Run) -> dict[str, set[str]]:
     """Member to the names of its optimizers' classes."""
-    found: dict[str, set[str]] = {}
-    for member, fields in _events(run, "optimizer"):
-        found.setdefault(member, set()).add(printable(fields.get("name"), 60))
-    return found
+    names_of: dict[str, set[str]] = {}
+    for _, member, optimizer in run.happened(OptimizerSeen):
+        names_of.setdefault(member or "", set()).add(printable(optimizer.name, 60))
+    return names_of
 
 
 def dtypes_of(run: Run) -> dict[str, set[str]]:
     """Member to the dtypes of the weights that its optimizers move; members of older runs, which do not say it, are missing."""
-    found: dict[str, set[str]] = {}
-    for member, fields in _events(run, "optimizer"):
-        dtypes = fields.get("dtypes")
-        if isinstance(dtypes, list):
-            found.setdefault(member, set()).update(printable(dtype, 40) for dtype in dtypes[:MOST_DTYPES])
-    return found
+    dtypes: dict[str, set[str]] = {}
+    for _, member, optimizer in run.happened(OptimizerSeen):
+        if optimizer.dtypes:
+            dtypes.setdefault(member or "", set()).update(
+                printable(dtype, 40) for dtype in optimizer.dtypes[:MOST_DTYPES]
+            )
+    return dtypes
 
 
 def cross_entropies(run: Run) -> dict[str, CrossEntropy]:
     """Member to what its cross-entropy was given first; those are missing of which none with class indices was seen."""
-    found: dict[str, CrossEntropy] = {}
-    for member, step, fields in _dated_events(run, "cross_entropy"):
-        classes, loss = fields.get("classes"), _number(fields.get("loss"))
-        if is_whole(classes, 1, 2**31) and loss is not None:
-            found.setdefault(member, CrossEntropy(step=step, classes=classes, loss=loss))
-    for member, _, fields in _dated_events(run, "targets"):
-        steps, same = fields.get("steps"), fields.get("same")
-        if member in found and is_whole(steps, 1, 2**31) and is_whole(same, 0, steps):
-            found[member] = replace(
-                found[member],
-                steps=steps,
-                same=same,
-                irregular=fields.get("irregular") is True,
-                counted=_finite(fields.get("counted")) or 0.0,
-                entropy=_finite(fields.get("entropy")),
+    seen: dict[str, CrossEntropy] = {}
+    for step, member, first in run.happened(CrossEntropySeen):
+        if is_whole(first.classes, 1, 2**31):
+            seen.setdefault(member or "", CrossEntropy(step=step, classes=first.classes, loss=first.loss))
+    for _, member, targets in run.happened(TargetsSeen):
+        name = member or ""
+        if name in seen and is_whole(targets.steps, 1, 2**31) and is_whole(targets.same, 0, targets.steps):
+            entropy = targets.entropy
+            seen[name] = replace(
+                seen[name],
+                steps=targets.steps,
+                same=targets.same,
+                irregular=targets.irregular,
+                counted=targets.counted if math.isfinite(targets.counted) else 0.0,
+                entropy=entropy if entropy is not None and math.isfinite(entropy) else None,
             )
-    return found
-
-
-def _finite(value: object) -> float | None:
-    """A finite number; None for anything else."""
-    good = isinstance(value, int | float) and not isinstance(value, bool)
-    try:
-        number = float(value) if good else math.nan  # type: ignore[arg-type]
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _number(value: object) -> float | None:
-    """A float, NaN and infinite ones included; None for anything else."""
-    return value if isinstance(value, float) else None
-
-
-def _events(run: Run, kind: str) -> list[tuple[str, dict[str, object]]]:
-    return [(member, fields) for member, _, fields in _dated_events(run, kind)]
-
-
-def _dated_events(run: Run, kind: str) -> list[tuple[str, int, dict[str, object]]]:
-    events = run.events[run.events["kind"] == kind]
-    return [
-        ("" if member != member else str(member), int(step), fields)
-        for member, step, fields in zip(events["member"].astype(object), events["step"], events["fields"], strict=True)
-    ]
+    return seen

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from attnscope.runs.events import CrossEntropySeen, TargetsSeen, What
 from attnscope.watch.numbers import is_readable
 
 Array = NDArray[Any]
@@ -85,13 +86,11 @@ class Targets:
         self._same = 0
         self._told = False
 
-    def add(
-        self, calls: Sequence[tuple[int, FirstCall | None]], *, is_end: bool
-    ) -> Iterator[tuple[int, str, dict[str, object]]]:
+    def add(self, calls: Sequence[tuple[int, FirstCall | None]], *, is_end: bool) -> Iterator[tuple[int, What]]:
         """Steps, in order, with the first call of each; waits for the device.
 
         Yields:
-            Step, kind and fields of an event.
+            Step of an event, and what it is.
         """
         step = 0
         for step, call in calls:
@@ -100,7 +99,7 @@ class Targets:
             targets_N = call.targets_N.cpu().numpy()
             if self._classes is None or self._firsts_N is None:
                 self._classes, self._firsts_N = call.classes, targets_N
-                yield step, "cross_entropy", {"classes": call.classes, "loss": float(call.loss)}
+                yield step, CrossEntropySeen(classes=call.classes, loss=float(call.loss))
             self._steps += 1
             self._looked_at += len(targets_N)
             self._same += bool(np.array_equal(targets_N, self._firsts_N))
@@ -109,9 +108,9 @@ class Targets:
                 self._counts_V[value] = self._counts_V.get(value, 0) + count
         if self._steps and not self._told and (is_end or any(number >= self._first - 1 for number, _ in calls)):
             self._told = True
-            yield step, "targets", self._described()
+            yield step, self._described()
 
-    def _described(self) -> dict[str, object]:
+    def _described(self) -> TargetsSeen:
         counts_K = np.array(list(self._counts_V.values()), dtype=np.float64)
         total = counts_K.sum()
         missed = (
@@ -121,13 +120,13 @@ class Targets:
         if missed < MOST_MISSED:
             entropy = float(missed - (counts_K / total * np.log(counts_K / total)).sum())
         assert self._firsts_N is not None
-        return {
-            "steps": self._steps,
-            "same": self._same,
-            "irregular": is_irregular(self._firsts_N),
-            "counted": total / self._looked_at if self._looked_at else 0.0,
-            "entropy": entropy,
-        }
+        return TargetsSeen(
+            steps=self._steps,
+            same=self._same,
+            irregular=is_irregular(self._firsts_N),
+            counted=float(total / self._looked_at) if self._looked_at else 0.0,
+            entropy=entropy,
+        )
 
 
 def is_irregular(targets_N: Array) -> bool:

@@ -39,8 +39,10 @@ def test_the_article_s_pair_is_told_from_the_cause_to_the_symptom(tmp_path):
         "nonfinite": ("unscaled",),
         "loss_explosion": ("unscaled",),
         "stalled": ("scaled",),  # 30 steps do not reach the unigram loss
+        "first_loss_too_high": ("unscaled", "scaled"),  # embeddings of standard deviation 1, no norm
     }
-    assert [finding.kind for finding in found] == ["cause"] * 2 + ["symptom"] * 3
+    assert [finding.kind for finding in found] == ["cause"] * 2 + ["symptom"] * 3 + ["cause"]
+    assert found[-1].severity == "note"
 
 
 def test_healthy_training_gives_no_finding(tmp_path):
@@ -89,7 +91,7 @@ def test_five_hundred_members_are_diagnosed_quickly_and_in_few_words(tmp_path):
     began = time.process_time()
     found = diagnose(run)
     assert time.process_time() - began < 5
-    assert {finding.rule for finding in found} == {rule.__name__ for rule in RULES}
+    assert {finding.rule for finding in found} >= OFTEN
     assert found[0].rule == "applied_scale" and found[-1].severity == "note"
     for finding in found:
         assert len(finding.evidence) == MOST_EVIDENCE < finding.evidence_left_out

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from attnscope.cli import app
 from attnscope.diagnose import RULES, NotLooked, diagnose, examine
 from attnscope.diagnose.blindness import NO_ATTENTION, NO_CONFIG, NO_LOSS, NO_OPTIMIZER, NO_STEP
+from attnscope.diagnose.levels import NO_CLASSES
 from attnscope.diagnose.rules.clipping import clipping_always_on
 from attnscope.diagnose.rules.loss import failed, loss_explosion, loss_spike
 from attnscope.diagnose.rules.nonfinite import nonfinite, nonfinite_loss_passed, updates_skipped
@@ -20,6 +21,7 @@ from attnscope.runs.layout import MemberEntry
 from attnscope.runs.reader import open_run
 from attnscope.runs.writer import RunWriter
 from tests.diagnose.synthetic import heads_table, run_of, steps_table
+from tests.runs.made_up import event
 
 ARMS = {"arm": [{"name": n, "init": {"gain": g}} for n, g in (("a", 1.0), ("b", 1.1))]}
 LAYER = {"layer": 0, "name": "attn", "n_heads": 1, "d_head": 16, "mask": "causal", "dtype": "float32", "backend": "sdpa"}  # fmt: skip
@@ -40,7 +42,7 @@ def watched(path, *, steps=None, heads=None, events=(), at=0, end="finished"):
         if columns is not None:
             part.append(table, columns)
     for kind, fields in events:
-        part.event(kind, step=at, member=0, **fields)
+        part.event(event(kind, step=at, member=0, **fields))
     part.finish(end)
     return open_run(path)
 
@@ -50,14 +52,16 @@ def whys(run):
 
 
 def test_healthy_training_was_looked_at_by_every_rule(tmp_path):
-    steps = steps_table(4.0 + 0.1 * np.random.default_rng(0).normal(size=(1, 60)))
-    run = run_of(tmp_path / "r", steps=steps, heads=heads_table(1, [0]), planned=60)
+    steps = steps_table(4.0 + 0.1 * np.random.default_rng(0).normal(size=(1, 120)))
+    run = run_of(tmp_path / "r", steps=steps, heads=heads_table(1, [0]), planned=120)
     assert examine(run).findings == () and examine(run).not_looked == ()
 
 
 def test_a_run_without_a_record_is_blind_to_all_that_happens_in_training(tmp_path):
     said = whys(run_of(tmp_path / "r"))
     needs_none = {"applied_scale", "unusual_scale", "updates_skipped", "failed"}
+    needs_none |= {"loss_rises", "repeated_batch", "updates_round_away"}  # of watched scripts
+    needs_none |= {"half_precision_headroom", "loss_too_low"}  # of float16, of models without a causal mask
     assert said == {rule.__name__: NO_STEP for rule in RULES if rule.__name__ not in needs_none}
 
 
@@ -71,6 +75,13 @@ def test_a_watched_script_of_which_nothing_was_seen_says_why_in_its_own_words(tm
     attention = f"{NO_ATTENTION}: attn (flex): NotImplementedError: odd block"
     loss = f"{NO_LOSS}: no scalar was given to backward()"
     assert whys(run) == {
+        "repeated_batch": loss,
+        "loss_rises": loss,
+        "first_loss_too_high": NO_CLASSES,
+        "updates_round_away": NO_OPTIMIZER,
+        "poisoned_batch": loss,
+        "loss_too_low": loss,
+        "plateau": loss,
         "applied_scale": attention,
         "saturated_at_start": attention,
         "clipping_always_on": NO_OPTIMIZER,
@@ -226,7 +237,7 @@ def test_terminal_json_and_report_say_where_nobody_could_look(tmp_path):
         return CliRunner().invoke(app, ["diagnose", str(run.path), *words], env={"COLUMNS": "80"}).stdout
 
     text = diagnosed()
-    assert "with 10 of 11 rules: applied_scale, " in " ".join(text.split())
+    assert "with 17 of 20 rules: " in " ".join(text.split())
     assert text.startswith("No findings.") and f"Could not look:\n  {line}\n" in text
     folder = write_report(run).parent
     expected = [

@@ -600,7 +600,7 @@ def test_a_run_of_fewer_steps_than_are_looked_at_tells_its_targets_at_the_end(tm
         optimizer.step()
 
     run = train(tmp_path / "run", step, model=Classifies(), steps=3)
-    assert events(run, "targets") == [{"steps": 3, "same": 3, "irregular": False, "counted": 1.0, "entropy": None}]
+    assert events(run, "targets") == [{"steps": 3, "same": 3, "irregular": False, "counted": 1.0}]
 
 
 def test_targets_that_are_probabilities_are_no_tokens(tmp_path):

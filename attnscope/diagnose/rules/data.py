@@ -20,7 +20,8 @@ from attnscope.diagnose.levels import (
     without_levels,
 )
 from attnscope.findings import Evidence, Finding, NotLooked, Severity
-from attnscope.runs.by_member import configs_of, members_of_rows, slices_of, sorted_by_member
+from attnscope.runs.by_member import configs_of, slices_of, sorted_by_member
+from attnscope.runs.events import Evaluated, Generated
 from attnscope.runs.reader import Run
 from attnscope.runs.watched import cross_entropies
 
@@ -99,7 +100,7 @@ def first_loss_too_high(run: Run) -> Finding | NotLooked | None:
         ),
         source=MEASURED_FIRST,
     )
-    return answer(run, "first_loss_too_high", finding, without_loss(run) | without_levels(run))
+    return answer(run, "first_loss_too_high", finding, without_levels(run) | without_loss(run))
 
 
 def loss_too_low(run: Run) -> Finding | NotLooked | None:
@@ -115,7 +116,10 @@ def loss_too_low(run: Run) -> Finding | NotLooked | None:
     Source: the definition; missing_causal_mask: 0.10 held out, and 9.1 where the model does not see the token.
     """
     concerns, levels, blind = [], levels_of(run), dict.fromkeys(_may_see_the_answer(run), UNKNOWN_OPTIMUM)
-    held_out, alone = _numbers(run, "evaluation", "val_loss"), _numbers(run, "generation", "loss_from_prefixes")
+    held_out: dict[str | None, float] = {}
+    for _, member, evaluated in run.happened(Evaluated):
+        held_out.setdefault(member, evaluated.val_loss)  # the first is at the length that was trained with
+    alone = {member: generated.loss_from_prefixes for _, member, generated in run.happened(Generated)}
     for record in run.members:
         name, level = record.name, levels.get(record.name)
         if record.diverged_at is not None or name not in blind:
@@ -370,14 +374,3 @@ def _first_losses(run: Run) -> dict[str, tuple[int, float]]:
     codes_N, step_N, loss_N = sorted_by_member(run.steps, ("step", "loss"))
     at_N = np.flatnonzero(step_N == 0)
     return {run.entries[m].name: (0, float(loss)) for m, loss in zip(codes_N[at_N], loss_N[at_N], strict=True)}
-
-
-def _numbers(run: Run, kind: str, field: str) -> dict[str, float]:
-    """Member to the number in a field of its first event of a kind."""
-    events = run.events[run.events["kind"] == kind]
-    found: dict[str, float] = {}
-    for code, fields in zip(members_of_rows(events), events["fields"], strict=True):
-        value = fields.get(field)
-        if code >= 0 and isinstance(value, float):
-            found.setdefault(run.entries[code].name, value)
-    return found
