@@ -183,9 +183,9 @@ def test_a_script_with_the_wrong_sign_is_told_so_and_its_healthy_twin_nothing(tm
     assert [rule(healthy) for rule in (first_loss_too_high, loss_rises, plateau)] == [None] * 3
     found = loss_rises(trained(tmp_path / "sign", sign=-1.0))
     assert found.severity == "error" and found.step == 0
-    assert found.summary.startswith("The loss that watched differentiates is minus its cross-entropy: -3.0")
+    assert found.summary.startswith("The loss that watched differentiates is minus its cross-entropy: -2.97 at step 0")
     found = loss_rises(trained(tmp_path / "maximize", maximize=True))
-    assert "in 20 of 20 steps, though updates are small" in found.summary
+    assert "though updates are small" in found.summary
 
 
 # -- plateau --

@@ -10,13 +10,27 @@ import numpy as np
 import pytest
 
 import attnscope
-from attnscope.diagnose import RULES, diagnose
+from attnscope.diagnose import diagnose
 from attnscope.findings import MOST_EVIDENCE, to_table
 from attnscope.runs.layout import to_json
 from attnscope.runs.reader import open_run
 from tests.diagnose.synthetic import heads_table, run_of, steps_table
 from tests.runs.made_up import columns, new_run
 
+# What the losses and tables of many broken members show, whatever else is looked for.
+OFTEN = {
+    "applied_scale",
+    "saturated_at_start",
+    "clipping_always_on",
+    "unusual_scale",
+    "nonfinite",
+    "nonfinite_loss_passed",
+    "updates_skipped",
+    "loss_explosion",
+    "loss_spike",
+    "stalled",
+    "failed",
+}
 HOSTILE = "<img src=x onerror=alert(1)>|`$x_$ [red]a[/red] \x1b[31m\u202e\n"
 
 
