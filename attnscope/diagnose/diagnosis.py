@@ -4,9 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from attnscope.diagnose.chains import chains, linked
+from attnscope.diagnose.rules.batches import poisoned_batch, repeated_batch
 from attnscope.diagnose.rules.clipping import clipping_always_on
+from attnscope.diagnose.rules.data import first_loss_too_high, loss_rises, loss_too_low, plateau
 from attnscope.diagnose.rules.loss import failed, loss_explosion, loss_spike, stalled
 from attnscope.diagnose.rules.nonfinite import nonfinite, nonfinite_loss_passed, updates_skipped
+from attnscope.diagnose.rules.precision import half_precision_headroom, loss_scale_collapse, updates_round_away
 from attnscope.diagnose.rules.saturation import saturated_at_start
 from attnscope.diagnose.rules.scale import applied_scale, unusual_scale
 from attnscope.findings import Finding, NotLooked, to_table
@@ -16,15 +19,24 @@ from attnscope.runs.reader import Run
 Rule = Callable[[Run], Finding | NotLooked | None]
 
 RULES: tuple[Rule, ...] = (
+    repeated_batch,
+    loss_rises,
     applied_scale,
     saturated_at_start,
+    first_loss_too_high,
+    half_precision_headroom,
+    updates_round_away,
     clipping_always_on,
     unusual_scale,
+    poisoned_batch,
     nonfinite,
     nonfinite_loss_passed,
+    loss_scale_collapse,
     updates_skipped,
     loss_explosion,
     loss_spike,
+    loss_too_low,
+    plateau,
     stalled,
     failed,
 )

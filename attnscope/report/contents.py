@@ -23,6 +23,7 @@ from attnscope.report.verdict import verdict_of
 from attnscope.runs.event_lines import PLACES, fields_of
 from attnscope.runs.events import (
     AttentionSeen,
+    CrossEntropySeen,
     Diverged,
     Dropped,
     Evaluated,
@@ -30,6 +31,7 @@ from attnscope.runs.events import (
     Generated,
     Nonfinite,
     Started,
+    TargetsSeen,
     Unmeasured,
 )
 from attnscope.runs.foreign import number_in, printable
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MOST_EVENTS = 200
-TOLD_ELSEWHERE = (Started, Evaluated, Generated, AttentionSeen, Unmeasured)
+TOLD_ELSEWHERE = (Started, Evaluated, Generated, AttentionSeen, Unmeasured, CrossEntropySeen, TargetsSeen)
 MOST_TEXT = 2000  # characters of a generated text
 
 

@@ -110,6 +110,11 @@ def _whole(as_read: Mapping[str, object], name: str) -> int | None:
     return value if is_whole(value, -MOST_WHOLE, MOST_WHOLE) else None
 
 
+def _flag(as_read: Mapping[str, object], name: str) -> bool | None:
+    value = as_read.get(name)
+    return value if isinstance(value, bool) else None
+
+
 def _number(as_read: Mapping[str, object], name: str) -> float | None:
     return number_in(as_read.get(name))
 
@@ -151,6 +156,7 @@ def _place_in_json(table: object) -> Place | None:
 # How a field of each type is read: from the fields of a line and its name to a value, None where there is none of the type.
 _READERS: Mapping[object, Callable[[Mapping[str, object], str], object]] = {
     str: _text,
+    bool: _flag,
     int: _whole,
     int | None: _whole,
     float: _number,

@@ -113,6 +113,7 @@ class AttentionSeen:
         n_heads: query heads.
         d_head: size of a query; None where it was not seen.
         scale: what multiplied q.k; None where no single number does, or it could not be seen.
+        scale_after: what of it multiplied the product, and not q or k before; None as for scale, and in older runs.
         mask: in words.
         dtype: of the queries.
         backend: sdpa, eager, ...
@@ -123,6 +124,7 @@ class AttentionSeen:
     n_heads: int
     d_head: int | None
     scale: float | None
+    scale_after: float | None = None
     mask: str = ""
     dtype: str = ""
     backend: str = ""
@@ -160,11 +162,45 @@ class OptimizerSeen:
         name: of its class.
         parameters: numbers it moves.
         devices: they are on.
+        dtypes: they are of.
     """
 
     name: str
     parameters: int | None
     devices: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CrossEntropySeen:
+    """`cross_entropy`: cross-entropy of class indices was computed for the first time in watched code.
+
+    Attributes:
+        classes: that the softmax runs over.
+        loss: mean over the targets that count, nats, whatever the script makes of it.
+    """
+
+    classes: int
+    loss: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetsSeen:
+    """`targets`: what the targets of the first steps of watched code are like.
+
+    Attributes:
+        steps: that were looked at.
+        same: how many of them have the targets of the first.
+        irregular: whether targets like these are no two batches' by their layout.
+        counted: share of them that count.
+        entropy: of their frequencies, nats; None where there were too few to tell.
+    """
+
+    steps: int
+    same: int
+    irregular: bool = False
+    counted: float = 0.0
+    entropy: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -268,6 +304,8 @@ What = (
     | NotRecorded
     | OptimizerSeen
     | BlocksSeen
+    | CrossEntropySeen
+    | TargetsSeen
     | SkippedUpdate
     | StepWithoutGradient
     | LossNotSeen
@@ -291,6 +329,8 @@ EVENTS: Mapping[str, type[What]] = {
     "not_recorded": NotRecorded,
     "optimizer": OptimizerSeen,
     "blocks": BlocksSeen,
+    "cross_entropy": CrossEntropySeen,
+    "targets": TargetsSeen,
     "skipped_update": SkippedUpdate,
     "step_without_gradient": StepWithoutGradient,
     "loss_not_seen": LossNotSeen,

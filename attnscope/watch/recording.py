@@ -26,7 +26,8 @@ from attnscope.signals.alarms import Alarms, place_of
 from attnscope.signals.conditions import Condition
 from attnscope.signals.journal import Journal
 from attnscope.signals.nonfinite import Looked
-from attnscope.watch.step import Step
+from attnscope.watch.output import Targets
+from attnscope.watch.step import FIRST, Step
 from attnscope.watch.tables import Array, fill_in, heads_of, layers_of, params_of, seen_losses, steps_of
 
 # Why a column or a table may be empty at the end of a watched run; `finish` is told of others.
@@ -90,6 +91,7 @@ class Layer:
             n_heads=self.n_heads,
             d_head=self.d_head,
             scale=applied,
+            scale_after=scale,
             mask=self.mask,
             dtype=self.dtype,
             backend=self.backend,
@@ -112,6 +114,7 @@ class WatchRecorder:
         self._undescribed: list[tuple[int, Layer]] = []
         self._journal = Journal(writer, Alarms(self._place))
         self._tokens = 0
+        self._targets = Targets(FIRST)
         self._filled: set[str] = set()
         self.broken: str | None = None
         self.losses_not_seen = 0
@@ -153,6 +156,7 @@ class WatchRecorder:
         block, self._block = self._block, []
         if not block:
             return {}
+        self._look_at_targets(block, measuring)
         last = block[-1].number
         tables: Tables = {"steps": {}, "heads": {}, "layers": {}, "params": {}}
         with measuring("table layers", last):
@@ -193,6 +197,12 @@ class WatchRecorder:
         """The first condition that the block last flushed meets, and what met it; None if none does."""
         return self._journal.met(conditions, tables)
 
+    def _look_at_targets(self, block: Sequence[Step], measuring: Measuring, *, is_end: bool = False) -> None:
+        with measuring("targets", block[-1].number if block else 0):
+            calls = [(step.number, step.output.first) for step in block if step.counts]
+            for step, what in self._targets.add(calls, is_end=is_end):
+                self.event(what, step=step)
+
     def finish(
         self,
         status: str,
@@ -204,6 +214,7 @@ class WatchRecorder:
     ) -> None:
         """Write what is left and say how it ended, and what stayed empty: WHY_EMPTY and `why_empty` have the reasons."""
         self.flush(measuring)
+        self._look_at_targets([], measuring, is_end=True)
         self._journal.end([0])
         with measuring("event not_recorded", step):
             empty = {name: why for name, why in {**WHY_EMPTY, **why_empty}.items() if name not in self._filled}

@@ -13,6 +13,8 @@ from attnscope.watch.finite import Outputs
 from attnscope.watch.output import Output
 from attnscope.watch.passed import Passed
 
+FIRST = 20  # steps that are all measured, whatever the cadence: what explodes, explodes early
+
 
 class ParameterPlace(NamedTuple):
     """Where a parameter is: layer and group as in the params table, and its path."""

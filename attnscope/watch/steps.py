@@ -29,10 +29,9 @@ from attnscope.watch.output import see_cross_entropy
 from attnscope.watch.parameters import Parameters, parameters_of
 from attnscope.watch.recording import WatchRecorder, broken_gradients
 from attnscope.watch.residual import Residual
-from attnscope.watch.step import Step
+from attnscope.watch.step import FIRST, Step
 from attnscope.watch.turns import Turns
 
-FIRST = 20  # steps that are all measured, whatever the cadence: what explodes, explodes early
 MOST_LOSSES = 1000  # of one step
 ANOTHER_THREAD = "another thread trains at the same time: only the steps of the first one are recorded"
 
@@ -161,7 +160,9 @@ class Steps:
         """See `OnTraining`."""
         if not self.repeats and self._turns.is_mine(trains=False):
             self._begin()
-            see_cross_entropy(self.now.output, logits, targets, ignore_index, measured=self.now.measured)
+            now = self.now
+            is_first = now.number < FIRST
+            see_cross_entropy(now.output, logits, targets, ignore_index, measured=now.measured, is_first=is_first)
 
     # -- what is done with it --
 
@@ -254,6 +255,7 @@ class Steps:
                 name=type(optimizer).__name__,
                 parameters=sum(p.numel() for p in parameters),
                 devices=tuple(sorted({device_name(p.device) for p in parameters})),
+                dtypes=tuple(sorted({str(p.dtype).removeprefix("torch.") for p in parameters})),
             )
             self._guard.event(what, step=now.number)
         self._see_lrs(optimizer)

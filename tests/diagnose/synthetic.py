@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from attnscope.config import members_of, parse_table
-from attnscope.runs.layout import COLUMNS
+from attnscope.runs.layout import COLUMNS, MemberEntry
 from attnscope.runs.reader import Run, open_run
 from attnscope.runs.writer import RunWriter
 from tests.runs.made_up import event
@@ -37,6 +37,36 @@ def heads_table(n_members, steps, *, n_layers=1, n_heads=1, **columns):
     return table
 
 
+def params_table(steps, groups=("q", "k", "v"), **columns):
+    """The params table of one member; a column is one number, or one per row (step, group), all in layer 0."""
+    shape = (len(steps), len(groups))
+    table = {name: np.ones(shape).ravel() for name in COLUMNS["params"]}
+    table["step"] = np.repeat(np.asarray(steps), len(groups))
+    table |= {name: np.zeros(shape[0] * shape[1], dtype=int) for name in ("member", "layer", "nonfinite")}
+    table["group"] = np.array(list(groups) * len(steps), dtype=object)
+    return table | {name: np.broadcast_to(np.asarray(x, dtype=float), shape).ravel() for name, x in columns.items()}
+
+
+def watched_run_of(path: Path, *, steps=None, heads=None, params=None, events=(), end="finished") -> Run:
+    """A watched run of one member, `rank 0`; events are (kind, step, fields)."""
+    writer = RunWriter.create(
+        path,
+        command=["attnscope", "watch", "train.py"],
+        config=None,
+        members=[MemberEntry(name="rank 0", part=0, index=0, settings={})],
+        environment={},
+        data={},
+    )
+    part = writer.part(0)
+    for table, columns in (("steps", steps), ("heads", heads), ("params", params)):
+        if columns is not None:
+            part.append(table, columns)
+    for kind, step, fields in events:
+        part.event(event(kind, step=step, member=0, **fields))
+    part.finish(end)
+    return open_run(path)
+
+
 def run_of(
     path: Path,
     config=None,
@@ -48,6 +78,7 @@ def run_of(
     error=None,
     planned=None,
     unigram=5.0,
+    reference=None,
 ) -> Run:
     """A run of one part with these tables; events are (kind, step, member, fields); `planned` steps, `end` and its error."""
     config = dict(config or {})
@@ -60,7 +91,7 @@ def run_of(
         config=resolved,
         members=members_of(resolved),
         environment={},
-        data={"reference": {"unigram": unigram}},
+        data={"reference": {"unigram": unigram} | (reference or {})},
     )
     part = writer.part(0)
     for table, columns in (("steps", steps), ("heads", heads)):
