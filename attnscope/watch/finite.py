@@ -55,9 +55,16 @@ class Finite:
     allocator no hole of the size that the next one needs, which costs the script more than the sums do.
     """
 
-    def __init__(self, patches: Patches, *, on_call: Callable[[nn.Module | None], None]) -> None:
-        """`on_call` is told of each call in training before its output is looked at."""
+    def __init__(
+        self,
+        patches: Patches,
+        *,
+        on_call: Callable[[nn.Module | None], None],
+        on_call_without_gradients: Callable[[Any], None],
+    ) -> None:
+        """`on_call` is told of each call in training before its output is looked at, the other one of any other's output."""
         self._on_call = on_call
+        self._on_call_without_gradients = on_call_without_gradients
         self._step = _Step()
         self._sums: dict[torch.device, Tensor] = {}
         for name in OPERATORS:
@@ -76,7 +83,9 @@ class Finite:
         return Outputs(modules=tuple(step.modules), total_N=total_N)
 
     def _look(self, _args: tuple[Any, ...], _kwargs: dict[str, Any], out: Any) -> None:
-        if torch.is_grad_enabled() and why_unseen(out) is None and not in_backward():
+        if not torch.is_grad_enabled():
+            self._on_call_without_gradients(out)
+        elif why_unseen(out) is None and not in_backward():
             module = module_of_call()
             with Unobserved():
                 self._on_call(module)

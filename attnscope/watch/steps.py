@@ -25,6 +25,7 @@ from attnscope.watch.layers import Layers
 from attnscope.watch.numbers import UnreadableError, copy_of_scalar, device_name, why_without_numbers
 from attnscope.watch.output import see_cross_entropy
 from attnscope.watch.parameters import Parameters, parameters_of
+from attnscope.watch.probes import FirstLooks
 from attnscope.watch.recording import MOST_PLACES, WatchRecorder, broken_gradients
 from attnscope.watch.step import Step
 from attnscope.watch.turns import Turns
@@ -67,6 +68,7 @@ class Steps:
         recorder: WatchRecorder,
         modules: Modules,
         layers: Layers,
+        probes: FirstLooks,
         guard: Guard,
         every: int,
         take_outputs: Callable[[], Outputs | None],
@@ -79,6 +81,7 @@ class Steps:
             recorder: takes the steps.
             modules: know the names of parameters.
             layers: measure attention.
+            probes: look at what no table shows.
             guard: says what goes wrong.
             every: steps between those that are measured, after the first ones.
             take_outputs: gives what was seen of outputs since it was last called.
@@ -87,6 +90,7 @@ class Steps:
         """
         self._recorder = recorder
         self._layers = layers
+        self._probes = probes
         self._guard = guard
         self._every = every
         self._take_outputs = take_outputs
@@ -132,7 +136,9 @@ class Steps:
             return
         self._begin()
         if self.now.measured:
-            self._layers.see(self.now, module, seen)
+            layer = self._layers.see(self.now, module, seen)
+            if layer is not None and torch.is_grad_enabled():
+                self._probes.attention(self.now, layer, seen)
 
     @_guarded("attention")
     def unmeasured(self, module: nn.Module | None, backend: str, shapes: list[list[int]], reason: str) -> None:
@@ -145,7 +151,13 @@ class Steps:
         """See `OnTraining`."""
         if not self.repeats and self._turns.is_mine(trains=False):
             self._begin()
+            self._probes.cross_entropy(self.now, targets, ignore_index)
             see_cross_entropy(self.now.output, logits, targets, ignore_index, measured=self.now.measured)
+
+    @_guarded("evaluation")
+    def evaluated(self) -> None:
+        """See `OnTraining`."""
+        self._probes.evaluated(self.now)
 
     # -- what is done with it --
 
@@ -165,6 +177,7 @@ class Steps:
         elif len(self.now.losses) >= MOST_LOSSES:  # its optimizers step where we cannot see it
             self.updates_itself = True
         self._on_forward_over()
+        self._probes.differentiated(self.now)
         self.stepped = self.updates_itself
         self.now.losses.append(number)
 
@@ -245,6 +258,7 @@ class Steps:
                 devices=sorted({device_name(p.device) for p in parameters}),
             )
         self._see_lrs(optimizer)
+        self._probes.before_update(now, optimizer)
         with self._guard.measuring("gradients and weights", now.number):
             self._parameters.before_update(now, optimizer)
 
@@ -292,6 +306,7 @@ class Steps:
             self._lacks_gradient = True
             self._guard.event("step_without_gradient", step=now.number, optimizer=self._moved_nothing)
         self._moved_nothing = ""
+        self._probes.end_step()
         self._recorder.add(now)
         self.stepped = False
         self._open.clear()
@@ -314,6 +329,8 @@ class Steps:
         self.without_gradient += 1
         if not now.losses or self.stepped:
             return
+        zeroed = any(id(p) in now.dropped for p in parameters_of(optimizer, with_gradient=False))
+        self._probes.without_gradient(now, optimizer, zeroed=zeroed)
         self._see_lrs(optimizer)
         self.stepped = True
         self._moved_nothing = type(optimizer).__name__
