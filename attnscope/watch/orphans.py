@@ -27,6 +27,9 @@ class Orphans:
         self._on_event = on_event
         self._used = WeakIdKeyDictionary()
         self._found = WeakTensorKeyDictionary()  # to the sum of their numbers when they were found; None of most
+        self._sums: list[tuple[Tensor, Tensor]] = []  # then and now
+        self._described: dict[str, object] | None = None
+        self._told: dict[str, object] = {}
 
     def computed(self, step: Step, module: nn.Module) -> None:
         """A module computes in training."""
@@ -37,6 +40,15 @@ class Orphans:
         """By id, those of the modules that compute."""
         return {id(p): p for module in list(self._used) for p in module.parameters()}
 
+    def surely_used(self) -> set[int]:
+        """Ids of parameters that their modules surely compute with: weights and biases of layers that have nothing else."""
+        found: set[int] = set()
+        for module in list(self._used):
+            own = dict(module.named_parameters(recurse=isinstance(module, nn.MultiheadAttention)))
+            if isinstance(module, nn.MultiheadAttention) or own.keys() <= {"weight", "bias"}:
+                found |= {id(p) for p in own.values()}
+        return found
+
     def look(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
         """One of these optimizers is about to step: gradients are there."""
         owned = _owned(optimizers)
@@ -44,31 +56,40 @@ class Orphans:
             if p.requires_grad and p.is_leaf and p.grad is not None and key not in owned and p not in self._found:
                 self._found[p] = _sum(p) if len(self._found) < MOST_SUMMED else None
 
-    def tell(self, step: Step, stepped: Iterable[torch.optim.Optimizer]) -> None:
-        """Say which no optimizer has, none of those included that have not stepped; waits for the device."""
-        if not len(self._found):
-            return
+    def describe(self, stepped: Iterable[torch.optim.Optimizer]) -> None:
+        """Keep what is known of those that no optimizer has, none of those included that have not stepped."""
         stepped = list(stepped)
+        if not len(self._found) or not stepped:
+            return
         alive = [each for each in gc.get_objects() if issubclass(type(each), torch.optim.Optimizer)]
         owned, mine = _owned(alive), _owned(stepped)
-        sums = {p: total for p, total in self._found.items() if id(p) not in owned}
-        if not sums or any(total is not None and float(_sum(p)) != float(total) for p, total in sums.items()):
-            return  # what is no torch.optim.Optimizer moves them
-        orphans = {id(p): p for p in sums}
+        for p in [p for p in self._found if id(p) in owned]:
+            del self._found[p]
+        before = dict(self._found.items())
+        self._sums = [(total, _sum(p)) for p, total in before.items() if total is not None]
+        orphans = {id(p): p for p in before}
         models = {id(model): model for each in list(self._used) for model in [self._modules.root_of(each)]}
         trained = [model for model in models.values() if any(id(p) in mine for p in model.parameters())]
         registered = {id(p): p for model in trained for p in model.parameters() if p.requires_grad}
         left_out = [p for key, p in orphans.items() if key in registered]
-        self._on_event(
-            "without_optimizer",
-            step=step.number,
-            parameters=len(orphans),
-            names=self._modules.names_of_parameters(list(orphans.values())[:MOST_NAMES]),
-            left_out=len(left_out),
-            left_out_numbers=sum(p.numel() for p in left_out),
-            model_numbers=sum(p.numel() for p in registered.values()),
-            hidden=dict(_hidden(trained, orphans)),
-        )
+        self._described = {
+            "parameters": len(orphans),
+            "names": self._modules.names_of_parameters(list(orphans.values())[:MOST_NAMES]) if orphans else [],
+            "left_out": len(left_out),
+            "left_out_numbers": sum(p.numel() for p in left_out),
+            "model_numbers": sum(p.numel() for p in registered.values()),
+            "hidden": dict(_hidden(trained, orphans)),
+        }
+
+    def tell(self, step: Step) -> None:
+        """Say which no optimizer has, if something has changed; waits for the device."""
+        described, self._described = self._described, None
+        moved = any(float(now) != float(before) for before, now in self._sums)
+        if described is None or moved:  # what is no torch.optim.Optimizer moves them
+            return
+        if described != self._told and (described["parameters"] or self._told):
+            self._told = described
+            self._on_event("without_optimizer", step=step.number, **described)
 
 
 def _hidden(models: Iterable[nn.Module], orphans: Mapping[int, Tensor]) -> Iterator[tuple[str, int]]:

@@ -99,4 +99,4 @@ class FirstLooks:
         """Nothing more comes."""
         self.flush(step)
         with self._guard.measuring("upkeep of parameters", step.number):
-            self._upkeep.tell(step)
+            self._upkeep.finish(step)

@@ -46,11 +46,17 @@ class _Look:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Targets:
-    """Of one cross-entropy: how its targets stand to the tokens, and how many other sequences of tokens there were."""
+    """Of one cross-entropy.
+
+    Attributes:
+        step: of it.
+        comparisons: of its targets with the sequences of tokens that they fit.
+        sequences: of tokens that the model was given.
+    """
 
     step: int
-    comparison: Comparison
-    others: int
+    comparisons: tuple[Comparison, ...]
+    sequences: int
 
 
 class Sights:
@@ -98,11 +104,13 @@ class Sights:
         if not self.looks_at(step) or targets.is_floating_point() or not is_readable(targets):
             return
         sequences = {each.ids.data_ptr(): each.ids for each in tokens if _is_text(each.ids, tokens)}
-        for ids in sequences.values():
-            self._targets += [
-                _Targets(step=step.number, comparison=each, others=len(sequences) - 1)
-                for each in (compared(ids, targets, ignore_index) if ids.device == targets.device else ())
-            ]
+        found = [
+            each
+            for ids in sequences.values()
+            if ids.device == targets.device
+            for each in compared(ids, targets, ignore_index)
+        ]
+        self._targets.append(_Targets(step=step.number, comparisons=tuple(found), sequences=len(sequences)))
 
     def end_step(self) -> None:
         """Let go of the script's tensors."""
@@ -138,20 +146,21 @@ class Sights:
         )
 
     def _say_targets(self, targets: list[_Targets]) -> None:
-        """The tokens and the axis that the targets fit best, of each cross-entropy."""
-        for each in targets:
-            counts = each.comparison.counts.tolist()
-            equal = {str(offset): _share(*pair) for offset, pair in zip(OFFSETS, counts, strict=True)}
-            if self._n_targets < MOST_TARGETS and max(share or 0.0 for share in equal.values()) > 0.5:
-                self._n_targets += 1
-                self._on_event(
-                    "targets",
-                    step=each.step,
-                    positions=each.comparison.n_positions,
-                    compared=max(int(n) for _, n in counts),
-                    equal=equal,
-                    others=each.others,
-                )
+        """Of each cross-entropy, the sequence of tokens and the axis that its targets fit best."""
+        for each in targets[: MOST_TARGETS - self._n_targets]:
+            self._n_targets += 1
+            said = [(one.n_positions, one.counts.tolist()) for one in each.comparisons] or [
+                (0, [(0, 0)] * len(OFFSETS))
+            ]
+            positions, counts = max(said, key=lambda one: max(_share(*pair) or 0.0 for pair in one[1]))
+            self._on_event(
+                "targets",
+                step=each.step,
+                positions=positions,
+                compared=max(int(n) for _, n in counts),
+                equal={str(offset): _share(*pair) for offset, pair in zip(OFFSETS, counts, strict=True)},
+                sequences=each.sequences,
+            )
 
 
 def _is_text(ids: Tensor, tokens: list[Tokens]) -> bool:

@@ -1,15 +1,14 @@
 """How a script keeps its optimizers: whose gradients stay from step to step, who never gets one, who never moves.
 
-Looked at in the first updates and at the end; from then on it costs a look at a few Python objects for each update.
+Looked at in the first updates; from then on it costs a look at a few Python objects for each update.
 """
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from attnscope.capture.names import Modules
 from attnscope.watch.orphans import Orphans
@@ -18,31 +17,40 @@ from attnscope.watch.step import Step
 
 FIRST_UPDATES = 5  # of an optimizer that are looked at; then it is said what was found, and at the end once more
 MOST_NAMES = 10  # of parameters that an event names
-SAMPLED = 3  # parameters of an optimizer whose gradients are looked at before they are added to
 SMALL = 1 << 16  # numbers of such a parameter
 
 
 @dataclass(slots=True, kw_only=True)
 class _Kept:
-    """Of one optimizer.
+    """Of one optimizer, which may be gone when it is told.
 
     Attributes:
+        optimizer: its class.
+        parameters: of it.
         updates: of it.
         samples: some of its parameters.
         sizes: of their gradients before each backward pass since its last update.
         smallest: the smallest of `sizes` for each update but the first.
-        missing: its parameters that never had a gradient; None before its first update.
-        moved: its groups that had a learning rate once.
+        missing: its parameters that never had a gradient, by id.
+        used: ids of those of them that modules surely compute with; None until the first updates are over.
+        groups: ids of the parameters of its groups, by the id of the group's list.
+        moved: groups that had a learning rate once.
+        names: of what may be told, by id.
         steps_without: steps of it after a loss was differentiated, at which nothing had a gradient.
         zeroed: whether at one of those its gradients had been thrown away since.
     """
 
+    optimizer: str
+    parameters: int
     updates: int = 0
     samples: list[weakref.ref[Tensor]] = field(default_factory=list)
     sizes: list[Tensor] = field(default_factory=list)
     smallest: list[Tensor] = field(default_factory=list)
-    missing: WeakTensorKeyDictionary | None = None
+    missing: dict[int, weakref.ref[Tensor]] = field(default_factory=dict)
+    used: set[int] | None = None
+    groups: dict[int, list[int]] = field(default_factory=dict)
     moved: set[int] = field(default_factory=set)
+    names: dict[int, str] = field(default_factory=dict)
     steps_without: int = 0
     zeroed: bool = False
 
@@ -59,7 +67,9 @@ class Upkeep:
         self._orphans = orphans
         self._on_event = on_event
         self._optimizers: weakref.WeakKeyDictionary[torch.optim.Optimizer, _Kept] = weakref.WeakKeyDictionary()
-        self._is_said = False
+        self._all: list[_Kept] = []
+        self._is_waiting = False  # for a block of steps to be written
+        self._is_over = False
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
@@ -68,82 +78,123 @@ class Upkeep:
 
     def differentiated(self) -> None:
         """A loss is about to be differentiated: what gradients there are come from before."""
-        for kept in self._optimizers.values():
+        for kept in () if self._is_over else self._all:
             if kept.updates and len(kept.smallest) < FIRST_UPDATES - 1:
                 kept.sizes.append(_size([p for ref in kept.samples if (p := ref()) is not None]))
 
     def before_update(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer that has gradients is about to step."""
-        kept = self._optimizers.setdefault(optimizer, _Kept())
+        kept = self._kept(optimizer)
         kept.updates += 1
         kept.moved |= {id(group["params"]) for group in optimizer.param_groups if _moves(group.get("lr"))}
-        if kept.missing is None:
-            kept.missing = WeakTensorKeyDictionary()
-            for p in parameters_of(optimizer, with_gradient=False):
-                if p.requires_grad and p.grad is None:
-                    kept.missing[p] = True
+        if kept.updates == 1:
+            alone = [p for p in parameters_of(optimizer, with_gradient=False) if p.requires_grad and p.grad is None]
+            kept.missing = {id(p): weakref.ref(p) for p in alone}
             kept.samples = [weakref.ref(p) for p in _some(parameters_of(optimizer))]
-        for p in [p for p in kept.missing if p.grad is not None] if len(kept.missing) else ():
-            del kept.missing[p]
+        elif kept.missing:
+            for key in [key for key, ref in kept.missing.items() if (p := ref()) is not None and p.grad is not None]:
+                del kept.missing[key]
         if kept.sizes and len(kept.smallest) < FIRST_UPDATES - 1:
             kept.smallest.append(torch.stack([size.to(kept.sizes[0].device) for size in kept.sizes]).amin())
         kept.sizes.clear()
         if kept.updates <= FIRST_UPDATES:
-            self._orphans.look(self._optimizers)
+            self._first_updates(kept.updates)
 
     def without_gradient(self, optimizer: torch.optim.Optimizer, *, zeroed: bool) -> None:
         """An optimizer stepped after a loss was differentiated, and none of its parameters had a gradient."""
-        kept = self._optimizers.setdefault(optimizer, _Kept())
+        kept = self._kept(optimizer)
         kept.steps_without += 1
         kept.zeroed |= zeroed
-        if kept.steps_without <= FIRST_UPDATES:
-            self._orphans.look(self._optimizers)
+        if kept.steps_without <= FIRST_UPDATES and not kept.updates:
+            self._first_updates(kept.steps_without)
 
     def flush(self, step: Step) -> None:
-        """Say what was found, if there were enough updates and nobody has said it; waits for the device."""
-        if not self._is_said and any(
-            kept.updates + kept.steps_without >= FIRST_UPDATES for kept in self._optimizers.values()
-        ):
-            self._is_said = True
-            self.tell(step)
+        """Say what was found in the first updates, once they are over; waits for the device."""
+        if self._is_waiting:
+            self._is_waiting = False
+            self._tell(step)
 
-    def tell(self, step: Step) -> None:
-        """Say what was found so far; waits for the device."""
-        for number, (optimizer, kept) in enumerate(list(self._optimizers.items())):
-            self._on_event("upkeep", step=step.number, number=number, **self._described(optimizer, kept))
-        self._orphans.tell(step, self._optimizers)
+    def finish(self, step: Step) -> None:
+        """Say what was found in all of them; waits for the device."""
+        self._describe()
+        self._tell(step)
 
-    def _described(self, optimizer: torch.optim.Optimizer, kept: _Kept) -> dict[str, object]:
-        missing = [] if kept.missing is None else list(kept.missing)
-        never = {id(p) for p in missing}
-        still = [
-            p
-            for group in optimizer.param_groups
-            if kept.updates and id(group["params"]) not in kept.moved
-            for p in group["params"]
-            if p.requires_grad and id(p) not in never
-        ]
-        used = self._orphans.used_parameters()
-        parts = {
-            "detached": [p for p in missing if id(p) in used],
-            "unused": [p for p in missing if id(p) not in used],
-            "lr_zero": still,
+    def _kept(self, optimizer: torch.optim.Optimizer) -> _Kept:
+        kept = self._optimizers.get(optimizer)
+        if kept is None:
+            n = len(parameters_of(optimizer, with_gradient=False))
+            kept = self._optimizers[optimizer] = _Kept(optimizer=type(optimizer).__name__, parameters=n)
+            self._all.append(kept)
+        return kept
+
+    def _first_updates(self, n_updates: int) -> None:
+        if self._is_over:
+            return
+        self._orphans.look(self._optimizers)
+        if n_updates == FIRST_UPDATES:
+            self._is_over = self._is_waiting = True
+            self._describe()
+
+    def _describe(self) -> None:
+        """Keep what is known of optimizers and parameters while they are there."""
+        used = self._orphans.surely_used()
+        for optimizer, kept in list(self._optimizers.items()):
+            kept.parameters = len(parameters_of(optimizer, with_gradient=False))
+            kept.used = used & kept.missing.keys()
+            kept.groups = {id(group["params"]): _trainable(group["params"]) for group in optimizer.param_groups}
+            never = [p for p in (ref() for ref in kept.missing.values()) if p is not None]
+            still = [
+                p
+                for group in optimizer.param_groups
+                if id(group["params"]) not in kept.moved
+                for p in group["params"]
+                if p.requires_grad
+            ]
+            self._name(kept, [*[p for p in never if id(p) in used], *never, *still])
+        self._orphans.describe(self._optimizers)
+
+    def _name(self, kept: _Kept, parameters: Sequence[Tensor]) -> None:
+        """Of some of each kind: names of all of a large model are not wanted."""
+        new = {id(p): p for p in parameters[: 3 * MOST_NAMES] if id(p) not in kept.names}
+        if new:
+            names = self._modules.names_of_parameters(list(new.values()))
+            kept.names |= dict(zip(new, names, strict=True))
+
+    def _tell(self, step: Step) -> None:
+        for number, kept in enumerate(self._all):
+            if kept.used is not None:
+                self._on_event("upkeep", step=step.number, number=number, **_told(kept))
+        self._orphans.tell(step)
+
+
+def _told(kept: _Kept) -> dict[str, object]:
+    still = [key for group, keys in kept.groups.items() if group not in kept.moved for key in keys]
+    used = kept.used or set()
+    parts: dict[str, Iterable[int]] = {
+        "detached": [key for key in kept.missing if key in used],
+        "unused": [key for key in kept.missing if key not in used],
+        "lr_zero": [key for key in still if key not in kept.missing] if kept.updates else [],
+    }
+    sizes = [float(size) for size in kept.smallest]
+    return {
+        "optimizer": kept.optimizer,
+        "updates": kept.updates,
+        "steps_without_gradient": kept.steps_without,
+        "zeroed": kept.zeroed,
+        "compared": len(sizes),
+        "gradients_kept": sum(size > 0 for size in sizes),
+        "parameters": kept.parameters,
+    } | {
+        name: {
+            "count": len(keys := list(some)),
+            "names": [kept.names[key] for key in keys if key in kept.names][:MOST_NAMES],
         }
-        sizes = [float(size) for size in kept.smallest]
-        return {
-            "optimizer": type(optimizer).__name__,
-            "updates": kept.updates,
-            "steps_without_gradient": kept.steps_without,
-            "zeroed": kept.zeroed,
-            "compared": len(sizes),
-            "gradients_kept": sum(size > 0 for size in sizes),
-            "parameters": len(parameters_of(optimizer, with_gradient=False)),
-            "used": len(used),
-        } | {name: self._named(parameters) for name, parameters in parts.items()}
+        for name, some in parts.items()
+    }
 
-    def _named(self, parameters: Sequence[Tensor]) -> dict[str, object]:
-        names = self._modules.names_of_parameters(parameters[:MOST_NAMES]) if parameters else []
-        return {"count": len(parameters), "names": names}
+
+def _trainable(parameters: Iterable[Tensor]) -> list[int]:
+    return [id(p) for p in parameters if p.requires_grad]
 
 
 def _moves(lr: object) -> bool:

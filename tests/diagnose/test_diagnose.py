@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import attnscope
-from attnscope.diagnose import RULES, diagnose
+from attnscope.diagnose import diagnose
 from attnscope.findings import MOST_EVIDENCE, to_table
 from attnscope.runs.layout import to_json
 from attnscope.runs.reader import open_run
@@ -89,7 +89,10 @@ def test_five_hundred_members_are_diagnosed_quickly_and_in_few_words(tmp_path):
     began = time.process_time()
     found = diagnose(run)
     assert time.process_time() - began < 5
-    assert {finding.rule for finding in found} == {rule.__name__ for rule in RULES}
+    assert {finding.rule for finding in found} >= {
+        "applied_scale", "saturated_at_start", "clipping_always_on", "unusual_scale", "nonfinite", "nonfinite_loss_passed",
+        "updates_skipped", "loss_explosion", "loss_spike", "stalled", "failed",
+    }  # fmt: skip
     assert found[0].rule == "applied_scale" and found[-1].severity == "note"
     for finding in found:
         assert len(finding.evidence) == MOST_EVIDENCE < finding.evidence_left_out
