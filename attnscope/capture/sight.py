@@ -22,6 +22,7 @@ FACTS = (
     "inverted_rows",  # rows that see one token, again and again, while the keys hidden from them are of several
     "masked_rows",  # rows that see two keys or more, and from which two or more are hidden
 )
+MOST_LOGITS = 1 << 19  # of the sampled positions of all sequences; of more, those of some sequences are looked at
 MOST_LOOKED_AT = 1 << 22  # numbers of a mask; of a larger one, rows that see nothing are not looked for
 
 
@@ -53,6 +54,9 @@ def sight_of(seen: Seen, tokens: Sequence[Tokens], *, rows: int | str, seed: int
     sample = None
     if not isinstance(rows, str):
         sample = sample_rows(n_batch=n_batch, n_queries=n_queries, rows=rows, seed=seed, device=device)
+        # Padding may be in any of the sequences.
+        if sample is not None and n_batch * seen.shape[1] * rows * n_keys <= MOST_LOGITS:
+            sample = Rows(sequences=slice(None), positions=sample.positions)
     everything = Rows(sequences=slice(None), positions=slice(None))
     with torch.autocast(device.type, enabled=False):
         z_NHRS, visible = _logits(logits, sample or everything)

@@ -94,7 +94,8 @@ class Sights:
         if step.number < FIRST_EMPTY and (empty := empty_rows(seen)) is not None:
             self._empty.append((step.number, layer, empty))
         if self.looks_at(step) and layer not in self._described:
-            facts = sight_of(seen, self._tokens, rows=self._rows, seed=step.number % SAMPLES)
+            seed = (step.number * SAMPLES // FIRST_LOOKS + layer) % SAMPLES  # of other sequences in other layers
+            facts = sight_of(seen, self._tokens, rows=self._rows, seed=seed)
             shape = (seen.shape[2], seen.shape[3])
             self._looks.append(_Look(step=step.number, layer=layer, shape=shape, facts=facts))
 

@@ -78,7 +78,7 @@ class Upkeep:
 
     def differentiated(self) -> None:
         """A loss is about to be differentiated: what gradients there are come from before."""
-        for kept in () if self._is_over else self._all:
+        for kept in self._all:
             if kept.updates and len(kept.smallest) < FIRST_UPDATES - 1:
                 kept.sizes.append(_size([p for ref in kept.samples if (p := ref()) is not None]))
 
