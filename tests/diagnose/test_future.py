@@ -12,7 +12,7 @@ from attnscope.diagnose.rules.future import (
     NO_TARGETS,
     NO_TOKENS,
     OTHERWISE,
-    SAME,
+    SAME_TOKEN,
     SOME_ATTENTION,
     future_visible,
     labels_shifted_wrong,
@@ -71,8 +71,8 @@ def test_what_counts_as_seeing_the_future(tmp_path, fields, is_found):
 @pytest.mark.parametrize(
     ("equal", "is_found"),
     [
-        ({"next": SAME}, True),
-        ({"next": SAME - 0.01}, False),
+        ({"next": SAME_TOKEN}, True),
+        ({"next": SAME_TOKEN - 0.01}, False),
         ({"same": OTHERWISE}, True),
         ({"same": OTHERWISE + 0.01}, False),  # a text of one symbol
     ],
@@ -111,8 +111,8 @@ def test_one_layer_of_a_stack_that_sees_the_future_is_found_and_an_encoder_besid
     [
         ({"same": 1.0, "next": 0.1}, "error", "the inputs themselves, at the same positions"),
         ({"before": 0.99, "next": 0.1}, "error", "the inputs one position before"),
-        ({"two": SAME, "next": 0.1}, "warning", "they were shifted twice"),
-        ({"two": SAME - 0.01, "next": 0.1}, None, ""),
+        ({"two": SAME_TOKEN, "next": 0.1}, "warning", "they were shifted twice"),
+        ({"two": SAME_TOKEN - 0.01, "next": 0.1}, None, ""),
         ({"two": 1.0, "same": 1.0, "next": 0.1}, None, ""),  # a text that repeats
         ({"two": 1.0, "next": 1.0}, None, ""),
         ({"next": 0.1}, None, ""),

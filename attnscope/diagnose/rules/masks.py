@@ -10,7 +10,8 @@ from attnscope.runs.probed import empty_rows, sights
 from attnscope.runs.reader import Run
 from attnscope.runs.watched import attention_layers, not_measured
 
-# Mean share of attention of real queries on padding.
+# Mean share of attention of real queries on padding. In the loops behind the thresholds of future.py: 0 where it is masked or stands
+# after the queries under a causal mask, 0.48 and more where half of some sequences is padding, and seen.
 PADDING = 0.01
 INVERTED = 0.99  # of the rows that have a mask
 
