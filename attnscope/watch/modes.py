@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from attnscope.capture.names import Modules
+from attnscope.runs.events import DropoutInEvaluation, EvaluationInTraining
+from attnscope.watch.guard import OnEvent
 from attnscope.watch.parameters import parameters_of
 from attnscope.watch.step import Step
 
 MOST_EVALUATIONS = 3  # that are looked at
 MOST_LOOKS = 3  # at models that are in evaluation while a loss is differentiated
-MOST_NAMES = 10  # of modules that an event names
 
 DROPOUTS = (nn.modules.dropout._DropoutNd,)
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
@@ -31,14 +32,14 @@ class Modes:
     Invariant: keeps no module alive.
     """
 
-    def __init__(self, modules: Modules, on_event: Callable[..., None]) -> None:
+    def __init__(self, modules: Modules, on_event: OnEvent) -> None:
         self._modules = modules
         self._on_event = on_event
         self._last: Callable[[], nn.Module | None] = _nobody
         self._evaluated: Callable[[], nn.Module | None] = _nobody
         self._evaluations = 0
         self._looked = 0
-        self._has_trained = False
+        self._trained = 0  # losses that were differentiated in training mode
 
     def computed(self, module: nn.Module) -> None:
         """A module computes in training."""
@@ -61,17 +62,11 @@ class Modes:
         if not module.training:
             return
         model = self._modules.root_of(module)
-        names = [name for name, each in model.named_modules() if each.training and dropout_of(each) > 0]
-        if names:
+        dropped = [share for each in model.modules() if each.training and (share := dropout_of(each)) > 0]
+        if dropped:
             self._evaluations = MOST_EVALUATIONS
-            self._on_event(
-                "dropout_in_evaluation",
-                step=step.number,
-                model=type(model).__name__,
-                dropouts=len(names),
-                names=names[:MOST_NAMES],
-                dropout=max(dropout_of(each) for each in model.modules() if each.training),
-            )
+            what = DropoutInEvaluation(model=type(model).__name__, dropouts=len(dropped), dropout=max(dropped))
+            self._on_event(what, step=step.number)
 
     def differentiated(self, step: Step, optimizers: Iterable[torch.optim.Optimizer]) -> None:
         """A loss is about to be differentiated, after these optimizers have stepped."""
@@ -79,7 +74,7 @@ class Modes:
         if self._looked >= MOST_LOOKS or module is None:
             return
         if module.training:
-            self._has_trained = True
+            self._trained += 1
             return
         self._looked += 1
         model = self._modules.root_of(module)
@@ -87,14 +82,13 @@ class Modes:
         if not any(id(p) in owned for p in model.parameters()) or any(each.training for each in model.modules()):
             return
         self._looked = MOST_LOOKS
-        self._on_event(
-            "evaluation_in_training",
-            step=step.number,
+        what = EvaluationInTraining(
             model=type(model).__name__,
-            has_trained=self._has_trained,
+            losses_before=self._trained,
             dropouts=sum(dropout_of(each) > 0 for each in model.modules()),
             batch_norms=sum(isinstance(each, BATCH_NORMS) and each.track_running_stats for each in model.modules()),
         )
+        self._on_event(what, step=step.number)
 
 
 def dropout_of(module: nn.Module) -> float:

@@ -1,13 +1,15 @@
 """Parameters that compute and have gradients, and that no optimizer has: what was left out, or stands in a Python list."""
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
 from attnscope.capture.names import Modules
+from attnscope.runs.events import WithoutOptimizer
+from attnscope.watch.guard import OnEvent
 from attnscope.watch.parameters import parameters_of
 from attnscope.watch.step import Step
 
@@ -22,14 +24,14 @@ class Orphans:
     Invariant: keeps no parameter or module alive.
     """
 
-    def __init__(self, modules: Modules, on_event: Callable[..., None]) -> None:
+    def __init__(self, modules: Modules, on_event: OnEvent) -> None:
         self._modules = modules
         self._on_event = on_event
         self._used = WeakIdKeyDictionary()
         self._found = WeakTensorKeyDictionary()  # to the sum of their numbers when they were found; None of most
         self._sums: list[tuple[Tensor, Tensor]] = []  # then and now
-        self._described: dict[str, object] | None = None
-        self._told: dict[str, object] = {}
+        self._described: WithoutOptimizer | None = None
+        self._told: WithoutOptimizer | None = None
 
     def computed(self, step: Step, module: nn.Module) -> None:
         """A module computes in training."""
@@ -72,14 +74,15 @@ class Orphans:
         trained = [model for model in models.values() if any(id(p) in mine for p in model.parameters())]
         registered = {id(p): p for model in trained for p in model.parameters() if p.requires_grad}
         left_out = [p for key, p in orphans.items() if key in registered]
-        self._described = {
-            "parameters": len(orphans),
-            "names": self._modules.names_of_parameters(list(orphans.values())[:MOST_NAMES]) if orphans else [],
-            "left_out": len(left_out),
-            "left_out_numbers": sum(p.numel() for p in left_out),
-            "model_numbers": sum(p.numel() for p in registered.values()),
-            "hidden": dict(_hidden(trained, orphans)),
-        }
+        hidden = dict(_hidden(trained, orphans))
+        self._described = WithoutOptimizer(
+            parameters=len(orphans),
+            names=tuple(self._modules.names_of_parameters(list(orphans.values())[:MOST_NAMES])) if orphans else (),
+            left_out=len(left_out),
+            share_left_out=_numbers(left_out) / max(_numbers(registered.values()), 1),
+            hidden=sum(hidden.values()),
+            containers=tuple(hidden)[:MOST_NAMES],
+        )
 
     def tell(self, step: Step) -> None:
         """Say which no optimizer has, if something has changed; waits for the device."""
@@ -87,9 +90,9 @@ class Orphans:
         moved = any(float(now) != float(before) for before, now in self._sums)
         if described is None or moved:  # what is no torch.optim.Optimizer moves them
             return
-        if described != self._told and (described["parameters"] or self._told):
+        if described != self._told and (described.parameters or self._told):
             self._told = described
-            self._on_event("without_optimizer", step=step.number, **described)
+            self._on_event(described, step=step.number)
 
 
 def _hidden(models: Iterable[nn.Module], orphans: Mapping[int, Tensor]) -> Iterator[tuple[str, int]]:
@@ -116,6 +119,10 @@ def _modules_in(value: object, deep: int = 2) -> Iterator[nn.Module]:
 
 def _owned(optimizers: Iterable[torch.optim.Optimizer]) -> set[int]:
     return {id(p) for each in list(optimizers) for p in parameters_of(each, with_gradient=False)}
+
+
+def _numbers(parameters: Iterable[Tensor]) -> int:
+    return sum(p.numel() for p in parameters)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from attnscope.watch.modes import Modes
 from attnscope.watch.orphans import Orphans
 from attnscope.watch.sights import Sights
 from attnscope.watch.step import Step
-from attnscope.watch.upkeep import Upkeep
+from attnscope.watch.upkeep import Optimizers
 
 
 class FirstLooks:
@@ -31,7 +31,7 @@ class FirstLooks:
         self._guard = guard
         self._sights = Sights(rows=rows, on_event=guard.event)
         self._orphans = Orphans(modules, guard.event)
-        self._upkeep = Upkeep(modules, self._orphans, guard.event)
+        self._upkeep = Optimizers(modules, self._orphans, guard.event)
         self._modes = Modes(modules, guard.event)
 
     def computed(self, step: Step, module: nn.Module | None) -> None:

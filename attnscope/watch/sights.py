@@ -5,7 +5,6 @@ What is found stays on the device until a block of steps is written.
 Shape key: B batch, T query position, S key position.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,8 @@ from attnscope.capture.seen import Seen
 from attnscope.capture.sight import FACTS, Tokens, empty_rows, sight_of
 from attnscope.capture.targets import OFFSETS, Comparison, compared
 from attnscope.metrics.rows import SAMPLES
+from attnscope.runs.events import KeysSeen, RowsWithoutKeys, TargetsSeen
+from attnscope.watch.guard import OnEvent
 from attnscope.watch.numbers import is_readable
 from attnscope.watch.step import Step
 
@@ -65,7 +66,7 @@ class Sights:
     Invariant: no tensor of the script is kept longer than its step.
     """
 
-    def __init__(self, *, rows: int | str, on_event: Callable[..., None]) -> None:
+    def __init__(self, *, rows: int | str, on_event: OnEvent) -> None:
         self._rows = rows
         self._on_event = on_event
         self._tokens: list[Tokens] = []
@@ -127,24 +128,22 @@ class Sights:
         for step, layer, counts in empty:
             if layer not in self._described_empty and (found := [int(n) for n in counts.tolist()])[0]:
                 self._described_empty.add(layer)
-                self._on_event("rows_without_keys", step=step, layer=layer, rows=found[0], of=found[1])
+                self._on_event(RowsWithoutKeys(layer=layer, rows=found[0], of=found[1]), step=step)
         targets, self._targets = self._targets, []
         self._say_targets(targets)
 
     def _say_look(self, looks: list[_Look]) -> None:
         sums = dict(zip(FACTS, torch.stack([each.facts for each in looks]).sum(dim=0).tolist(), strict=True))
-        shape = looks[0].shape
-        self._on_event(
-            "sight",
-            step=looks[0].step,
+        what = KeysSeen(
             layer=looks[0].layer,
-            queries=shape[0],
-            keys=shape[1],
+            queries=looks[0].shape[0],
+            keys=looks[0].shape[1],
             later=_share(sums["later"], sums["later_rows"]),
             later_rows=_share(sums["later_seen"], sums["later_rows"]),
             padded=_share(sums["padded"], sums["padded_rows"]),
             inverted_rows=_share(sums["inverted_rows"], sums["masked_rows"]),
         )
+        self._on_event(what, step=looks[0].step)
 
     def _say_targets(self, targets: list[_Targets]) -> None:
         """Of each cross-entropy, the sequence of tokens and the axis that its targets fit best."""
@@ -154,14 +153,17 @@ class Sights:
                 (0, [(0, 0)] * len(OFFSETS))
             ]
             positions, counts = max(said, key=lambda one: max(_share(*pair) or 0.0 for pair in one[1]))
-            self._on_event(
-                "targets",
-                step=each.step,
+            equal = {offset: _share(*pair) for offset, pair in zip(OFFSETS, counts, strict=True)}
+            what = TargetsSeen(
                 positions=positions,
                 compared=max(int(n) for _, n in counts),
-                equal={str(offset): _share(*pair) for offset, pair in zip(OFFSETS, counts, strict=True)},
+                equal_before=equal[-1],
+                equal_same=equal[0],
+                equal_next=equal[1],
+                equal_after_next=equal[2],
                 sequences=each.sequences,
             )
+            self._on_event(what, step=each.step)
 
 
 def _is_text(ids: Tensor, tokens: list[Tokens]) -> bool:

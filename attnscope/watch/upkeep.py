@@ -4,13 +4,15 @@ Looked at in the first updates; from then on it costs a look at a few Python obj
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from attnscope.capture.names import Modules
+from attnscope.runs.events import Upkeep
+from attnscope.watch.guard import OnEvent
 from attnscope.watch.orphans import Orphans
 from attnscope.watch.parameters import parameters_of
 from attnscope.watch.step import Step
@@ -37,7 +39,7 @@ class _Kept:
         moved: groups that had a learning rate once.
         names: of what may be told, by id.
         steps_without: steps of it after a loss was differentiated, at which nothing had a gradient.
-        zeroed: whether at one of those its gradients had been thrown away since.
+        zeroed: of those, how many its gradients had been thrown away before.
     """
 
     optimizer: str
@@ -52,16 +54,16 @@ class _Kept:
     moved: set[int] = field(default_factory=set)
     names: dict[int, str] = field(default_factory=dict)
     steps_without: int = 0
-    zeroed: bool = False
+    zeroed: int = 0
 
 
-class Upkeep:
+class Optimizers:
     """What optimizers do besides their updates.
 
     Invariant: keeps no parameter, module or optimizer alive.
     """
 
-    def __init__(self, modules: Modules, orphans: Orphans, on_event: Callable[..., None]) -> None:
+    def __init__(self, modules: Modules, orphans: Orphans, on_event: OnEvent) -> None:
         """`orphans` know the modules that compute."""
         self._modules = modules
         self._orphans = orphans
@@ -104,7 +106,7 @@ class Upkeep:
         """An optimizer stepped after a loss was differentiated, and none of its parameters had a gradient."""
         kept = self._kept(optimizer)
         kept.steps_without += 1
-        kept.zeroed |= zeroed
+        kept.zeroed += zeroed
         if kept.steps_without <= FIRST_UPDATES and not kept.updates:
             self._first_updates(kept.steps_without)
 
@@ -163,34 +165,37 @@ class Upkeep:
     def _tell(self, step: Step) -> None:
         for number, kept in enumerate(self._all):
             if kept.used is not None:
-                self._on_event("upkeep", step=step.number, number=number, **_told(kept))
+                self._on_event(_told(number, kept), step=step.number)
         self._orphans.tell(step)
 
 
-def _told(kept: _Kept) -> dict[str, object]:
+def _told(number: int, kept: _Kept) -> Upkeep:
     still = [key for group, keys in kept.groups.items() if group not in kept.moved for key in keys]
     used = kept.used or set()
-    parts: dict[str, Iterable[int]] = {
-        "detached": [key for key in kept.missing if key in used],
-        "unused": [key for key in kept.missing if key not in used],
-        "lr_zero": [key for key in still if key not in kept.missing] if kept.updates else [],
-    }
+    detached = [key for key in kept.missing if key in used]
+    unused = [key for key in kept.missing if key not in used]
+    lr_zero = [key for key in still if key not in kept.missing] if kept.updates else []
     sizes = [float(size) for size in kept.smallest]
-    return {
-        "optimizer": kept.optimizer,
-        "updates": kept.updates,
-        "steps_without_gradient": kept.steps_without,
-        "zeroed": kept.zeroed,
-        "compared": len(sizes),
-        "gradients_kept": sum(size > 0 for size in sizes),
-        "parameters": kept.parameters,
-    } | {
-        name: {
-            "count": len(keys := list(some)),
-            "names": [kept.names[key] for key in keys if key in kept.names][:MOST_NAMES],
-        }
-        for name, some in parts.items()
-    }
+    return Upkeep(
+        number=number,
+        optimizer=kept.optimizer,
+        updates=kept.updates,
+        steps_without_gradient=kept.steps_without,
+        steps_zeroed=kept.zeroed,
+        compared=len(sizes),
+        gradients_kept=sum(size > 0 for size in sizes),
+        parameters=kept.parameters,
+        detached=len(detached),
+        detached_names=_names(kept, detached),
+        unused=len(unused),
+        unused_names=_names(kept, unused),
+        lr_zero=len(lr_zero),
+        lr_zero_names=_names(kept, lr_zero),
+    )
+
+
+def _names(kept: _Kept, keys: Iterable[int]) -> tuple[str, ...]:
+    return tuple(kept.names[key] for key in keys if key in kept.names)[:MOST_NAMES]
 
 
 def _trainable(parameters: Iterable[Tensor]) -> list[int]:

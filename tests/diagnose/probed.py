@@ -8,31 +8,42 @@ from attnscope.runs.layout import MemberEntry
 from attnscope.runs.reader import Run, open_run
 from attnscope.runs.writer import RunWriter
 from tests.diagnose.synthetic import heads_table, steps_table
+from tests.runs.made_up import event
 
-NOBODY = {"count": 0, "names": []}
 LAYER = {"n_heads": 1, "d_head": 16, "scale": 0.25, "mask": "none", "dtype": "float32", "backend": "sdpa"}
 SIGHT = {"queries": 16, "keys": 16, "later": 0.0, "later_rows": 0.0, "padded": None, "inverted_rows": 0.0}
-TARGETS = {"positions": 16, "compared": 128, "equal": {"-1": 0.05, "0": 0.05, "1": 1.0, "2": 0.05}, "sequences": 1}
+TARGETS = {
+    "positions": 16,
+    "compared": 128,
+    "equal_before": 0.05,
+    "equal_same": 0.05,
+    "equal_next": 1.0,
+    "equal_after_next": 0.05,
+    "sequences": 1,
+}
 UPKEEP = {
     "number": 0,
     "optimizer": "AdamW",
     "updates": 30,
     "steps_without_gradient": 0,
-    "zeroed": False,
+    "steps_zeroed": 0,
     "compared": 4,
     "gradients_kept": 0,
     "parameters": 12,
-    "detached": NOBODY,
-    "unused": NOBODY,
-    "lr_zero": NOBODY,
+    "detached": 0,
+    "detached_names": [],
+    "unused": 0,
+    "unused_names": [],
+    "lr_zero": 0,
+    "lr_zero_names": [],
 }
 ORPHANS = {
     "parameters": 4,
     "names": ["a.weight", "a.bias", "b.weight", "b.bias"],
     "left_out": 0,
-    "left_out_numbers": 0,
-    "model_numbers": 100,
-    "hidden": {},
+    "share_left_out": 0.0,
+    "hidden": 0,
+    "containers": [],
 }
 
 
@@ -50,12 +61,12 @@ def probed(path: Path, *events, n_members=1, steps=30, losses=None, grad_norm=1.
             part.append("steps", table | {"grad_norm": np.broadcast_to(np.asarray(grad_norm, float), steps).copy()})
         if attention:
             part.append("heads", heads_table(1, [0], n_layers=len(attention)))
-        part.event("optimizer", step=0, member=0, name="AdamW")
+        part.event(event("optimizer", step=0, member=0, name="AdamW"))
         for layer, name in enumerate(attention):
-            part.event("attention", step=0, member=0, **LAYER, layer=layer, name=name)
+            part.event(event("attention", step=0, member=0, **LAYER, layer=layer, name=name))
         for kind, fields, *where in events:
             step, member = (*where, 0, 0)[:2] if len(where) < 2 else where
             if member == number:
-                part.event(kind, step=step, member=0, **fields)
+                part.event(event(kind, step=step, member=0, **fields))
         part.finish("finished")
     return open_run(path)

@@ -22,6 +22,7 @@ from tests.diagnose.synthetic import run_of, steps_table
 from tests.watch.test_probes import TEXT, Decoder, train
 
 OPEN = SIGHT | {"later": 0.45, "later_rows": 1.0}
+NOTHING = {"positions": 0, "compared": 0} | {name: None for name in TARGETS if name.startswith("equal_")}
 GOLDEN = (
     "The targets are the inputs shifted by one (100% of 128 at step 0), and in 1 of 1 attention layers queries see what comes after "
     "them: in attention layer 0 (attn) they give 0.45 of their attention to later keys, where a causal mask leaves nothing."
@@ -29,17 +30,15 @@ GOLDEN = (
 
 
 def sight(layer=0, **fields):
-    return "sight", SIGHT | {"layer": layer} | fields
+    return "keys_seen", SIGHT | {"layer": layer} | fields
 
 
 def seen(layer=0, **fields):
-    return "sight", OPEN | {"layer": layer} | fields
+    return "keys_seen", OPEN | {"layer": layer} | fields
 
 
 def targets(**equal):
-    names = {"before": "-1", "same": "0", "next": "1", "two": "2"}
-    shares = TARGETS["equal"] | {names[key]: share for key, share in equal.items()}
-    return "targets", TARGETS | {"equal": shares}
+    return "targets", TARGETS | {f"equal_{which}": share for which, share in equal.items()}
 
 
 def test_a_decoder_that_sees_later_keys_is_an_error_with_layer_and_numbers(tmp_path):
@@ -89,7 +88,7 @@ def test_few_targets_tell_nothing(tmp_path):
 
 def test_masked_language_models_and_classifiers_may_see_everything(tmp_path):
     assert diagnose(probed(tmp_path / "mlm", seen(), targets(same=0.87, next=0.1))) == ()
-    assert diagnose(probed(tmp_path / "cls", seen(), ("targets", TARGETS | {"positions": 0, "equal": {}}))) == ()
+    assert diagnose(probed(tmp_path / "cls", seen(), ("targets", TARGETS | NOTHING))) == ()
 
 
 def test_one_layer_of_a_stack_that_sees_the_future_is_found_and_an_encoder_beside_it_is_not(tmp_path):
@@ -111,10 +110,10 @@ def test_one_layer_of_a_stack_that_sees_the_future_is_found_and_an_encoder_besid
     [
         ({"same": 1.0, "next": 0.1}, "error", "the inputs themselves, at the same positions"),
         ({"before": 0.99, "next": 0.1}, "error", "the inputs one position before"),
-        ({"two": SAME_TOKEN, "next": 0.1}, "warning", "they were shifted twice"),
-        ({"two": SAME_TOKEN - 0.01, "next": 0.1}, None, ""),
-        ({"two": 1.0, "same": 1.0, "next": 0.1}, None, ""),  # a text that repeats
-        ({"two": 1.0, "next": 1.0}, None, ""),
+        ({"after_next": SAME_TOKEN, "next": 0.1}, "warning", "they were shifted twice"),
+        ({"after_next": SAME_TOKEN - 0.01, "next": 0.1}, None, ""),
+        ({"after_next": 1.0, "same": 1.0, "next": 0.1}, None, ""),  # a text that repeats
+        ({"after_next": 1.0, "next": 1.0}, None, ""),
         ({"next": 0.1}, None, ""),
     ],
 )
@@ -128,7 +127,7 @@ def test_targets_that_are_other_tokens(tmp_path, equal, severity, said):
 def test_labels_are_not_shifted_wrong_beside_a_loss_of_the_next_tokens_or_without_a_causal_mask(tmp_path):
     wrong = targets(same=1.0, next=0.1)
     assert labels_shifted_wrong(probed(tmp_path / "a", seen(), wrong)) is None, "an autoencoder"
-    more = targets(two=1.0, next=0.1)
+    more = targets(after_next=1.0, next=0.1)
     assert labels_shifted_wrong(probed(tmp_path / "b", sight(), more, ("targets", TARGETS))) is None
 
 
@@ -136,7 +135,7 @@ def test_who_could_not_look_says_why(tmp_path):
     for rule in (future_visible, labels_shifted_wrong):
         place = tmp_path / rule.__name__
         assert rule(probed(place / "a", seen())).why == NO_TARGETS
-        nothing = ("targets", TARGETS | {"positions": 0, "equal": {}, "sequences": 0})
+        nothing = ("targets", TARGETS | NOTHING | {"sequences": 0})
         assert rule(probed(place / "b", seen(), nothing)).why == NO_TOKENS
         other = rule(probed(place / "c", seen(keys=99), ("targets", TARGETS)))
         assert other.why == "no attention over the 16 positions of the tokens was measured in training"

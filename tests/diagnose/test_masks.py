@@ -40,19 +40,19 @@ def test_rows_that_see_nothing_are_a_note_until_something_breaks(tmp_path):
 
 @pytest.mark.parametrize(("share", "is_found"), [(PADDING * 1.01, True), (PADDING, False), (None, False)])
 def test_padding_that_is_attended_to_is_a_note(tmp_path, share, is_found):
-    found = padding_attended(probed(tmp_path / "r", ("sight", SIGHT | {"layer": 0, "padded": share})))
+    found = padding_attended(probed(tmp_path / "r", ("keys_seen", SIGHT | {"layer": 0, "padded": share})))
     assert (found is not None and found.severity == "note") is is_found
 
 
 def test_the_worst_layer_is_named(tmp_path):
-    layers = [("sight", SIGHT | {"layer": n, "padded": share}) for n, share in enumerate((0.1, 0.51))]
+    layers = [("keys_seen", SIGHT | {"layer": n, "padded": share}) for n, share in enumerate((0.1, 0.51))]
     found = padding_attended(probed(tmp_path / "r", *layers, attention=("a", "b")))
     assert found.summary == "At step 0 real queries of attention layer 1 (b) give 0.51 of their attention to padding."
 
 
 @pytest.mark.parametrize(("share", "severity"), [(INVERTED, "error"), (INVERTED - 0.01, None)])
 def test_a_mask_the_wrong_way_round_is_an_error(tmp_path, share, severity):
-    found = padding_attended(probed(tmp_path / "r", ("sight", SIGHT | {"layer": 0, "inverted_rows": share})))
+    found = padding_attended(probed(tmp_path / "r", ("keys_seen", SIGHT | {"layer": 0, "inverted_rows": share})))
     assert getattr(found, "severity", None) == severity
 
 

@@ -10,8 +10,8 @@ from tests.diagnose.probed import probed
 from tests.diagnose.synthetic import run_of, steps_table
 from tests.watch.test_probes import Decoder, loss_of, plain_step, train
 
-DROPOUT = {"model": "GPT", "dropouts": 3, "dropout": 0.2, "names": ["a", "b", "c"]}
-MODE = {"model": "GPT", "dropouts": 2, "batch_norms": 0, "has_trained": False}
+DROPOUT = {"model": "GPT", "dropouts": 3, "dropout": 0.2}
+MODE = {"model": "GPT", "dropouts": 2, "batch_norms": 0, "losses_before": 0}
 
 
 def test_dropout_in_evaluation_is_a_warning_of_the_first_time(tmp_path):
@@ -29,7 +29,7 @@ def test_dropout_in_evaluation_is_a_warning_of_the_first_time(tmp_path):
     [
         ({}, "note", "At step 1, GPT is trained in evaluation mode: it has 2 modules that drop something."),
         (
-            {"has_trained": True},
+            {"losses_before": 9},
             "warning",
             "At step 1, GPT is trained in evaluation mode, and was in training mode before: it has 2 modules that drop something.",
         ),

@@ -3,6 +3,8 @@
 import copy
 import gc
 import weakref
+from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,13 +13,13 @@ from torch import nn
 from torch.optim import SGD, Adam
 from torch.utils.checkpoint import checkpoint
 
-from attnscope.runs.probed import (
-    empty_rows,
-    modes,
-    sights,
-    targets_of,
-    upkeep_of,
-    without_optimizer_of,
+from attnscope.runs import probed
+from attnscope.runs.events import (
+    DropoutInEvaluation,
+    EvaluationInTraining,
+    KeysSeen,
+    RowsWithoutKeys,
+    TargetsSeen,
 )
 from attnscope.runs.reader import open_run
 from attnscope.watch import sights as watch_sights
@@ -64,18 +66,26 @@ def train(path, step=plain_step, *, model=None, optimizer=None, steps=7, given=T
     return open_run(path)
 
 
+def said(kind, run):
+    return [SimpleNamespace(step=each.step, **asdict(each.what)) for each in probed.told(run, kind)]
+
+
+def last(read, run):
+    return [SimpleNamespace(step=each.step, **asdict(each.what)) for each in read(run)]
+
+
 # -- attention and targets --
 
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_sight_and_targets_of_a_language_model(tmp_path, causal):
     run = train(tmp_path / "run", model=Decoder(causal=causal))
-    (sight,) = sights(run)
+    (sight,) = said(KeysSeen, run)
     assert (sight.layer, sight.queries, sight.keys, sight.step) == (0, T, T, 0)
     assert (sight.later, sight.later_rows) == (0, 0) if causal else sight.later > 0.3 and sight.later_rows == 1
-    first, second = targets_of(run)
+    first, second = said(TargetsSeen, run)
     assert (first.step, second.step) == (0, 1), "and no later step"
-    assert first.equal[1] == 1.0 and first.equal[0] < 0.3
+    assert first.equal_next == 1.0 and first.equal_same < 0.3
     assert (first.positions, first.compared, first.sequences) == (T, TEXT[:, 1:].numel(), 1)
 
 
@@ -89,11 +99,11 @@ def test_a_batch_that_is_given_with_padding_is_seen_with_it(tmp_path):
         optimizer.step()
 
     hidden = None
-    (seen,) = sights(train(tmp_path / "seen", step, model=Decoder(causal=False, padding=0)))
+    (seen,) = said(KeysSeen, train(tmp_path / "seen", step, model=Decoder(causal=False, padding=0)))
     hidden = (padded[:, :-1] != 0)[:, None, None]
-    (unseen,) = sights(train(tmp_path / "hidden", step, model=Decoder(causal=False, padding=0)))
+    (unseen,) = said(KeysSeen, train(tmp_path / "hidden", step, model=Decoder(causal=False, padding=0)))
     hidden = ~hidden
-    (wrong,) = sights(train(tmp_path / "wrong", step, model=Decoder(causal=False, padding=0)))
+    (wrong,) = said(KeysSeen, train(tmp_path / "wrong", step, model=Decoder(causal=False, padding=0)))
     assert seen.padded > 0.2 and unseen.padded == 0
     assert (unseen.inverted_rows, seen.inverted_rows, wrong.inverted_rows) == (0, None, 1)
 
@@ -108,7 +118,7 @@ def test_rows_without_a_key_are_told_with_the_step_at_which_they_come(tmp_path):
         loss_of(model, mask=mask).backward()
         optimizer.step()
 
-    (found,) = empty_rows(train(tmp_path / "run", step, model=Decoder(causal=False)))
+    (found,) = said(RowsWithoutKeys, train(tmp_path / "run", step, model=Decoder(causal=False)))
     assert (found.step, found.rows, found.of) == (4, 3, 4 * T)
 
 
@@ -116,7 +126,7 @@ def test_rows_without_a_key_are_told_with_the_step_at_which_they_come(tmp_path):
 
 
 def upkeep(path, step=plain_step, **how):
-    (found,) = upkeep_of(train(path, step, **how))
+    (found,) = last(probed.upkeep_of, train(path, step, **how))
     return found
 
 
@@ -168,7 +178,7 @@ def test_gradients_of_a_critic_from_the_generators_loss_are_zeroed_before_its_ow
         loss_of(model).backward()  # adds to what `one` has just used
         other.step()
 
-    found = upkeep_of(train(tmp_path / "run", step, model=model))
+    found = last(probed.upkeep_of, train(tmp_path / "run", step, model=model))
     assert [each.gradients_kept for each in found] == [0, 0] and len(found) == 2
 
 
@@ -178,8 +188,8 @@ def test_parameters_that_compute_and_never_get_a_gradient_are_not_those_that_do_
     whole = model.embedding.forward
     model.embedding.forward = lambda ids: whole(ids).detach()
     found = upkeep(tmp_path / "run", model=model)
-    assert (found.detached.count, found.detached.names) == (1, ("embedding.weight",))
-    assert (found.unused.count, found.unused.names) == (2, ("pooler.weight", "pooler.bias"))
+    assert (found.detached, found.detached_names) == (1, ("embedding.weight",))
+    assert (found.unused, found.unused_names) == (2, ("pooler.weight", "pooler.bias"))
 
 
 def test_what_gets_a_gradient_later_is_not_told_at_the_end(tmp_path):
@@ -194,7 +204,7 @@ def test_what_gets_a_gradient_later_is_not_told_at_the_end(tmp_path):
         F.cross_entropy((model.extra(out) if late else out).reshape(-1, V), TEXT[:, 1:].reshape(-1)).backward()
         optimizer.step()
 
-    assert upkeep(tmp_path / "run", step, model=model).unused.count == 0
+    assert upkeep(tmp_path / "run", step, model=model).unused == 0
 
 
 def test_a_group_without_a_learning_rate_is_told_until_it_has_one(tmp_path):
@@ -202,14 +212,14 @@ def test_a_group_without_a_learning_rate_is_told_until_it_has_one(tmp_path):
     groups = [{"params": [*model.qkv.parameters()], "lr": 0.0}, {"params": [*model.out.parameters()]}]
     optimizer = Adam(groups, 1e-3)
     found = upkeep(tmp_path / "a", model=model, optimizer=optimizer)
-    assert found.lr_zero.names == ("qkv.weight", "qkv.bias") and found.parameters == 4
+    assert found.lr_zero_names == ("qkv.weight", "qkv.bias") and found.parameters == 4
     steps = iter(range(99))
 
     def warm_up(model, optimizer):
         optimizer.param_groups[0]["lr"] = 1e-4 * next(steps)
         plain_step(model, optimizer)
 
-    assert upkeep(tmp_path / "b", warm_up, model=model, optimizer=optimizer).lr_zero.count == 0
+    assert upkeep(tmp_path / "b", warm_up, model=model, optimizer=optimizer).lr_zero == 0
 
 
 @pytest.mark.parametrize("to_none", [True, False])
@@ -220,9 +230,9 @@ def test_gradients_zeroed_before_the_step_leave_an_optimizer_without_any(tmp_pat
         optimizer.step()
 
     run = train(tmp_path / "run", step)
-    (found,) = upkeep_of(run)
+    (found,) = last(probed.upkeep_of, run)
     if to_none:
-        assert (found.updates, found.steps_without_gradient, found.zeroed) == (0, 7, True)
+        assert (found.updates, found.steps_without_gradient, found.steps_zeroed) == (0, 7, 7)
     else:
         assert run.steps["grad_norm"].tolist() == [0.0] * 7
 
@@ -236,8 +246,8 @@ def test_an_optimizer_that_is_gone_at_the_end_is_told_all_the_same(tmp_path):
         del model, optimizer
         gc.collect()
     run = open_run(tmp_path / "run")
-    assert upkeep_of(run)[0].updates == 8
-    assert without_optimizer_of(run)[0].some.count == 6
+    assert last(probed.upkeep_of, run)[0].updates == 8
+    assert last(probed.without_optimizer_of, run)[0].parameters == 6
 
 
 # -- parameters that no optimizer has --
@@ -254,25 +264,25 @@ def test_modules_in_a_list_are_found_where_they_stand(tmp_path):
         F.cross_entropy(out.reshape(-1, V), TEXT[:, 1:].reshape(-1)).backward()
         optimizer.step()
 
-    (found,) = without_optimizer_of(train(tmp_path / "run", step, model=model))
-    assert found.hidden == {"heads": 4} and found.some.count == 4 and found.left_out == 0
+    (found,) = last(probed.without_optimizer_of, train(tmp_path / "run", step, model=model))
+    assert found.hidden == 4 and found.containers == ("heads",) and found.parameters == 4 and found.left_out == 0
 
 
 @pytest.mark.parametrize("given", [True, False])
 def test_parameters_left_out_of_the_optimizer_are_named(tmp_path, given):
     model = Decoder()
     optimizer = Adam([p for name, p in model.named_parameters() if "norm" not in name], 1e-3)
-    (found,) = without_optimizer_of(train(tmp_path / "run", model=model, optimizer=optimizer, given=given))
-    assert found.some.names == ("norm.weight", "norm.bias") and found.left_out == 2
-    assert found.share == pytest.approx(2 * D / sum(p.numel() for p in model.parameters()))
+    (found,) = last(probed.without_optimizer_of, train(tmp_path / "run", model=model, optimizer=optimizer, given=given))
+    assert found.names == ("norm.weight", "norm.bias") and found.left_out == 2
+    assert found.share_left_out == pytest.approx(2 * D / sum(p.numel() for p in model.parameters()))
 
 
 def test_an_optimizer_of_a_copy_has_none_of_what_is_trained(tmp_path):
     optimizer = Adam(copy.deepcopy(Decoder()).parameters(), 1e-3)
     run = train(tmp_path / "run", optimizer=optimizer)
-    (found,) = without_optimizer_of(run)
-    assert found.some.count == len([*Decoder().parameters()])
-    assert upkeep_of(run)[0].steps_without_gradient == 7
+    (found,) = last(probed.without_optimizer_of, run)
+    assert found.parameters == len([*Decoder().parameters()])
+    assert last(probed.upkeep_of, run)[0].steps_without_gradient == 7
 
 
 def test_nothing_is_said_of_what_something_else_moves_or_another_optimizer_has(tmp_path):
@@ -288,11 +298,11 @@ def test_nothing_is_said_of_what_something_else_moves_or_another_optimizer_has(t
                 p.sub_(0.1 * p.grad)
 
     mine = [p for p in model.parameters() if all(p is not q for q in rest)]
-    assert without_optimizer_of(train(tmp_path / "a", step, model=model, optimizer=Adam(mine))) == ()
+    assert last(probed.without_optimizer_of, train(tmp_path / "a", step, model=model, optimizer=Adam(mine))) == []
     model = Decoder()
     waiting = SGD(model.out.parameters(), lr=0.1)  # steps later, perhaps
     optimizer = Adam([p for name, p in model.named_parameters() if "out" not in name])
-    assert without_optimizer_of(train(tmp_path / "b", model=model, optimizer=optimizer)) == ()
+    assert last(probed.without_optimizer_of, train(tmp_path / "b", model=model, optimizer=optimizer)) == []
     assert waiting.param_groups
 
 
@@ -300,7 +310,7 @@ def test_what_needs_no_gradient_is_nobodys_orphan(tmp_path):
     model = Decoder()
     model.embedding.requires_grad_(False)
     optimizer = Adam([p for p in model.parameters() if p.requires_grad])
-    assert without_optimizer_of(train(tmp_path / "run", model=model, optimizer=optimizer)) == ()
+    assert last(probed.without_optimizer_of, train(tmp_path / "run", model=model, optimizer=optimizer)) == []
 
 
 # -- modes --
@@ -316,9 +326,9 @@ def test_a_loss_that_is_evaluated_with_dropout_on(tmp_path):
         plain_step(model, optimizer)
         evaluate(model)
 
-    (found,) = modes(train(tmp_path / "run", step, model=Decoder(dropout=0.3)), "dropout_in_evaluation")
+    (found,) = said(DropoutInEvaluation, train(tmp_path / "run", step, model=Decoder(dropout=0.3)))
     assert (found.step, found.model, found.dropouts) == (1, "Decoder", 1) and found.dropout == pytest.approx(0.3)
-    assert modes(train(tmp_path / "none", step), "dropout_in_evaluation") == ()
+    assert said(DropoutInEvaluation, train(tmp_path / "none", step)) == []
 
 
 def test_no_loss_is_evaluated_before_training_in_evaluation_mode_or_while_checkpointing(tmp_path):
@@ -344,11 +354,11 @@ def test_no_loss_is_evaluated_before_training_in_evaluation_mode_or_while_checkp
 
     for step in (rightly, checkpointing, logging):
         run = train(tmp_path / step.__name__, step, model=Decoder(dropout=0.3))
-        assert modes(run, "dropout_in_evaluation") == (), step.__name__
+        assert said(DropoutInEvaluation, run) == [], step.__name__
     model = Decoder(dropout=0.3)
     with watch_model(model, path=tmp_path / "before"):
         evaluate(model)
-    assert modes(open_run(tmp_path / "before"), "dropout_in_evaluation") == ()
+    assert said(DropoutInEvaluation, open_run(tmp_path / "before")) == []
 
 
 @pytest.mark.parametrize("begins", ["training", "evaluation"])
@@ -360,8 +370,8 @@ def test_a_model_that_is_left_in_evaluation_mode(tmp_path, begins):
             model.eval()
         plain_step(model, optimizer)
 
-    (found,) = modes(train(tmp_path / "run", step, model=Decoder(dropout=0.3)), "evaluation_in_training")
-    assert (found.step, found.has_trained) == ((3, True) if begins == "training" else (1, False))
+    (found,) = said(EvaluationInTraining, train(tmp_path / "run", step, model=Decoder(dropout=0.3)))
+    assert (found.step, found.losses_before) == ((3, 3) if begins == "training" else (1, 0))
     assert (found.dropouts, found.batch_norms) == (1, 0)
 
 
@@ -376,7 +386,7 @@ def test_a_part_in_evaluation_mode_or_a_judge_that_is_not_trained_is_none(tmp_pa
     model = Decoder(dropout=0.3)
     model.norm.eval()
     for name, step in (("part", plain_step), ("judge", judged)):
-        assert modes(train(tmp_path / name, step, model=model), "evaluation_in_training") == ()
+        assert said(EvaluationInTraining, train(tmp_path / name, step, model=model)) == []
 
 
 # -- what it leaves alone --
@@ -429,8 +439,8 @@ def test_a_probe_that_fails_costs_itself_alone(tmp_path, monkeypatch):
 
     monkeypatch.setattr(watch_sights, "sight_of", broken)
     run = train(tmp_path / "run")
-    assert run.status == "finished" and len(run.steps) == 7 and sights(run) == ()
-    assert targets_of(run) and upkeep_of(run) and len(run.heads)
+    assert run.status == "finished" and len(run.steps) == 7 and said(KeysSeen, run) == []
+    assert said(TargetsSeen, run) and last(probed.upkeep_of, run) and len(run.heads)
     failed = [
         fields for kind, fields in zip(run.events["kind"], run.events["fields"], strict=True) if kind == "not_measured"
     ]

@@ -1,13 +1,14 @@
 """Rules of what a language model is to predict and what it sees of it: the future, and labels that are other tokens."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from attnscope.diagnose.blindness import answer, without_attention, without_config, without_steps
 from attnscope.diagnose.concern import Concern, finding_of
 from attnscope.diagnose.rules.masks import layer_names, members_with, named
 from attnscope.findings import Evidence, Finding, NotLooked
-from attnscope.runs.probed import Sight, Targets, sights, targets_of
+from attnscope.runs.events import KeysSeen, TargetsSeen
+from attnscope.runs.probed import Told, told
 from attnscope.runs.reader import Run
 
 # Shares of targets that are the token so many positions on. Measured on 56 kinds of loops, 32 of them healthy, set on one seed
@@ -77,11 +78,12 @@ def labels_shifted_wrong(run: Run) -> Finding | NotLooked | None:
     """
     concerns = []
     if run.kind == "watch":
+        layers, targets = told(run, KeysSeen), told(run, TargetsSeen)
         for entry in run.entries:
-            mine = [each for each in targets_of(run) if each.member == entry.name and each.positions]
-            if any(each.equal[1] > OTHERWISE for each in mine):
+            mine = [each for each in targets if each.member == entry.name and each.what.positions]
+            if any((each.what.equal_next or 0.0) > OTHERWISE for each in mine):
                 continue
-            shifted = [(each, at) for each in mine if (at := _distance(each)) is not None and _is_causal(run, each)]
+            shifted = [(each, at) for each in mine if (at := _distance(each.what)) and _are_causal(layers, each)]
             concerns += [_shifted(*one) for one in shifted[:1]]
     finding = finding_of(
         run,
@@ -101,35 +103,36 @@ def labels_shifted_wrong(run: Run) -> Finding | NotLooked | None:
 
 
 def _leaks(run: Run) -> list[Concern]:
-    names = layer_names(run)
+    names, layers, targets = layer_names(run), told(run, KeysSeen), told(run, TargetsSeen)
     concerns = []
     for entry in run.entries:
-        told = next((each for each in targets_of(run) if each.member == entry.name and _are_next(each)), None)
-        layers = [] if told is None else _over_tokens(run, told)
-        if told is None or not (seers := _unlike_others(told, layers, names)):
+        asked = next((each for each in targets if each.member == entry.name and _are_next(each.what)), None)
+        over = [] if asked is None else _over_tokens(layers, asked)
+        if asked is None or not (seers := _unlike_others(asked.what, over, names)):
             continue
-        worst = max(seers, key=lambda each: each.later or 0.0)
+        seers = sorted(seers, key=lambda each: -(each.what.later or 0.0))
+        worst, share = seers[0], asked.what.equal_next or 0.0
         concerns.append(
             Concern(
                 member=entry.name,
                 step=worst.step,
-                badness=worst.later or 0.0,
+                badness=worst.what.later or 0.0,
                 said=(
-                    f"The targets are the inputs shifted by one ({told.equal[1]:.0%} of {told.compared} at step {told.step}), and "
-                    f"in {len(seers)} of {len(layers)} attention layers queries see what comes after them: in "
-                    f"{named(names, worst.member, worst.layer)} they give {worst.later:.2g} of their attention to later keys, "
-                    "where a causal mask leaves nothing."
+                    f"The targets are the inputs shifted by one ({share:.0%} of {asked.what.compared} at step {asked.step}), and "
+                    f"in {len(seers)} of {len(over)} attention layers queries see what comes after them: in "
+                    f"{named(names, worst.member, worst.what.layer)} they give {worst.what.later:.2g} of their attention to later "
+                    "keys, where a causal mask leaves nothing."
                 ),
                 evidence=tuple(
                     Evidence(
                         member=each.member,
                         step=each.step,
-                        layer=each.layer,
+                        layer=each.what.layer,
                         quantity="events",
-                        value=each.later,
+                        value=each.what.later,
                         threshold=SOME_ATTENTION,
                     )
-                    for each in sorted(seers, key=lambda each: -(each.later or 0.0))
+                    for each in seers
                 ),
                 severity="error",
             )
@@ -137,88 +140,94 @@ def _leaks(run: Run) -> list[Concern]:
     return concerns
 
 
-def _shifted(told: Targets, distance: int) -> Concern:
-    what = {
-        0: "the inputs themselves, at the same positions: a model that sees its own token has only to copy it",
-        -1: "the inputs one position before, which the model is given already",
-        2: "the inputs two positions further on: they were shifted twice, perhaps by the script and by the model",
-    }[distance]
+# Which tokens targets may be, other than the next ones: where `TargetsSeen` has the share, in words, and whether it is copying.
+_OTHERS = {
+    "equal_same": (
+        "the inputs themselves, at the same positions: a model that sees its own token has only to copy it",
+        True,
+    ),
+    "equal_before": ("the inputs one position before, which the model is given already", True),
+    "equal_after_next": (
+        "the inputs two positions further on: they were shifted twice, perhaps by the script and by the model",
+        False,
+    ),
+}
+
+
+def _shifted(targets: Told[TargetsSeen], which: str) -> Concern:
+    share = float(getattr(targets.what, which))
+    words, copies = _OTHERS[which]
+    evidence = Evidence(member=targets.member, step=targets.step, quantity="events", value=share, threshold=SAME_TOKEN)
     return Concern(
-        member=told.member,
-        step=told.step,
-        badness=told.equal[distance],
-        said=f"At step {told.step}, {told.equal[distance]:.0%} of {told.compared} targets are {what}.",
-        evidence=(
-            Evidence(
-                member=told.member,
-                step=told.step,
-                quantity="events",
-                value=told.equal[distance],
-                threshold=SAME_TOKEN,
-            ),
-        ),
-        severity="warning" if distance > 1 else "error",
+        member=targets.member,
+        step=targets.step,
+        badness=share,
+        said=f"At step {targets.step}, {share:.0%} of {targets.what.compared} targets are {words}.",
+        evidence=(evidence,),
+        severity="error" if copies else "warning",
     )
 
 
-def _are_next(told: Targets) -> bool:
-    return told.compared >= FEWEST_TARGETS and told.equal[1] >= SAME_TOKEN and told.equal[0] <= OTHERWISE
+def _are_next(targets: TargetsSeen) -> bool:
+    is_next = (targets.equal_next or 0.0) >= SAME_TOKEN and (targets.equal_same or 0.0) <= OTHERWISE
+    return is_next and targets.compared >= FEWEST_TARGETS
 
 
-def _distance(told: Targets) -> int | None:
-    """Which tokens the targets are, other than the next ones; None where that cannot be told."""
-    fits = [at for at in (0, -1, 2) if told.equal[at] > OTHERWISE]
-    is_clear = told.compared >= FEWEST_TARGETS and len(fits) == 1 and told.equal[fits[0]] >= SAME_TOKEN
-    return fits[0] if is_clear else None
+def _distance(targets: TargetsSeen) -> str:
+    """Which of _OTHERS the targets are; empty where that cannot be told."""
+    shares = {which: getattr(targets, which) or 0.0 for which in _OTHERS}
+    fits = [which for which, share in shares.items() if share > OTHERWISE]
+    is_clear = targets.compared >= FEWEST_TARGETS and len(fits) == 1 and shares[fits[0]] >= SAME_TOKEN
+    return fits[0] if is_clear else ""
 
 
-def _over_tokens(run: Run, told: Targets) -> list[Sight]:
+def _over_tokens(layers: Iterable[Told[KeysSeen]], targets: Told[TargetsSeen]) -> list[Told[KeysSeen]]:
     """Self-attention over as many positions as the tokens have."""
-    return [
-        each
-        for each in sights(run)
-        if each.member == told.member and each.queries == each.keys == told.positions and each.later is not None
-    ]
+    n = targets.what.positions
+    mine = (each for each in layers if each.member == targets.member and each.what.later is not None)
+    return [each for each in mine if each.what.queries == each.what.keys == n]
 
 
-def _unlike_others(told: Targets, layers: Sequence[Sight], names: Mapping[tuple[str, int], str]) -> list[Sight]:
+def _unlike_others(
+    targets: TargetsSeen, layers: Sequence[Told[KeysSeen]], names: Mapping[tuple[str, int], str]
+) -> list[Told[KeysSeen]]:
     """Layers that see later keys where they may not: all of them do, or some of a stack, of which others do not.
 
     An encoder may see as many positions as there are tokens, and cross-attention as many keys.
     """
-    seers = [each for each in layers if _sees_later(each)]
+    seers = [each for each in layers if _sees_later(each.what)]
     if len(seers) == len(layers):
         return seers
-    if told.sequences > 1:
+    if targets.sequences > 1:
         return []
-    stacks = {each.layer: _NUMBER.sub("#", names.get((each.member, each.layer), "")) for each in layers}
-    blind = {stacks[each.layer] for each in layers if each.later_rows == 0} - {""}
-    return [each for each in seers if stacks[each.layer] in blind]
+    stacks = {each.what.layer: _NUMBER.sub("#", names.get((each.member, each.what.layer), "")) for each in layers}
+    blind = {stacks[each.what.layer] for each in layers if each.what.later_rows == 0} - {""}
+    return [each for each in seers if stacks[each.what.layer] in blind]
 
 
-def _sees_later(each: Sight) -> bool:
-    return (each.later_rows or 0.0) >= NEARLY_ALL and (each.later or 0.0) >= SOME_ATTENTION
+def _sees_later(layer: KeysSeen) -> bool:
+    return (layer.later_rows or 0.0) >= NEARLY_ALL and (layer.later or 0.0) >= SOME_ATTENTION
 
 
-def _is_causal(run: Run, told: Targets) -> bool:
-    layers = _over_tokens(run, told)
-    return bool(layers) and all(each.later_rows == 0 for each in layers)
+def _are_causal(layers: Iterable[Told[KeysSeen]], targets: Told[TargetsSeen]) -> bool:
+    over = _over_tokens(layers, targets)
+    return bool(over) and all(each.what.later_rows == 0 for each in over)
 
 
 def _without_next_tokens(run: Run) -> dict[str, str]:
     """Members of a watched script of which nobody knows whether they are to predict the next token, or whether they see it."""
     if run.kind != "watch":
         return without_config(run) | without_steps(run)
-    blind = without_attention(run)
+    blind, layers, targets = without_attention(run), told(run, KeysSeen), told(run, TargetsSeen)
     for entry in run.entries:
-        mine = [each for each in targets_of(run) if each.member == entry.name]
-        language = [each for each in mine if _are_next(each)]
+        mine = [each for each in targets if each.member == entry.name]
+        language = [each for each in mine if _are_next(each.what)]
         if not mine:
             blind.setdefault(entry.name, NO_TARGETS)
-        elif not any(each.sequences for each in mine):
+        elif not any(each.what.sequences for each in mine):
             blind.setdefault(entry.name, NO_TOKENS)
-        elif language and not _over_tokens(run, language[0]):
-            n = language[0].positions
+        elif language and not _over_tokens(layers, language[0]):
+            n = language[0].what.positions
             blind.setdefault(entry.name, f"no attention over the {n} positions of the tokens was measured in training")
     return blind
 

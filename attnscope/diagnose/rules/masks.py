@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from attnscope.diagnose.blindness import answer, without_attention, without_config, without_steps
 from attnscope.diagnose.concern import Concern, finding_of
 from attnscope.findings import Evidence, Finding, NotLooked
-from attnscope.runs.probed import empty_rows, sights
+from attnscope.runs.events import KeysSeen, Nonfinite, RowsWithoutKeys
+from attnscope.runs.probed import told
 from attnscope.runs.reader import Run
 from attnscope.runs.watched import attention_layers, not_measured
 
@@ -31,24 +32,24 @@ def rows_fully_masked(run: Run) -> Finding | NotLooked | None:
     Source: IEEE 754; F.scaled_dot_product_attention gives 0 for such rows from PyTorch 2.5 on.
     """
     broken: dict[str, int] = {}
-    events = run.events[run.events["kind"] == "nonfinite"]
-    for member, step in zip(events["member"].astype(object), events["step"], strict=True):
-        broken[member] = min(int(step), broken.get(member, int(step)))
-    names = layer_names(run)
+    for step, member, _ in run.happened(Nonfinite):
+        if member is not None:
+            broken[member] = min(step, broken.get(member, step))
+    names, empty = layer_names(run), told(run, RowsWithoutKeys)
     concerns = []
     for entry in run.entries:
-        mine = [each for each in empty_rows(run) if each.member == entry.name]
+        mine = [each for each in empty if each.member == entry.name]
         if not mine:
             continue
-        first = min(mine, key=lambda each: (each.step, each.layer))
+        first = min(mine, key=lambda each: (each.step, each.what.layer))
         breaks = broken.get(entry.name) == first.step
         concerns.append(
             Concern(
                 member=entry.name,
                 step=first.step,
-                badness=first.rows / max(first.of, 1),
+                badness=first.what.rows / max(first.what.of, 1),
                 said=(
-                    f"At step {first.step}, {first.rows} of {first.of} query rows of {named(names, first.member, first.layer)} "
+                    f"At step {first.step}, {first.what.rows} of {first.what.of} query rows of {named(names, first.member, first.what.layer)} "
                     f"see no key at all"
                     + (
                         ", and in the same step numbers are not finite."
@@ -60,9 +61,9 @@ def rows_fully_masked(run: Run) -> Finding | NotLooked | None:
                     Evidence(
                         member=each.member,
                         step=each.step,
-                        layer=each.layer,
+                        layer=each.what.layer,
                         quantity="events",
-                        value=float(each.rows),
+                        value=float(each.what.rows),
                         threshold=0.0,
                     )
                     for each in mine
@@ -193,35 +194,35 @@ def members_with(run: Run, *, mask: str, objective: str) -> list[str]:
 
 
 def _padding_seen(run: Run) -> list[Concern]:
-    names = layer_names(run)
+    names, seen = layer_names(run), told(run, KeysSeen)
     concerns = []
     for entry in run.entries:
-        layers = [each for each in sights(run) if each.member == entry.name]
-        inverted = [each for each in layers if (each.inverted_rows or 0.0) >= INVERTED]
-        padded = [each for each in layers if (each.padded or 0.0) > PADDING]
+        layers = [each for each in seen if each.member == entry.name]
+        inverted = [each for each in layers if (each.what.inverted_rows or 0.0) >= INVERTED]
+        padded = [each for each in layers if (each.what.padded or 0.0) > PADDING]
         if not inverted and not padded:
             continue
-        worst = inverted[0] if inverted else max(padded, key=lambda each: each.padded or 0.0)
-        where = named(names, worst.member, worst.layer)
+        worst = inverted[0] if inverted else max(padded, key=lambda each: each.what.padded or 0.0)
+        where = named(names, worst.member, worst.what.layer)
         said = (
             f"The mask of {where} is the wrong way round: what it leaves to be seen is one token, again and again, and what it "
             "hides are different ones."
             if inverted
-            else f"At step {worst.step} real queries of {where} give {worst.padded:.2g} of their attention to padding."
+            else f"At step {worst.step} real queries of {where} give {worst.what.padded:.2g} of their attention to padding."
         )
         concerns.append(
             Concern(
                 member=entry.name,
                 step=worst.step,
-                badness=(worst.inverted_rows if inverted else worst.padded) or 0.0,
+                badness=(worst.what.inverted_rows if inverted else worst.what.padded) or 0.0,
                 said=said,
                 evidence=tuple(
                     Evidence(
                         member=each.member,
                         step=each.step,
-                        layer=each.layer,
+                        layer=each.what.layer,
                         quantity="events",
-                        value=each.inverted_rows if inverted else each.padded,
+                        value=each.what.inverted_rows if inverted else each.what.padded,
                         threshold=INVERTED if inverted else PADDING,
                     )
                     for each in (inverted or padded)

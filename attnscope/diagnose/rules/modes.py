@@ -2,8 +2,9 @@
 
 from attnscope.diagnose.blindness import answer, without_optimizer, without_steps
 from attnscope.diagnose.concern import Concern, finding_of
-from attnscope.findings import Evidence, Finding, NotLooked
-from attnscope.runs.probed import Mode, modes
+from attnscope.findings import Evidence, Finding, NotLooked, Severity
+from attnscope.runs.events import DropoutInEvaluation, EvaluationInTraining
+from attnscope.runs.probed import Told, told
 from attnscope.runs.reader import Run
 
 
@@ -21,11 +22,11 @@ def dropout_in_evaluation(run: Run) -> Finding | NotLooked | None:
     concerns = [
         _concern(
             each,
-            f"At step {each.step}, {each.model} computes a loss without gradients while it is in training mode: {each.dropouts} "
-            f"modules drop up to {each.dropout:.2g} of what they are given.",
-            each.dropout,
+            f"At step {each.step}, {each.what.model} computes a loss without gradients while it is in training mode: "
+            f"{each.what.dropouts} modules drop up to {each.what.dropout or 0.0:.2g} of what they are given.",
+            each.what.dropout or 0.0,
         )
-        for each in _first_of_each(modes(run, "dropout_in_evaluation"))
+        for each in reversed({each.member: each for each in reversed(told(run, DropoutInEvaluation))}.values())
     ]
     finding = finding_of(
         run,
@@ -52,15 +53,16 @@ def evaluation_in_training(run: Run) -> Finding | NotLooked | None:
     Source: Srivastava et al. 2014; Ioffe & Szegedy 2015.
     """
     concerns = []
-    for each in _first_of_each(modes(run, "evaluation_in_training")):
-        parts = {"modules that drop something": each.dropouts, "batch norms": each.batch_norms}
-        told = " and ".join(f"{n} {what}" for what, n in parts.items() if n)
-        if not told:
+    for each in reversed({each.member: each for each in reversed(told(run, EvaluationInTraining))}.values()):
+        what = each.what
+        parts = {"modules that drop something": what.dropouts, "batch norms": what.batch_norms}
+        changed = " and ".join(f"{n} {name}" for name, n in parts.items() if n)
+        if not changed:
             continue
-        before = ", and was in training mode before" if each.has_trained else ""
-        severity = "warning" if each.has_trained or each.batch_norms else "note"
-        said = f"At step {each.step}, {each.model} is trained in evaluation mode{before}: it has {told}."
-        concerns.append(_concern(each, said, float(each.dropouts + each.batch_norms), severity=severity))
+        before = ", and was in training mode before" if what.losses_before else ""
+        severity: Severity = "warning" if what.losses_before or what.batch_norms else "note"
+        said = f"At step {each.step}, {what.model} is trained in evaluation mode{before}: it has {changed}."
+        concerns.append(_concern(each, said, float(what.dropouts + what.batch_norms), severity))
     finding = finding_of(
         run,
         concerns,
@@ -75,19 +77,16 @@ def evaluation_in_training(run: Run) -> Finding | NotLooked | None:
     return answer(run, "evaluation_in_training", finding, _without_optimizer(run))
 
 
-def _concern(each: Mode, said: str, value: float, *, severity: str = "warning") -> Concern:
+def _concern(
+    each: Told[DropoutInEvaluation] | Told[EvaluationInTraining],
+    said: str,
+    value: float,
+    severity: Severity = "warning",
+) -> Concern:
+    evidence = Evidence(member=each.member, step=each.step, quantity="events", value=value)
     return Concern(
-        member=each.member,
-        step=each.step,
-        badness=float(each.dropouts),
-        said=said,
-        evidence=(Evidence(member=each.member, step=each.step, quantity="events", value=value),),
-        severity="warning" if severity == "warning" else "note",
+        member=each.member, step=each.step, badness=value, said=said, evidence=(evidence,), severity=severity
     )
-
-
-def _first_of_each(found: tuple[Mode, ...]) -> list[Mode]:
-    return list({each.member: each for each in reversed(found)}.values())
 
 
 def _without_optimizer(run: Run) -> dict[str, str]:

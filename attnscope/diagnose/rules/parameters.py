@@ -1,12 +1,15 @@
 """Rules of parameters that are not trained as they should be: in no optimizer, without a gradient, without a learning rate."""
 
+from collections.abc import Sequence, Set
+
 import numpy as np
 
 from attnscope.diagnose.blindness import NO_OPTIMIZER, answer, without_steps
 from attnscope.diagnose.concern import Concern, finding_of
-from attnscope.findings import Evidence, Finding, NotLooked, Severity
+from attnscope.findings import SEVERITIES, Evidence, Finding, NotLooked, Severity
 from attnscope.runs.by_member import members_of_rows
-from attnscope.runs.probed import Some, Upkeep, WithoutOptimizer, upkeep_of, without_optimizer_of
+from attnscope.runs.events import Upkeep, WithoutOptimizer
+from attnscope.runs.probed import Told, upkeep_of, without_optimizer_of
 from attnscope.runs.reader import Run
 
 FEWEST_UPDATES = 3  # before it can be said that something never happens
@@ -36,11 +39,11 @@ def parameters_without_optimizer(run: Run) -> Finding | NotLooked | None:
     Known limits: modules inside of a compiled graph are not seen to compute.
     Source: what nn.Module.parameters() finds: https://docs.pytorch.org/docs/stable/generated/torch.nn.Module.html.
     """
-    concerns = []
+    concerns, upkeep = [], upkeep_of(run)
     for each in without_optimizer_of(run):
-        mine = [one for one in upkeep_of(run) if one.member == each.member]
+        mine = [one.what for one in upkeep if one.member == each.member]
         steps = max((one.updates + one.steps_without_gradient for one in mine), default=0)
-        if steps >= FEWEST_UPDATES and each.some.count:
+        if steps >= FEWEST_UPDATES and each.what.parameters:
             concerns.append(_forgotten(each, is_everything=not any(one.updates for one in mine), steps=steps))
     finding = finding_of(
         run,
@@ -72,14 +75,13 @@ def parameters_without_gradient(run: Run) -> Finding | NotLooked | None:
     Known limits: modules that are used only now and then (experts, heads of other tasks) are notes until they are used.
     Source: torch.autograd leaves .grad as None where no gradient arrives.
     """
-    concerns = [each for one in upkeep_of(run) for each in _never_reached(one, run)]
+    upkeep = upkeep_of(run)
+    trained = {each.member for each in upkeep if each.what.updates}
+    concerns = [concern for each in upkeep for concern in _never_reached(each, trained)]
     concerns += _all_zero(run, {each.member for each in concerns})
-    worst: dict[str, Concern] = {}
-    for each in sorted(concerns, key=lambda each: ("error", "warning", "note").index(each.severity)):
-        worst.setdefault(each.member, each)
     finding = finding_of(
         run,
-        list(worst.values()),
+        _worst_of_each(concerns),
         rule="parameters_without_gradient",
         title="Parameters never get a gradient",
         kind="cause",
@@ -107,22 +109,19 @@ def parameters_frozen(run: Run) -> Finding | NotLooked | None:
     """
     concerns = []
     for each in upkeep_of(run):
-        if each.updates < FEWEST_UPDATES or not each.lr_zero.count:
+        what = each.what
+        if what.updates < FEWEST_UPDATES or not what.lr_zero:
             continue
-        whole = each.lr_zero.count + each.detached.count + each.unused.count >= each.parameters
-        which = f"all {each.parameters}" if whole else f"{each.lr_zero.count} of {each.parameters}"
-        concerns.append(
-            _concern(
-                each,
-                f"{each.optimizer} made {each.updates} updates, and the learning rate of {which} parameters was 0 at each of them"
-                f"{_listed(each.lr_zero)}.",
-                each.lr_zero,
-                "warning" if whole else "note",
-            )
+        whole = what.lr_zero + what.detached + what.unused >= what.parameters
+        which = f"all {what.parameters}" if whole else f"{what.lr_zero} of {what.parameters}"
+        said = (
+            f"{what.optimizer} made {what.updates} updates, and the learning rate of {which} parameters was 0 at each of them"
+            f"{_listed(what.lr_zero, what.lr_zero_names)}."
         )
+        concerns.append(_concern(each, said, what.lr_zero, what.lr_zero_names, "warning" if whole else "note"))
     finding = finding_of(
         run,
-        concerns,
+        _worst_of_each(concerns),
         rule="parameters_frozen",
         title="Parameters have a learning rate of 0",
         kind="cause",
@@ -153,11 +152,11 @@ def gradients_accumulate(run: Run) -> Finding | NotLooked | None:
     concerns = [
         _kept(each, "error" if each.member in diverged else "warning")
         for each in upkeep_of(run)
-        if each.compared >= FEWEST_UPDATES and each.gradients_kept == each.compared
+        if each.what.compared >= FEWEST_UPDATES and each.what.gradients_kept == each.what.compared
     ]
     finding = finding_of(
         run,
-        concerns,
+        _worst_of_each(concerns),
         rule="gradients_accumulate",
         title="Gradients are never zeroed",
         kind="cause",
@@ -179,63 +178,72 @@ def gradients_accumulate(run: Run) -> Finding | NotLooked | None:
     return answer(run, "gradients_accumulate", finding, _without_upkeep(run))
 
 
-def _kept(each: Upkeep, severity: Severity) -> Concern:
-    n = each.compared
-    evidence = Evidence(
-        member=each.member, step=1, quantity="events", value=float(each.gradients_kept), threshold=float(n)
-    )
+def _worst_of_each(concerns: Sequence[Concern]) -> list[Concern]:
+    """One of each member, which may have several optimizers."""
+    worst: dict[str, Concern] = {}
+    for concern in sorted(concerns, key=lambda concern: SEVERITIES.index(concern.severity)):
+        worst.setdefault(concern.member, concern)
+    return list(worst.values())
+
+
+def _kept(each: Told[Upkeep], severity: Severity) -> Concern:
+    n, kept = each.what.compared, float(each.what.gradients_kept)
+    evidence = Evidence(member=each.member, step=1, quantity="events", value=kept, threshold=float(n))
     said = (
-        f"At each of {n} updates of {each.optimizer} that were looked at, the loss was differentiated while the gradients of the "
-        "updates before were still there, and was added to them."
+        f"At each of {n} updates of {each.what.optimizer} that were looked at, the loss was differentiated while the gradients of "
+        "the updates before were still there, and was added to them."
     )
     return Concern(member=each.member, step=1, badness=float(n), said=said, evidence=(evidence,), severity=severity)
 
 
-def _forgotten(each: WithoutOptimizer, *, is_everything: bool, steps: int) -> Concern:
-    n = each.some.count
-    said = f"{n} parameters get gradients, and no optimizer has them{_listed(each.some)}"
+def _forgotten(each: Told[WithoutOptimizer], *, is_everything: bool, steps: int) -> Concern:
+    what, n = each.what, each.what.parameters
+    said = f"{n} parameters get gradients, and no optimizer has them{_listed(n, what.names)}"
     severity: Severity = "note"
-    if each.hidden:
-        where = ", ".join(each.hidden)
-        said += f". {sum(each.hidden.values())} of them are those of modules in a Python container ({where}), where "
-        said += "parameters() does not find them"
+    if what.hidden:
+        where = ", ".join(what.containers)
+        said += f". {what.hidden} of them are those of modules in a Python container ({where}), where parameters() does not find"
+        said += " them"
         severity = "error"
     elif is_everything:
         said += f": after {steps} steps, no parameter of an optimizer has had a gradient. It may have been made for another model"
         severity = "error"
-    elif each.left_out and each.share < MOST_OF_IT:
-        said += f": {each.share:.2g} of the model that the others belong to"
+    elif what.left_out and (what.share_left_out or 0.0) < MOST_OF_IT:
+        said += f": {what.share_left_out or 0.0:.2g} of the model that the others belong to"
         severity = "warning"
     else:
         said += ". That may be on purpose"
-    evidence = tuple(
-        Evidence(member=each.member, step=each.step, group=name, quantity="events") for name in each.some.names
-    )
+    evidence = tuple(Evidence(member=each.member, step=each.step, group=name, quantity="events") for name in what.names)
     return Concern(member=each.member, step=0, badness=float(n), said=f"{said}.", evidence=evidence, severity=severity)
 
 
-def _never_reached(each: Upkeep, run: Run) -> list[Concern]:
-    """Of one optimizer."""
-    if each.steps_without_gradient >= FEWEST_UPDATES and not each.updates:
-        others = any(one.updates for one in upkeep_of(run) if one.member == each.member)
-        why = ": zero_grad() stands between backward() and step()" if each.zeroed else ""
+def _never_reached(each: Told[Upkeep], trained: Set[str]) -> list[Concern]:
+    """Of one optimizer; members `trained` have one that updates."""
+    what = each.what
+    if what.steps_without_gradient >= FEWEST_UPDATES and not what.updates:
+        why = ": zero_grad() stands between backward() and step()" if what.steps_zeroed else ""
         said = (
-            f"{each.optimizer} stepped {each.steps_without_gradient} times after a loss was differentiated, and none of its "
-            f"{each.parameters} parameters had a gradient{why}."
+            f"{what.optimizer} stepped {what.steps_without_gradient} times after a loss was differentiated, and none of its "
+            f"{what.parameters} parameters had a gradient{why}."
         )
-        everything = Some(count=each.parameters, names=())
-        return [_concern(each, said, everything, "warning" if others else "error")]
-    if each.updates < FEWEST_UPDATES:
+        return [_concern(each, said, what.parameters, (), "warning" if each.member in trained else "error")]
+    if what.updates < FEWEST_UPDATES:
         return []
-    found: list[Concern] = []
-    for some, severity, what in (
-        (each.detached, "warning", "compute in the forward pass, and never got a gradient"),
-        (each.unused, "note", "never got a gradient; perhaps they are not used"),
-    ):
-        if some.count:
-            said = f"In {each.updates} updates of {each.optimizer}, {some.count} of its {each.parameters} parameters {what}"
-            found.append(_concern(each, f"{said}{_listed(some)}.", some, severity))  # type: ignore[arg-type]
-    return found
+    begun = f"In {what.updates} updates of {what.optimizer},"
+    concerns = []
+    if what.detached:
+        said = (
+            f"{begun} {what.detached} of its {what.parameters} parameters compute in the forward pass, and never got a gradient"
+            f"{_listed(what.detached, what.detached_names)}."
+        )
+        concerns.append(_concern(each, said, what.detached, what.detached_names, "warning"))
+    if what.unused:
+        said = (
+            f"{begun} {what.unused} of its {what.parameters} parameters never got a gradient; perhaps they are not used"
+            f"{_listed(what.unused, what.unused_names)}."
+        )
+        concerns.append(_concern(each, said, what.unused, what.unused_names, "note"))
+    return concerns
 
 
 def _all_zero(run: Run, known: set[str]) -> list[Concern]:
@@ -260,34 +268,34 @@ def _all_zero(run: Run, known: set[str]) -> list[Concern]:
     ]
 
 
-def _concern(each: Upkeep, said: str, some: Some, severity: Severity) -> Concern:
-    evidence = tuple(Evidence(member=each.member, step=each.step, group=name, quantity="events") for name in some.names)
-    whole = Evidence(member=each.member, step=each.step, quantity="events", value=float(some.count), threshold=0.0)
+def _concern(each: Told[Upkeep], said: str, count: int, names: Sequence[str], severity: Severity) -> Concern:
+    evidence = [Evidence(member=each.member, step=each.step, group=name, quantity="events") for name in names]
+    whole = Evidence(member=each.member, step=each.step, quantity="events", value=float(count), threshold=0.0)
     return Concern(
         member=each.member,
         step=0,
-        badness=float(some.count),
+        badness=float(count),
         said=said,
         evidence=(whole, *evidence),
         severity=severity,
     )
 
 
-def _listed(some: Some) -> str:
+def _listed(count: int, names: Sequence[str]) -> str:
     """The first names, in brackets."""
-    if not some.names:
+    if not names:
         return ""
-    more = f" and {some.count - 3} more" if some.count > 3 else ""
-    return f" ({', '.join(some.names[:3])}{more})"
+    more = f" and {count - 3} more" if count > 3 else ""
+    return f" ({', '.join(names[:3])}{more})"
 
 
 def _without_upkeep(run: Run) -> dict[str, str]:
     """Members of a watched script whose optimizers were not looked at."""
     if run.kind != "watch":
         return without_steps(run)  # trains all of its parameters
-    blind = {}
+    blind, upkeep = {}, upkeep_of(run)
     for entry in run.entries:
-        mine = [each for each in upkeep_of(run) if each.member == entry.name]
+        mine = [each.what for each in upkeep if each.member == entry.name]
         if not mine:
             blind[entry.name] = NO_OPTIMIZER
         elif all(each.updates + each.steps_without_gradient < FEWEST_UPDATES for each in mine):
