@@ -129,7 +129,8 @@ def test_gradients_that_are_exactly_zero_at_every_step(tmp_path, n, is_found):
 @pytest.mark.parametrize(
     ("fields", "severity"),
     [
-        (some("lr_zero"), "note"),
+        (some("lr_zero"), "warning"),
+        (some("lr_zero", 6), "note"),
         (some("lr_zero", 12), "warning"),
         (some("lr_zero", 10) | {"unused": 2}, "warning"),
         (some("lr_zero", 12) | {"updates": FEWEST_UPDATES - 1}, None),

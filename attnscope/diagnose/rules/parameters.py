@@ -13,7 +13,7 @@ from attnscope.runs.probed import Told, upkeep_of, without_optimizer_of
 from attnscope.runs.reader import Run
 
 FEWEST_UPDATES = 3  # before it can be said that something never happens
-# Of the numbers of a model: who trains the smaller part of it alone, a new head for instance, does so on purpose.
+# Of the parameters of a model: who trains the smaller part of it alone, a new head for instance, does so on purpose.
 MOST_OF_IT = 0.5
 TRAINED_BADLY = ("plateau", "stalled")
 
@@ -100,7 +100,8 @@ def parameters_frozen(run: Run) -> Finding | NotLooked | None:
     """Parameters have gradients, and a learning rate of 0 at every update.
 
     What it looks at: in watched runs, parameters of an optimizer whose group had a learning rate of 0 at each of at least
-    FEWEST_UPDATES updates, while they had gradients. All parameters of an optimizer are a warning, some a note.
+    FEWEST_UPDATES updates, while they had gradients: a warning, but a note where they are at least MOST_OF_IT of the optimizer's
+    parameters, and not all of them: the body of a model whose head is trained, perhaps.
     Why it matters: they do not move, and their gradients are computed for nothing.
     What to try: another learning rate for the group; look at the schedule, which may divide whole numbers or count from the end; what
     is frozen on purpose: requires_grad_(False), which saves its gradients, too.
@@ -113,12 +114,13 @@ def parameters_frozen(run: Run) -> Finding | NotLooked | None:
         if what.updates < FEWEST_UPDATES or not what.lr_zero:
             continue
         whole = what.lr_zero + what.detached + what.unused >= what.parameters
+        on_purpose = not whole and what.lr_zero >= MOST_OF_IT * what.parameters
         which = f"all {what.parameters}" if whole else f"{what.lr_zero} of {what.parameters}"
         said = (
             f"{what.optimizer} made {what.updates} updates, and the learning rate of {which} parameters was 0 at each of them"
             f"{_listed(what.lr_zero, what.lr_zero_names)}."
         )
-        concerns.append(_concern(each, said, what.lr_zero, what.lr_zero_names, "warning" if whole else "note"))
+        concerns.append(_concern(each, said, what.lr_zero, what.lr_zero_names, "note" if on_purpose else "warning"))
     finding = finding_of(
         run,
         _worst_of_each(concerns),
