@@ -4,6 +4,7 @@ import gc
 import os
 import re
 import sys
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
@@ -55,11 +56,13 @@ class Modules:
         self._names = WeakIdKeyDictionary()
         self._models = WeakIdKeyDictionary()
         self._parameters = WeakIdKeyDictionary()
+        self._roots = WeakIdKeyDictionary()  # to a weak reference
 
     def add(self, root: nn.Module) -> None:
         """Learn the names of everything in `root`."""
-        model = type(unwrapped(root)).__name__
+        model, at = type(unwrapped(root)).__name__, weakref.ref(root)
         for name, module in root.named_modules():
+            self._roots[module] = at
             self._names[module] = without_wrappers(name)
             self._models[module] = model
         for name, parameter in root.named_parameters():
@@ -88,6 +91,12 @@ class Modules:
         """The class of the largest model that holds the module."""
         self._find(module)
         return str(self._models[module])
+
+    def root_of(self, module: nn.Module) -> nn.Module:
+        """The largest model that holds the module; itself where that is gone."""
+        self._find(module)
+        found: nn.Module | None = self._roots[module]()
+        return module if found is None else found
 
     def names_of_parameters(self, parameters: Sequence[Tensor]) -> list[str]:
         """Path of each from the model that is known to have it, else from the largest alive, else parameter 0, 1, ..."""

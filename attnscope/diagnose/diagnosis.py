@@ -7,8 +7,17 @@ from attnscope.diagnose.chains import chains, linked
 from attnscope.diagnose.rules.batches import poisoned_batch, repeated_batch
 from attnscope.diagnose.rules.clipping import clipping_always_on
 from attnscope.diagnose.rules.data import first_loss_too_high, loss_rises, loss_too_low, plateau
+from attnscope.diagnose.rules.future import future_visible, labels_shifted_wrong
 from attnscope.diagnose.rules.loss import failed, loss_explosion, loss_spike, stalled
+from attnscope.diagnose.rules.masks import padding_attended, rows_fully_masked, wrong_softmax_axis
+from attnscope.diagnose.rules.modes import dropout_in_evaluation, evaluation_in_training
 from attnscope.diagnose.rules.nonfinite import nonfinite, nonfinite_loss_passed, updates_skipped
+from attnscope.diagnose.rules.parameters import (
+    gradients_accumulate,
+    parameters_frozen,
+    parameters_without_gradient,
+    parameters_without_optimizer,
+)
 from attnscope.diagnose.rules.precision import half_precision_headroom, loss_scale_collapse, updates_round_away
 from attnscope.diagnose.rules.saturation import saturated_at_start
 from attnscope.diagnose.rules.scale import applied_scale, unusual_scale
@@ -19,6 +28,17 @@ from attnscope.runs.reader import Run
 Rule = Callable[[Run], Finding | NotLooked | None]
 
 RULES: tuple[Rule, ...] = (
+    wrong_softmax_axis,
+    future_visible,
+    labels_shifted_wrong,
+    rows_fully_masked,
+    padding_attended,
+    parameters_without_optimizer,
+    parameters_without_gradient,
+    parameters_frozen,
+    gradients_accumulate,
+    evaluation_in_training,
+    dropout_in_evaluation,
     repeated_batch,
     loss_rises,
     applied_scale,

@@ -44,9 +44,16 @@ class Outputs:
 class Finite:
     """Collects the sums of the step that goes on."""
 
-    def __init__(self, patches: Patches, *, on_call: Callable[[nn.Module | None], None]) -> None:
-        """`on_call` is told of each call in training before its output is looked at."""
+    def __init__(
+        self,
+        patches: Patches,
+        *,
+        on_call: Callable[[nn.Module | None], None],
+        on_call_without_gradients: Callable[[Any], None],
+    ) -> None:
+        """`on_call` is told of each call in training before its output is looked at, the other one of any other's output."""
         self._on_call = on_call
+        self._on_call_without_gradients = on_call_without_gradients
         self._modules: list[Callable[[], nn.Module | None]] = []
         self._sums = Kept(columns=1, most=MOST)
         for name in OPERATORS:
@@ -59,7 +66,9 @@ class Finite:
         return None if total_N1 is None else Outputs(modules=tuple(modules), total_N=total_N1[:, 0])
 
     def _look(self, _args: tuple[Any, ...], _kwargs: dict[str, Any], out: Any) -> None:
-        if torch.is_grad_enabled() and why_unseen(out) is None and not in_backward():
+        if not torch.is_grad_enabled():
+            self._on_call_without_gradients(out)
+        elif why_unseen(out) is None and not in_backward():
             module = module_of_call()
             with Unobserved():
                 self._on_call(module)

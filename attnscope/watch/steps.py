@@ -27,6 +27,7 @@ from attnscope.watch.layers import Layers
 from attnscope.watch.numbers import UnreadableError, copy_of_scalar, device_name, why_without_numbers
 from attnscope.watch.output import see_cross_entropy
 from attnscope.watch.parameters import Parameters, parameters_of
+from attnscope.watch.probes import FirstLooks
 from attnscope.watch.recording import WatchRecorder, broken_gradients
 from attnscope.watch.residual import Residual
 from attnscope.watch.step import FIRST, Step
@@ -70,6 +71,7 @@ class Steps:
         modules: Modules,
         layers: Layers,
         residual: Residual,
+        probes: FirstLooks,
         guard: Guard,
         every: int,
         take_outputs: Callable[[], Outputs | None],
@@ -83,6 +85,7 @@ class Steps:
             modules: know the names of parameters.
             layers: measure attention.
             residual: follows the residual stream.
+            probes: look at what no table shows.
             guard: says what goes wrong.
             every: steps between those that are measured, after the first ones.
             take_outputs: gives what was seen of outputs since it was last called.
@@ -92,6 +95,7 @@ class Steps:
         self._recorder = recorder
         self._layers = layers
         self._residual = residual
+        self._probes = probes
         self._guard = guard
         self._every = every
         self._take_outputs = take_outputs
@@ -137,9 +141,11 @@ class Steps:
             return
         self._begin()
         if self.now.measured:
-            self._layers.see(self.now, module, seen)
+            layer = self._layers.see(self.now, module, seen)
             with self._guard.measuring("residual stream", self.now.number):
                 self._residual.attend(self.now.number, module, seen)
+            if layer is not None and torch.is_grad_enabled():
+                self._probes.attention(self.now, layer, seen)
 
     @_guarded("residual stream")
     def passing(self, look: Callable[[int], None]) -> None:
@@ -161,8 +167,14 @@ class Steps:
         if not self.repeats and self._turns.is_mine(trains=False):
             self._begin()
             now = self.now
+            self._probes.cross_entropy(now, targets, ignore_index)
             is_first = now.number < FIRST
             see_cross_entropy(now.output, logits, targets, ignore_index, measured=now.measured, is_first=is_first)
+
+    @_guarded("evaluation")
+    def evaluated(self) -> None:
+        """See `OnTraining`."""
+        self._probes.evaluated(self.now)
 
     # -- what is done with it --
 
@@ -182,6 +194,7 @@ class Steps:
         elif len(self.now.losses) >= MOST_LOSSES:  # its optimizers step where we cannot see it
             self.updates_itself = True
         self._on_forward_over()
+        self._probes.differentiated(self.now)
         self.stepped = self.updates_itself
         self.now.losses.append(number)
 
@@ -259,6 +272,7 @@ class Steps:
             )
             self._guard.event(what, step=now.number)
         self._see_lrs(optimizer)
+        self._probes.before_update(now, optimizer)
         with self._guard.measuring("gradients and weights", now.number):
             self._parameters.before_update(now, optimizer)
 
@@ -308,6 +322,7 @@ class Steps:
             self._lacks_gradient = True
             self._guard.event(StepWithoutGradient(optimizer=self._moved_nothing), step=now.number)
         self._moved_nothing = ""
+        self._probes.end_step()
         self._recorder.add(now)
         self.stepped = False
         self._open.clear()
@@ -327,6 +342,8 @@ class Steps:
         self.without_gradient += 1
         if not now.losses or self.stepped:
             return
+        zeroed = any(id(p) in now.dropped for p in parameters_of(optimizer, with_gradient=False))
+        self._probes.without_gradient(now, optimizer, zeroed=zeroed)
         self._see_lrs(optimizer)
         self.stepped = True
         self._moved_nothing = type(optimizer).__name__
