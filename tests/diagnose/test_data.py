@@ -34,7 +34,7 @@ LEAKS = {"attention": {"mask": "none"}}
 def cross_entropy(loss=5.5, *, classes=256, entropy=3.0, steps=20, same=1, irregular=True, counted=1.0):
     """The events of a watched run that tell what cross-entropy was given."""
     targets = {"steps": steps, "same": same, "irregular": irregular, "counted": counted, "entropy": entropy}
-    return [("cross_entropy", 0, {"classes": classes, "loss": loss}), ("targets", 19, targets)]
+    return [("cross_entropy", 0, {"classes": classes, "loss": loss}), ("first_targets", 19, targets)]
 
 
 # -- first_loss_too_high --
