@@ -23,7 +23,7 @@ from attnscope.diagnose.rules.data import (
     loss_too_low,
     plateau,
 )
-from tests.diagnose.synthetic import params_table, run_of, steps_table, watched_run_of
+from tests.diagnose.synthetic import params_of_one, run_of, steps_table, watched_run_of
 
 UNIFORM = math.log(256)
 TEXT = {"uniform": UNIFORM}
@@ -127,7 +127,7 @@ def rising(share, lowest=1.0):
     ],
 )
 def test_a_loss_rises_where_nearly_every_small_step_raises_it(tmp_path, losses, ratio, is_found):
-    params = params_table(range(20), update_ratio=ratio)
+    params = params_of_one(range(20), update_ratio=ratio)
     run = watched_run_of(tmp_path / "r", steps=steps_table(losses), params=params, events=cross_entropy())
     assert (loss_rises(run) is not None) is is_found
 

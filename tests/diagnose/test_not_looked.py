@@ -10,9 +10,12 @@ from typer.testing import CliRunner
 from attnscope.cli import app
 from attnscope.diagnose import RULES, NotLooked, diagnose, examine
 from attnscope.diagnose.blindness import NO_ATTENTION, NO_CONFIG, NO_LOSS, NO_OPTIMIZER, NO_STEP
+from attnscope.diagnose.movement import NO_PARAMS
 from attnscope.diagnose.rules.clipping import clipping_always_on
+from attnscope.diagnose.rules.depth import NO_LAYERS
 from attnscope.diagnose.rules.loss import failed, loss_explosion, loss_spike
 from attnscope.diagnose.rules.nonfinite import nonfinite, nonfinite_loss_passed, updates_skipped
+from attnscope.diagnose.rules.optimizer import FEWEST_MEASURED
 from attnscope.diagnose.rules.saturation import saturated_at_start
 from attnscope.diagnose.rules.scale import applied_scale, unusual_scale
 from attnscope.findings import in_words
@@ -20,7 +23,7 @@ from attnscope.report import write_report
 from attnscope.runs.layout import MemberEntry
 from attnscope.runs.reader import open_run
 from attnscope.runs.writer import RunWriter
-from tests.diagnose.synthetic import heads_table, run_of, steps_table
+from tests.diagnose.synthetic import heads_table, params_table, run_of, steps_table
 from tests.runs.made_up import event
 
 ARMS = {"arm": [{"name": n, "init": {"gain": g}} for n, g in (("a", 1.0), ("b", 1.1))]}
@@ -53,14 +56,16 @@ def whys(run):
 
 def test_healthy_training_was_looked_at_by_every_rule(tmp_path):
     steps = steps_table(4.0 + 0.1 * np.random.default_rng(0).normal(size=(1, 120)))
-    run = run_of(tmp_path / "r", steps=steps, heads=heads_table(1, [0]), planned=120)
+    run = run_of(
+        tmp_path / "r", steps=steps, heads=heads_table(1, [0]), params=params_table(1, range(120)), planned=120
+    )
     assert examine(run).findings == () and examine(run).not_looked == ()
 
 
 def test_a_run_without_a_record_is_blind_to_all_that_happens_in_training(tmp_path):
     said = whys(run_of(tmp_path / "r"))
     needs_none = {"applied_scale", "unusual_scale", "updates_skipped", "failed"}
-    needs_none |= {"loss_rises", "repeated_batch", "updates_round_away"}  # of watched scripts
+    needs_none |= {"loss_rises", "repeated_batch", "updates_round_away", "loss_summed"}  # of watched scripts
     needs_none |= {"half_precision_headroom", "loss_too_low"}  # of float16, of models without a causal mask
     assert said == {rule.__name__: NO_STEP for rule in RULES if rule.__name__ not in needs_none}
 
@@ -91,6 +96,14 @@ def test_a_watched_script_of_which_nothing_was_seen_says_why_in_its_own_words(tm
         "dropout_in_evaluation": NO_OPTIMIZER,
         "applied_scale": attention,
         "saturated_at_start": attention,
+        "loss_summed": loss,
+        "adam_epsilon_too_large": NO_PARAMS,
+        "weight_decay_too_strong": f"{NO_PARAMS} {FEWEST_MEASURED} times",
+        "missing_warmup": loss,
+        "learning_rate_too_high": NO_PARAMS,
+        "learning_rate_too_low": loss,
+        "gradients_explode_with_depth": NO_LAYERS,
+        "gradients_vanish_with_depth": NO_LAYERS,
         "clipping_always_on": NO_OPTIMIZER,
         "unusual_scale": attention,
         "nonfinite": loss,  # nor was a gradient
@@ -238,7 +251,8 @@ def test_reasons_that_are_alike_stand_in_one_line():
 
 
 def test_terminal_json_and_report_say_where_nobody_could_look(tmp_path):
-    run = run_of(tmp_path / "r", steps=steps_table([4.0] * 10), heads=heads_table(1, [0]))
+    params = params_table(1, range(10))
+    run = run_of(tmp_path / "r", steps=steps_table([4.0] * 10), heads=heads_table(1, [0]), params=params)
     line = "loss_spike: fewer than 21 losses in a row before divergence"
 
     def diagnosed(*words):
