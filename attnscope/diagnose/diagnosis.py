@@ -5,6 +5,9 @@ from dataclasses import dataclass, replace
 
 from attnscope.diagnose.chains import chains, linked
 from attnscope.diagnose.rules.clipping import clipping_always_on
+from attnscope.diagnose.rules.collapse import entropy_collapse, rank_collapse
+from attnscope.diagnose.rules.heads import attention_sink, identical_heads, uniform_attention
+from attnscope.diagnose.rules.logits import logit_growth, starved_queries_and_keys
 from attnscope.diagnose.rules.loss import failed, loss_explosion, loss_spike, stalled
 from attnscope.diagnose.rules.nonfinite import nonfinite, nonfinite_loss_passed, updates_skipped
 from attnscope.diagnose.rules.saturation import saturated_at_start
@@ -19,6 +22,13 @@ RULES: tuple[Rule, ...] = (
     applied_scale,
     saturated_at_start,
     clipping_always_on,
+    logit_growth,
+    entropy_collapse,
+    rank_collapse,
+    uniform_attention,
+    starved_queries_and_keys,
+    identical_heads,
+    attention_sink,
     unusual_scale,
     nonfinite,
     nonfinite_loss_passed,

@@ -28,6 +28,8 @@ READ = (
     "model.n_layers",
     "optimizer.name",
     "optimizer.warmup_steps",
+    "data.source",
+    "data.objective",
 )
 
 
