@@ -164,8 +164,8 @@ def starved_queries_and_keys(run: Run) -> Finding | NotLooked | None:
     """No gradient reaches q and k any more, while v still learns.
 
     What it looks at: grad_norm of q and of k, the larger of the two, over that of v, layer by layer, at the end of what was
-    recorded (the last fifth, before divergence): found below STARVED where it was LEARNING or more at first, or below NOTHING
-    whatever it was. The gradient of v itself must still be FADED of what it was at first, or more.
+    recorded (the last fifth, before divergence): found below NOTHING, or below STARVED where it was LEARNING or more at first and
+    the gradient of v is still FADED of what it was at first, or more.
     Why it matters: what a layer looks at stays as it is, for better or worse: only what it copies goes on learning.
     What to try: the causes found: logits that grew until the softmax is one-hot, tokens that are all alike, q or k that are
     constant, detached, or decayed to nothing (optimizer.weight_decay).
@@ -184,8 +184,9 @@ def starved_queries_and_keys(run: Run) -> Finding | NotLooked | None:
         courses = courses.plus(share=np.where(value_N > 0, share_N, np.nan))
         is_fed_N = value_N >= FADED * courses.first("v")[courses.course_N]
         share_N, first_C = courses.columns["share"], courses.first("share")
-        is_small_N = (share_N < NOTHING) | ((share_N < STARVED) & (first_C[courses.course_N] >= LEARNING))
-    starved = np.flatnonzero(courses.share_at_end(is_small_N & is_fed_N) >= 0.5)
+        is_none_N = share_N < NOTHING
+        is_small_N = is_none_N | ((share_N < STARVED) & (first_C[courses.course_N] >= LEARNING))
+    starved = np.flatnonzero(courses.share_at_end(is_none_N | (is_small_N & is_fed_N)) >= 0.5)
     blind = too_short(run, courses, what="the gradient of q, k and v") | blind
     concerns = []
     for member, mine in courses_by_member(courses, starved):
