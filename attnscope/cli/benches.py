@@ -1,6 +1,7 @@
-"""Commands that measure attnscope: bench overhead, bench sweep, bench report."""
+"""Commands that measure attnscope: bench overhead, bench sweep, bench report, bench faults."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,6 +13,7 @@ from attnscope.cli.app import app, one_line_errors
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from attnscope.bench.faults.score import Score
     from attnscope.bench.overhead import Overhead
     from attnscope.bench.reports import ReportCost
     from attnscope.bench.sweeps import SweepGain
@@ -90,6 +92,42 @@ def bench_report(
 WORTH_IT = 1.2  # times as fast
 
 
+@bench_app.command("faults")
+def bench_faults(
+    out: Annotated[
+        Path, typer.Option(help="Folder of the programs' runs; what is done in it is not done again.")
+    ] = Path("runs/faults"),
+    jobs: Annotated[int, typer.Option(min=1, help="Processes, of one thread each.")] = 2,
+    small: Annotated[
+        bool, typer.Option("--small", help="Each fault once for each program, at its greatest strength.")
+    ] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="As JSON on stdout.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Errors with a traceback.")] = False,
+) -> None:
+    """Measure how often diagnose is right.
+
+    Trains programs written in plain PyTorch, with a known fault in them and without, under watch, and asks every rule.
+    Thresholds may be chosen on one half of the programs; what is told is of the other half.
+
+    Example: attnscope bench faults --small
+    """
+    with one_line_errors(debug=debug):
+        from attnscope.bench.faults.population import N_HEALTHY, SMALL_HEALTHY, SMALL_SEEDS, Done, cases, train_all
+        from attnscope.bench.faults.score import answers, score
+
+        population = cases(
+            n_seeds=SMALL_SEEDS if small else 3, n_healthy=SMALL_HEALTHY if small else N_HEALTHY, strongest=small
+        )
+
+        def told(done: Done, left: int) -> None:
+            typer.echo(
+                f"{done.case}: loss {done.final_loss:.3g}, held out {done.held_out_loss:.3g}; {left} left", err=True
+            )
+
+        done = train_all(population, out, jobs=jobs, on_done=told)
+        print_faults(score(answers(done, out)), as_json=json_output)
+
+
 def print_overhead(found: "Overhead", *, as_json: bool) -> None:
     """Print what `attnscope bench overhead` measured."""
     if as_json:
@@ -162,6 +200,31 @@ def print_report_costs(found: "Sequence[ReportCost]", *, as_json: bool) -> None:
             ),
         )
     console.print(table)
+
+
+def print_faults(found: "Score", *, as_json: bool) -> None:
+    """Print what `attnscope bench faults` measured."""
+    if as_json:
+        _print_json(asdict(found))
+        return
+    console = Console(highlight=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for title in ("fault", "programs", "seen", "named first", "from step", "named instead"):
+        table.add_column(title, justify="left" if title in ("fault", "named instead") else "right")
+    for kind in found.kinds:
+        if kind.programs:
+            step = "-" if kind.step is None else f"{kind.step:.0f}"
+            shares = (f"{kind.detected:.2f}", f"{kind.named:.2f}")
+            table.add_row(kind.fault, str(kind.programs), *shares, step, ", ".join(kind.instead[:2]))
+        elif kind.harmless:
+            table.add_row(kind.fault, "0", "-", "-", "-", f"harmless in {kind.harmless}")
+    console.print(table)
+    for line in (
+        f"All faults that did harm: seen {found.detected:.2f}, the right cause first {found.named:.2f}.",
+        f"{found.healthy} healthy programs: {found.errors_per_healthy:.3f} errors and {found.warnings_per_healthy:.3f} warnings each.",
+        *(f"  said of healthy programs: {rule}, {count} times" for rule, count in found.said_of_healthy.items()),
+    ):
+        typer.echo(line)
 
 
 def _print_json(said: object) -> None:

@@ -1,0 +1,5 @@
+"""How often a diagnosis is right: training programs with a known fault in them, and what the rules say of each.
+
+Reading order: recipe (a program as plain data), model and loop (the program: plain PyTorch, which knows nothing of attnscope),
+kinds (the faults, and what would be right to say of each), population (which programs, and running them), score (the answers).
+"""

@@ -1,0 +1,140 @@
+"""The model of a program, as people write it by hand: nothing of it knows attnscope.
+
+Shape key: B batch, H head, T query position, S key position, D d_model, K d_head.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attnscope.bench.faults.recipe import Recipe
+
+HIDDEN = {"added": 1e4, "faint": -1e-12}  # what hidden keys get in place of -inf
+
+
+class Attention(nn.Module):
+    """Causal self-attention with its own q, k and v."""
+
+    def __init__(self, recipe: Recipe, layer: int) -> None:
+        super().__init__()
+        d_model = recipe.d_model
+        self.recipe, self.layer, self.n_heads = recipe, layer, recipe.n_heads
+        self.q, self.k, self.v, self.proj = (nn.Linear(d_model, d_model) for _ in range(4))
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        recipe = self.recipe
+        q, k, v = (part(x_BTD).unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        if self.layer in recipe.dead_layers:
+            q, k = q * 0.0, k * 0.0
+        if recipe.position == "rope":
+            q, k = rotated(q), rotated(k)
+        scale = recipe.scale * q.shape[-1] ** -0.5 if recipe.scale else 1.0
+        hidden = hidden_TT(recipe, x_BTD.shape[1], x_BTD.device)
+        if recipe.attention == "sdpa" and recipe.softmax_axis == -1:
+            given = None if recipe.scale == 1.0 else scale
+            if hidden is None or recipe.mask == "causal":
+                y = F.scaled_dot_product_attention(q, k, v, is_causal=hidden is not None, scale=given)
+            else:
+                added = torch.zeros(hidden.shape, dtype=q.dtype).masked_fill(
+                    hidden, HIDDEN.get(recipe.mask, -torch.inf)
+                )
+                y = F.scaled_dot_product_attention(q, k, v, attn_mask=added, scale=given)
+        else:
+            z = q @ k.transpose(-2, -1) * scale
+            if hidden is not None:
+                other = HIDDEN.get(recipe.mask)
+                z = z.masked_fill(hidden, -torch.inf) if other is None else z + hidden * other
+            y = F.softmax(z, dim=recipe.softmax_axis) @ v
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+
+class Packed(nn.Module):
+    """nn.MultiheadAttention."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.attn = nn.MultiheadAttention(recipe.d_model, recipe.n_heads, batch_first=True)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        hidden = hidden_TT(self.recipe, x_BTD.shape[1], x_BTD.device)
+        y, _ = self.attn(x_BTD, x_BTD, x_BTD, attn_mask=hidden, need_weights=False)
+        return y
+
+
+class Block(nn.Module):
+    """Attention and an MLP, with the norm before, after or nowhere."""
+
+    def __init__(self, recipe: Recipe, layer: int) -> None:
+        super().__init__()
+        d_model = recipe.d_model
+        self.recipe, self.layer = recipe, layer
+        self.norm_1, self.norm_2 = (nn.Identity() if recipe.norm == "none" else nn.LayerNorm(d_model) for _ in range(2))
+        self.attn = Packed(recipe) if recipe.attention == "mha" else Attention(recipe, layer)
+        self.mlp = nn.Sequential(nn.Linear(d_model, 4 * d_model), nn.GELU(), nn.Linear(4 * d_model, d_model))
+        self.drop = nn.Dropout(recipe.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm, branch in ((self.norm_1, self.attn), (self.norm_2, self.mlp)):
+            y = self.drop(branch(x if self.recipe.norm == "post" else norm(x)))
+            if self.layer in self.recipe.detached:
+                y = y.detach()
+            x = x + y if self.recipe.has_residual else y
+            x = norm(x) if self.recipe.norm == "post" else x
+        return x
+
+
+class GPT(nn.Module):
+    """Token and position embeddings, blocks, and an output layer."""
+
+    def __init__(self, recipe: Recipe, vocab_size: int) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.wte = nn.Embedding(vocab_size, recipe.d_model)
+        self.wpe = nn.Embedding(recipe.seq_len, recipe.d_model)
+        self.h = nn.ModuleList(Block(recipe, layer) for layer in range(recipe.n_layers))
+        self.ln_f = nn.LayerNorm(recipe.d_model) if recipe.norm == "pre" else nn.Identity()
+        self.head = nn.Linear(recipe.d_model, vocab_size, bias=False)
+        self._begin()
+
+    def _begin(self) -> None:
+        recipe = self.recipe
+        nn.init.normal_(self.wte.weight, std=recipe.embedding_std)
+        nn.init.normal_(self.wpe.weight, std=0.02)
+        nn.init.normal_(self.head.weight, std=0.02)
+        for name, weight in self.h.named_parameters():
+            if weight.dim() == 2:
+                of_qk = ".attn.q." in name or ".attn.k." in name
+                nn.init.xavier_uniform_(weight, gain=recipe.gain * (recipe.qk_gain if of_qk else 1.0))
+                if recipe.copies_heads and any(f".attn.{part}." in name for part in "qkv"):
+                    with torch.no_grad():
+                        weight.copy_(weight[: recipe.d_model // recipe.n_heads].repeat(recipe.n_heads, 1))
+        if recipe.ties:
+            self.head.weight = self.wte.weight
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        x = self.wte(tokens_BT)
+        if self.recipe.position == "learned":
+            x = x + self.wpe(torch.arange(tokens_BT.shape[1]))
+        for block in self.h:
+            x = block(x)
+        return self.head(self.ln_f(x))
+
+
+def hidden_TT(recipe: Recipe, n: int, device: torch.device) -> Tensor | None:
+    """Which keys (columns) each query does not see; None = it sees all."""
+    if recipe.objective == "masked" or recipe.mask == "none":
+        return None
+    ones = torch.ones(n, n, dtype=torch.bool, device=device)
+    if recipe.mask == "transposed":
+        return ones.tril(-1)
+    return ones.triu(2 if recipe.mask == "off_by_one" else 1)
+
+
+def rotated(x_BHTK: Tensor) -> Tensor:
+    """Rotary positions."""
+    half = x_BHTK.shape[-1] // 2
+    angle = torch.arange(x_BHTK.shape[-2])[:, None] * 10_000.0 ** (-torch.arange(half) / half)
+    cos, sin = angle.cos().to(x_BHTK.dtype), angle.sin().to(x_BHTK.dtype)
+    a, b = x_BHTK[..., :half], x_BHTK[..., half:]
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
