@@ -122,10 +122,8 @@ def layer_courses(run: Run, *, mean: Sequence[str] = (), largest: Sequence[str] 
     wanted = tuple({*mean, *largest})
     codes_R, layer_R, _, step_R, values = _sorted(run, wanted, by_head=False)
     first = _changes(np.stack([codes_R, layer_R, step_R]))
-    reduced = {name: values[name] for name in wanted}
-    if len(first):
-        reduced = {name: _mean(values[name], first) for name in mean}
-        reduced |= {f"largest {name}": np.fmax.reduceat(values[name], first) for name in largest}
+    reduced = {name: _mean(values[name], first) for name in mean}
+    reduced |= {f"largest {name}": largest_of(values[name], first) for name in largest}
     return _courses(codes_R[first], layer_R[first], np.zeros(len(first), dtype=np.int64), step_R[first], reduced)
 
 
@@ -249,8 +247,18 @@ def _changes(keys_KN: Ints) -> Ints:
     return np.append(0, changes).astype(np.int64)
 
 
+def largest_of(x_R: Floats, first: Ints) -> Floats:
+    """The largest number in each piece that begins at `first`; NaN where there is none."""
+    if not len(first):
+        return np.empty(0)
+    largest: Floats = np.fmax.reduceat(x_R, first)
+    return largest
+
+
 def _mean(x_R: Floats, first: Ints) -> Floats:
     """Of what is a number in each piece that begins at `first`; NaN where nothing is."""
+    if not len(first):
+        return np.empty(0)
     sound_R = ~np.isnan(x_R)
     counts = np.add.reduceat(sound_R.astype(np.float64), first)
     with np.errstate(all="ignore"):

@@ -7,11 +7,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from attnscope.diagnose.blindness import answer, without_attention
 from attnscope.diagnose.concern import Concern, finding_of
-from attnscope.diagnose.courses import FEWEST_RECORDS, FOR_GOOD, Courses, courses_by_member, head_courses, too_short
+from attnscope.diagnose.courses import (
+    FEWEST_RECORDS,
+    FOR_GOOD,
+    Courses,
+    courses_by_member,
+    head_courses,
+    largest_of,
+    too_short,
+)
 from attnscope.findings import Evidence, Finding, NotLooked
 from attnscope.runs.reader import Run
 
@@ -43,7 +50,7 @@ def uniform_attention(run: Run) -> Finding | NotLooked | None:
     """
     courses = head_courses(run, ("logit_std",))
     std_N, n_members = courses.columns["logit_std"], len(run.entries)
-    largest_C = _largest(courses, std_N)
+    largest_C = largest_of(std_N, courses.start_C)
     blind = too_short(run, courses) | without_attention(run)
     last_M = np.full(n_members, -1)
     np.maximum.at(last_M, courses.member_C, courses.step_N[courses.end_C - 1])
@@ -245,14 +252,6 @@ def attention_sink(run: Run) -> Finding | NotLooked | None:
         source="Gu et al. 2024 (epsilon 0.3)",
     )
     return answer(run, "attention_sink", finding, blind)
-
-
-def _largest(courses: Courses, values_N: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The largest number of each course, (C,); NaN where it has none."""
-    if not len(courses.start_C):
-        return np.empty(0)
-    largest_C: NDArray[np.float64] = np.fmax.reduceat(values_N, courses.start_C)
-    return largest_C
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
