@@ -36,12 +36,25 @@ def heads_table(n_members, steps, *, n_layers=1, n_heads=1, **columns):
     return table
 
 
+def params_table(n_members, steps, *, n_layers=1, groups=("q", "k", "v"), **columns):
+    """The params table; grad_norm or another column is one number, or one per row (step, member, layer, group)."""
+    shape = (len(steps), n_members, n_layers, len(groups))
+    places = np.indices(shape).reshape(4, -1)
+    table = {name: np.ones(places.shape[1]) for name in COLUMNS["params"]}
+    table |= {name: np.broadcast_to(np.asarray(value, dtype=float), shape).ravel() for name, value in columns.items()}
+    table["nonfinite"] = np.zeros(places.shape[1])
+    table["step"] = np.asarray(steps)[places[0]]
+    table |= {"member": places[1], "layer": places[2], "group": np.asarray(groups, dtype=object)[places[3]]}
+    return table
+
+
 def run_of(
     path: Path,
     config=None,
     *,
     steps=None,
     heads=None,
+    params=None,
     events=(),
     end="finished",
     error=None,
@@ -62,7 +75,7 @@ def run_of(
         data={"reference": {"unigram": unigram}},
     )
     part = writer.part(0)
-    for table, columns in (("steps", steps), ("heads", heads)):
+    for table, columns in (("steps", steps), ("heads", heads), ("params", params)):
         if columns is not None:
             part.append(table, columns)
     for kind, step, member, fields in events:

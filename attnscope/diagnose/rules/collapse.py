@@ -15,14 +15,21 @@ from attnscope.findings import Evidence, Finding, NotLooked, Severity
 from attnscope.runs.by_member import configs_of, members_of_rows
 from attnscope.runs.reader import Run
 
-# entropy_ratio at the end of every head of a layer, and its mean over heads at first.
+# entropy_ratio at the end of every head of a layer, and its mean over heads at first. Healthy members on even seeds have a head
+# of 0.24 or more in every layer.
 COLLAPSED = 0.2
 OPEN = 0.3
-MEASURED_COLLAPSE = "measured"
+MEASURED_COLLAPSE = (
+    "measured on the members of logit_growth: of the 435 with odd seeds, 56 are found: all diverged, stalled or ended 0.12 nats or "
+    "more above the best of their set-up (median 0.34); none of the 132 that ended within 0.1 of it is"
+)
 
-# token_cosine at the end.
+# token_cosine at the end. Of healthy members it is 0.4 to 0.87, of those whose learning rate is too low up to 0.91.
 ALIKE = 0.98
-MEASURED_ALIKE = "measured"
+MEASURED_ALIKE = (
+    "measured on the members of logit_growth: of those with odd seeds, 25 are found, which diverged, stalled or ended 0.27 nats or "
+    "more above the best of their set-up, and none of the 132 healthy ones"
+)
 PARTLY = ("recall", "modular")  # sources of which only some tokens are scored
 PARTLY_SCORED = "only some tokens are scored"
 
