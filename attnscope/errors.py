@@ -6,6 +6,8 @@ AttnscopeError
 ├── RunError         a run directory that cannot be opened, created or resumed
 │   └── RunWriteError    the record could not be written (disk full, folder gone)
 └── ShapeError       tensors handed to the public API that do not fit together
+
+Below it, how any exception is put into words.
 """
 
 
@@ -31,3 +33,17 @@ class RunWriteError(RunError):
 
 class ShapeError(AttnscopeError):
     """Tensors handed to the public API that do not fit together."""
+
+
+def error_in_words(error: BaseException) -> str:
+    """An exception as the end of a traceback names it: its class, and what it says."""
+    try:
+        said = str(error).strip()
+    except Exception:  # a class of somebody else's may fail at that, too
+        said = ""
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def error_in_a_line(error: BaseException) -> str:
+    """Its class, and the first line of what it says."""
+    return error_in_words(error).splitlines()[0]

@@ -84,11 +84,11 @@ def _measure(folder: Path, *, rounds: int) -> Overhead:
     tiny_data = data_of(tiny)
     seeds = [apply_changes(tiny, {"train.seed": seed}, where="bench") for seed in range(MEMBERS)]
     together = _Loop(seeds, tiny_data, folder / "together")
-    alone = [_Loop([each], tiny_data, folder / f"alone-{i}") for i, each in enumerate(seeds)]
+    alone = [_Loop([seed_config], tiny_data, folder / f"alone-{i}") for i, seed_config in enumerate(seeds)]
 
     def one_by_one() -> None:
-        for each in alone:
-            each.step()
+        for loop in alone:
+            loop.step()
 
     ensemble = interleave({"together": together.step, "alone": one_by_one}, rounds=rounds, warmup=20)
     tokens = config.data.batch_size * config.model.seq_len

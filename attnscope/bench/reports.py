@@ -27,7 +27,7 @@ ROWS_AT_ONCE = 500_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
+class RunSize:
     """Of a synthetic run."""
 
     n_members: int
@@ -56,7 +56,7 @@ class ReportCost:
         reported: analysed, figures drawn, everything written.
     """
 
-    shape: Shape
+    shape: RunSize
     mb: float
     opened: Cost
     analysed: Cost
@@ -64,21 +64,21 @@ class ReportCost:
 
 
 SHAPES = (
-    Shape(n_members=1000, n_steps=200, n_layers=2, n_heads=2),
-    Shape(n_members=1, n_steps=100_000, n_layers=8, n_heads=8),
+    RunSize(n_members=1000, n_steps=200, n_layers=2, n_heads=2),
+    RunSize(n_members=1, n_steps=100_000, n_layers=8, n_heads=8),
 )
 
 
-def measure_reports(shapes: tuple[Shape, ...] = SHAPES) -> list[ReportCost]:
+def measure_reports(shapes: tuple[RunSize, ...] = SHAPES) -> list[ReportCost]:
     """Measure; takes about two minutes."""
-    found = []
+    costs = []
     for shape in shapes:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "run"
             write_synthetic(path, shape)
             if hasattr(os, "sync"):  # the disk is still writing, and that is not what is measured
                 os.sync()
-            found.append(
+            costs.append(
                 ReportCost(
                     shape=shape,
                     mb=sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) / 1e6,
@@ -87,10 +87,10 @@ def measure_reports(shapes: tuple[Shape, ...] = SHAPES) -> list[ReportCost]:
                     reported=_alone(_report, path),
                 )
             )
-    return found
+    return costs
 
 
-def write_synthetic(path: Path, shape: Shape) -> None:
+def write_synthetic(path: Path, shape: RunSize) -> None:
     """A run of this shape with plausible numbers: a grid of two scales and seeds, losses that fall."""
     axes = {"attention": {"scale": ["inverse_sqrt", "none"]}} if shape.n_members > 1 else {}
     config = parse_table(
@@ -112,15 +112,15 @@ def write_synthetic(path: Path, shape: Shape) -> None:
     part = writer.part(0)
     generator = np.random.default_rng(0)
     for table in COLUMNS:
-        each = _rows_per_step(table, shape)
-        at_once = max(1, ROWS_AT_ONCE // each)
+        rows_per_step = _rows_per_step(table, shape)
+        at_once = max(1, ROWS_AT_ONCE // rows_per_step)
         for first in range(0, shape.n_steps, at_once):
             steps = np.arange(first, min(first + at_once, shape.n_steps))
             part.append(table, _columns(table, steps, shape, generator))
     part.finish("finished")
 
 
-def _rows_per_step(table: str, shape: Shape) -> int:
+def _rows_per_step(table: str, shape: RunSize) -> int:
     of_member = {
         "steps": 1,
         "heads": shape.n_layers * shape.n_heads,
@@ -131,15 +131,15 @@ def _rows_per_step(table: str, shape: Shape) -> int:
 
 
 def _columns(
-    table: str, steps: NDArray[np.int64], shape: Shape, generator: np.random.Generator
+    table: str, steps: NDArray[np.int64], shape: RunSize, generator: np.random.Generator
 ) -> dict[str, NDArray[np.generic]]:
     """The rows of these steps: members slowest, then layers, then heads or groups."""
-    each = _rows_per_step(table, shape)
-    n = len(steps) * each
-    inside = np.arange(n) % (each // shape.n_members)
+    rows_per_step = _rows_per_step(table, shape)
+    n = len(steps) * rows_per_step
+    inside = np.arange(n) % (rows_per_step // shape.n_members)
     fast = {"steps": 1, "heads": shape.n_heads, "layers": 1, "params": len(GROUPS)}[table]
     noise = generator.normal(size=n).astype(np.float32)
-    step_N = np.repeat(steps, each)
+    step_N = np.repeat(steps, rows_per_step)
     falling = 3 + 3 * np.exp(-step_N / (1 + shape.n_steps / 5))
     columns: dict[str, NDArray[np.generic]] = {}
     for name, column in COLUMNS[table].items():
@@ -150,7 +150,7 @@ def _columns(
         else:
             columns[name] = np.abs(falling * (1 + 0.05 * noise) * (0.1 if column.unit == "0 to 1" else 1))
     columns["step"] = step_N
-    columns["member"] = np.tile(np.repeat(np.arange(shape.n_members), each // shape.n_members), len(steps))
+    columns["member"] = np.tile(np.repeat(np.arange(shape.n_members), rows_per_step // shape.n_members), len(steps))
     if table != "steps":
         columns["layer"] = inside // fast
     if table == "heads":
@@ -174,9 +174,9 @@ def _peak_bytes() -> int:
     """The largest size of this process. Linux counts in ru_maxrss what the process was forked from, in VmHWM it does not."""
     status = Path("/proc/self/status")
     if status.exists():
-        found = re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE)
-        if found:
-            return int(found[1]) * 1024
+        peak = re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE)
+        if peak:
+            return int(peak[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -190,10 +190,10 @@ def _open(path: Path) -> None:
 
 
 def _analyse(path: Path) -> None:
-    from attnscope.report.contents import contents
+    from attnscope.report.contents import contents_of
     from attnscope.runs.reader import open_run
 
-    contents(open_run(path))
+    contents_of(open_run(path))
 
 
 def _report(path: Path) -> None:

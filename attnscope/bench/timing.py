@@ -40,6 +40,6 @@ def ratio(a: Sequence[float], b: Sequence[float], *, together: int = TOGETHER) -
     spoils only one of them.
     """
     starts = range(0, len(a) - together + 1, together)
-    found = [sum(a[i : i + together]) / sum(b[i : i + together]) for i in starts]
-    low, median, high = statistics.quantiles(found, n=4, method="inclusive")
+    ratios = [sum(a[i : i + together]) / sum(b[i : i + together]) for i in starts]
+    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return Ratio(median=median, low=low, high=high)

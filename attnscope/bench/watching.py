@@ -46,7 +46,7 @@ class WatchOverhead:
 def measure_watching(*, rounds: int = 16) -> WatchOverhead:
     """Measure; takes about four minutes for 16 rounds. Sets the number of threads of this process to two."""
     torch.set_num_threads(THREADS)
-    loop = _Loop()
+    loop = _NanoGPTLoop()
     for _ in range(3):
         loop.step()
     cadences = {"off": UNWATCHED, "again": UNWATCHED, "every": 1, "default": EVERY}
@@ -66,7 +66,7 @@ def measure_watching(*, rounds: int = 16) -> WatchOverhead:
     )
 
 
-class _Loop:
+class _NanoGPTLoop:
     """Forward, cross-entropy, backward, clipping, AdamW, as train.py of nanoGPT has them."""
 
     def __init__(self) -> None:

@@ -23,8 +23,8 @@ SUMS_TO_ONE = 1e-3  # how exactly weights do that were normalized again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Softmax:
-    """A softmax that may turn out to be one of attention.
+class SoftmaxCall:
+    """A call of softmax that may turn out to be one of attention.
 
     Attributes:
         module: whose method called it.
@@ -43,7 +43,7 @@ class Softmax:
 
 ModuleOf = Callable[[], nn.Module | None]
 # Called with a softmax that was found to be one of attention and how to see it.
-OnFound = Callable[[Softmax, Callable[[], Seen]], None]
+OnFound = Callable[[SoftmaxCall, Callable[[], Seen]], None]
 
 
 class ByHand:
@@ -55,7 +55,7 @@ class ByHand:
     def __init__(self, on_found: OnFound) -> None:
         self._on_found = on_found
         self._products: deque[Product] = deque(maxlen=KEPT)
-        self._waiting: deque[Softmax] = deque(maxlen=WAITING)
+        self._waiting: deque[SoftmaxCall] = deque(maxlen=WAITING)
 
     def add_product(self, product: Product) -> None:
         """A product was computed: it may be one of weights and values, or one of queries and keys."""
@@ -72,9 +72,9 @@ class ByHand:
         """A softmax of z along an axis was computed: it may be one of attention, if so, then of this module."""
         products = tuple(each for each in self._products if _may_give(each, z))
         if products or z.dim() >= 4:
-            self._waiting.append(Softmax(module=module_of(), z=z, p=p, dim=dim % z.dim(), products=products))
+            self._waiting.append(SoftmaxCall(module=module_of(), z=z, p=p, dim=dim % z.dim(), products=products))
 
-    def forget(self) -> list[Softmax]:
+    def forget(self) -> list[SoftmaxCall]:
         """Let go of them; the softmaxes that no product summed over."""
         waiting = list(self._waiting)
         self._products.clear()
@@ -89,7 +89,7 @@ def _may_give(product: Product, z: Tensor) -> bool:
     return is_part or n_rows * n_columns == z.numel()
 
 
-def _weights_in(softmax: Softmax, side: Operand) -> tuple[int, int] | None:
+def _weights_in(softmax: SoftmaxCall, side: Operand) -> tuple[int, int] | None:
     """Axes of queries and keys in the weights, if this operand is them, or some of their columns; None if it is not."""
     p, x = softmax.p, side.x
     n, n_x = p.dim(), x.dim()
@@ -117,7 +117,7 @@ def _is_transposed(p: Tensor, x: Tensor) -> bool:
     return (p.stride(-1) > p.stride(-2)) != (x.stride(-1) > x.stride(-2))
 
 
-def _seen(softmax: Softmax, side: Operand, queries: int, keys: int) -> Seen:
+def _seen(softmax: SoftmaxCall, side: Operand, queries: int, keys: int) -> Seen:
     """What is seen of attention whose weights are an operand of the values' product."""
     if softmax.dim != keys:
         sums = side.x.detach().sum(side.summed)

@@ -18,13 +18,14 @@ from torch import Tensor, fx, nn
 from attnscope.capture.graphs import is_number
 from attnscope.capture.seen import Seen
 from attnscope.capture.sites import Site, site_at
+from attnscope.errors import error_in_words
 
 SINK = "_attnscope_sink"
 FOREIGN = ("flash_attn", "xformers")  # whose operators take what we cannot read
 OPTIMIZERS = os.path.join("torch", "optim", "")  # noqa: PTH118 - a part of a path, as stack traces have it
 
 # Called for each call of a probe, with the module, the backend, the tensors it was given, and how to see from them.
-OnCall = Callable[[nn.Module | None, str, list[Tensor], Callable[[], Seen]], None]
+OnCompiledCall = Callable[[nn.Module | None, str, list[Tensor], Callable[[], Seen]], None]
 
 
 class Probes:
@@ -33,7 +34,7 @@ class Probes:
     Invariant: graphs outlive us; their probes do nothing once `remove` was called.
     """
 
-    def __init__(self, on_call: OnCall, on_failure: Callable[[str], object]) -> None:
+    def __init__(self, on_call: OnCompiledCall, on_failure: Callable[[str], object]) -> None:
         import torch._inductor.config as config  # heavy, and only scripts that compile need it
 
         self._config = config
@@ -55,7 +56,7 @@ class Probes:
 class _Told:
     """Who is told of calls, and the script's own pass over graphs. Inductor copies its settings: a pass is a plain function."""
 
-    on_call: OnCall | None = None
+    on_call: OnCompiledCall | None = None
     on_failure: Callable[[str], object] = lambda _reason: None
     passed_on: Callable[[fx.Graph], object] | None = None
 
@@ -83,7 +84,7 @@ def _insert_probes(graph: fx.Graph) -> None:
                 _insert(graph, node, len(_SITES) - 1, inputs)
         except Exception as error:
             # A graph that we do not understand must compile as it would without us.
-            reason = f"{type(error).__name__}: {error}"[:200]
+            reason = error_in_words(error)[:200]
             _told.on_failure(f"a compiled graph with {node.format_node()}: {reason}"[:300])
     _say_where_sinks_come_from(graph.owning_module)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnscope.capture.by_hand import ByHand, Softmax
+from attnscope.capture.by_hand import ByHand, SoftmaxCall
 from attnscope.capture.dispatch import Unobserved, outside, why_unseen
 from attnscope.capture.fused import seen_fused, seen_native, seen_native_layer
 from attnscope.capture.kernels import watch_kernels
@@ -19,6 +19,7 @@ from attnscope.capture.names import module_of_call
 from attnscope.capture.patches import Patches
 from attnscope.capture.products import Product, einsum_product, matrix_product
 from attnscope.capture.seen import NotMeasuredError, Seen
+from attnscope.errors import error_in_a_line
 
 # Called with the module whose method made the call (None outside of modules) and what was seen of it.
 OnAttention = Callable[[nn.Module | None, Seen], None]
@@ -95,7 +96,7 @@ class Capture:
             elif reason and z.dim() >= 4:
                 self._say(module_of_call(), "eager", (z,), reason)
 
-    def _found(self, softmax: Softmax, see: Callable[[], Seen]) -> None:
+    def _found(self, softmax: SoftmaxCall, see: Callable[[], Seen]) -> None:
         self.hand_on(softmax.module, "eager", (softmax.z,), see)
 
     def _native(self, args: tuple[Any, ...], kwargs: dict[str, Any], _out: Any) -> None:
@@ -136,7 +137,7 @@ class Capture:
             reason = str(error)
         except Exception as error:
             # Whatever a strange tensor does to our arithmetic, it must not stop training.
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            reason = error_in_a_line(error)
         else:
             return
         self._say(module, backend, tensors, reason)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from attnscope.capture.seen import Modified, NotMeasuredError, Seen, visible_logits
+from attnscope.errors import error_in_a_line
 
 Mod = Callable[..., Tensor]  # score_mod(score, b, h, q, k) or mask_mod(b, h, q, k), for one logit
 
@@ -112,8 +113,7 @@ def _mapped(name: str, mod: Mod, prefix: tuple[int, ...], arguments: tuple[Tenso
         with _vmap_at_work(), TransformGetItemToIndex():
             return mod(*arguments)
     except Exception as error:
-        first = (str(error).splitlines() or [""])[0]
-        raise NotMeasuredError(f"{name} raised {type(error).__name__}: {first}") from error
+        raise NotMeasuredError(f"{name} raised {error_in_a_line(error)}") from error
 
 
 def _vmap_at_work() -> AbstractContextManager[object]:

@@ -29,7 +29,7 @@ from attnscope.capture.seen import Modified, NotMeasuredError, Scaled, Seen, fac
 MOST_MATERIALIZED = 1 << 26  # numbers of a bias that xFormers otherwise never holds
 
 # Told of each call: how to see it, the backend, and the tensors it was given.
-OnCall = Callable[[Callable[[nn.Module | None], Seen], str, tuple[Any, ...]], None]
+OnKernelCall = Callable[[Callable[[nn.Module | None], Seen], str, tuple[Any, ...]], None]
 Given = Mapping[str, Any]  # arguments by their names
 
 
@@ -50,7 +50,7 @@ class Kernel:
     known: str
 
 
-def watch_kernels(patches: Patches, on_call: OnCall) -> None:
+def watch_kernels(patches: Patches, on_call: OnKernelCall) -> None:
     """Look at the calls of KERNELS, also of modules that are imported later, until `patches` are restored."""
     later: dict[str, Callable[[ModuleType], None]] = {}
     for kernel in KERNELS:
@@ -62,7 +62,7 @@ def watch_kernels(patches: Patches, on_call: OnCall) -> None:
     patches.restore_with(when_imported(later))
 
 
-def _replace(patches: Patches, on_call: OnCall, kernel: Kernel, module: ModuleType) -> None:
+def _replace(patches: Patches, on_call: OnKernelCall, kernel: Kernel, module: ModuleType) -> None:
     for name, see in kernel.functions.items():
 
         def look(original: Original, args: Any, kwargs: Any, see: Any = see) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from attnscope.capture.calls import attention_calls
 from attnscope.capture.seen import Seen
-from attnscope.check.batch import Batch, changed_at, with_input
+from attnscope.check.batch import CallBatch, changed_at, with_input
 from attnscope.check.case import NOISE, SEED, Case, Mode, call, in_mode, rows_of
 from attnscope.check.dropout import without_dropout
 from attnscope.check.facts import Attention, attention_of
@@ -23,7 +23,7 @@ PROBES = 4  # queries whose gradients are looked at
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Looked:
+class Observed:
     """What one forward pass with gradients shows.
 
     Attributes:
@@ -40,29 +40,29 @@ class Looked:
     reacts: dict[int, Tensor]
 
 
-def look(case: Case, mode: Mode = "evaluation", *, seed: int = SEED, dropout: bool = True) -> Looked:
+def look(case: Case, mode: Mode = "evaluation", *, seed: int = SEED, dropout: bool = True) -> Observed:
     """Pass the batch through the model with gradients, and look at its attention; without them where it fails with them."""
-    looked = _look(case, mode, seed=seed, dropout=dropout, gradients=True)
-    if looked.why.startswith(_FAILED):
+    observed = _look(case, mode, seed=seed, dropout=dropout, gradients=True)
+    if observed.why.startswith(_FAILED):
         without = _look(case, mode, seed=seed, dropout=dropout, gradients=False)
-        looked = without if without.calls else looked
-    if case.batch.source is None or not looked.calls or mode != "evaluation":
-        return looked
+        observed = without if without.calls else observed
+    if case.batch.source is None or not observed.calls or mode != "evaluation":
+        return observed
     # Of an encoder-decoder: what does not react to the decoder's input is attention of the encoder, or over it.
     everywhere_BT = torch.ones_like(case.batch.real_BT)
     changed = replace(case, batch=changed_at(case.batch, everywhere_BT))
     others = _look(changed, mode, seed=seed, dropout=dropout, gradients=False).calls
-    pairs = zip(looked.calls, others, strict=False)
+    pairs = zip(observed.calls, others, strict=False)
     is_own = [one.layer != two.layer or abs(one.keys_sum - two.keys_sum) > NOISE for one, two in pairs]
-    own = [*is_own, *[True] * (len(looked.calls) - len(is_own))]
+    own = [*is_own, *[True] * (len(observed.calls) - len(is_own))]
     calls = [
-        each if of_input else replace(each, direction=None, farthest=0, soft=None)
-        for each, of_input in zip(looked.calls, own, strict=True)
+        attention if of_input else replace(attention, direction=None, farthest=0, soft=None)
+        for attention, of_input in zip(observed.calls, own, strict=True)
     ]
-    return replace(looked, calls=tuple(calls))
+    return replace(observed, calls=tuple(calls))
 
 
-def _look(case: Case, mode: Mode, *, seed: int, dropout: bool, gradients: bool) -> Looked:
+def _look(case: Case, mode: Mode, *, seed: int, dropout: bool, gradients: bool) -> Observed:
     model, batch = case.model, case.batch
     calls: list[Attention] = []
     widths: dict[str, int] = {}
@@ -91,11 +91,11 @@ def _look(case: Case, mode: Mode, *, seed: int, dropout: bool, gradients: bool) 
                 called = with_input(batch, x)
                 output = rows_of(call(model, called, keep=called.raw), batch, case.kind)
         except AttnscopeError as error:
-            return Looked(calls=(), why=f"{_FAILED}{error}", unseen=(), reacts={})
+            return Observed(calls=(), why=f"{_FAILED}{error}", unseen=(), reacts={})
         reacts = _reacts(case, output, leaves[0]) if leaves and case.kind == "positions" else {}
-    found = tuple(replace(each, d_model=_width_of(each.layer, widths)) for each in calls)
-    why = "" if found else "; ".join(unseen[:1]) or "no call looked like attention"
-    return Looked(calls=found, why=why, unseen=tuple(unseen), reacts=reacts)
+    with_width = tuple(replace(attention, d_model=_width_of(attention.layer, widths)) for attention in calls)
+    why = "" if with_width else "; ".join(unseen[:1]) or "no call looked like attention"
+    return Observed(calls=with_width, why=why, unseen=tuple(unseen), reacts=reacts)
 
 
 @contextmanager
@@ -160,7 +160,7 @@ def _reacts(case: Case, output: Tensor, leaf: Tensor) -> dict[int, Tensor]:
         return {}
     generator = torch.Generator().manual_seed(SEED)
     direction_F = torch.randn(output.shape[-1], generator=generator).to(output)
-    found: dict[int, Tensor] = {}
+    reacts: dict[int, Tensor] = {}
     for i in spread(real_BT.shape[1], PROBES):
         if not real_BT[:, i].any():
             continue
@@ -176,11 +176,11 @@ def _reacts(case: Case, output: Tensor, leaf: Tensor) -> dict[int, Tensor]:
         size_BT = torch.linalg.vector_norm(grad.flatten(2).float(), dim=-1)
         share_BT = (size_BT / size_BT.amax(dim=1, keepdim=True)).nan_to_num(0.0)
         share_BT = share_BT.masked_fill(~(real_BT & real_BT[:, i : i + 1]), 0.0)
-        found[i] = share_BT.amax(dim=0)
-    return found
+        reacts[i] = share_BT.amax(dim=0)
+    return reacts
 
 
-def _in_order(grad: Tensor, batch: Batch) -> Tensor:
+def _in_order(grad: Tensor, batch: CallBatch) -> Tensor:
     """(B, T, D): the leaf behind token ids has the axes that the model is given."""
     return grad.transpose(0, 1) if batch.time_first and batch.has_ids else grad
 

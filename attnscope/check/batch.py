@@ -27,8 +27,8 @@ FORMS = "token ids (B, T), floats (B, T, D), a tuple of arguments, or a dict of 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
-    """The arguments of a call.
+class CallBatch:
+    """A batch as the arguments of a call of the model.
 
     Attributes:
         args: positional.
@@ -50,14 +50,14 @@ class Batch:
     time_first: bool
     real_BT: Tensor
     mask_name: str | None
-    source: "Batch | None"
+    source: "CallBatch | None"
 
     @property
     def raw(self) -> Tensor:
         """The input as it stands among the arguments."""
-        found = self.args[self.at] if isinstance(self.at, int) else self.kwargs[self.at]
-        assert isinstance(found, Tensor)
-        return found
+        x = self.args[self.at] if isinstance(self.at, int) else self.kwargs[self.at]
+        assert isinstance(x, Tensor)
+        return x
 
     @property
     def input(self) -> Tensor:
@@ -75,7 +75,7 @@ class Batch:
         return self.real_BT.shape[1] if self.has_positions else None
 
 
-def read_batch(model: nn.Module, batch: object, *, time_first: bool = False) -> Batch:
+def read_batch(model: nn.Module, batch: object, *, time_first: bool = False) -> CallBatch:
     """Find the input and the mask among the arguments.
 
     Args:
@@ -89,13 +89,13 @@ def read_batch(model: nn.Module, batch: object, *, time_first: bool = False) -> 
     args, kwargs = _arguments(batch)
     named = _named(model, args, kwargs)
     given = {name: value for name, _, value in named}
-    places = {name: at for name, at, x in named if _is_input(name, x)}
-    if not places:
+    at_of = {name: at for name, at, x in named if _is_input(name, x)}
+    if not at_of:
         held = ", ".join(f"{name} {_kind(x)}" for name, _, x in named) or "nothing"
         raise ShapeError(f"batch: holds {held}, but no input. Give {FORMS}.")
-    order = sorted(places, key=lambda name: _rank(name, given[name]))
+    order = sorted(at_of, key=lambda name: _rank(name, given[name]))
 
-    def read(name: str, source: Batch | None) -> Batch:
+    def read(name: str, source: CallBatch | None) -> CallBatch:
         x = given[name]
         has_positions = _has_positions(name, x)
         is_flipped = has_positions and (time_first or is_of_other_axes(x, given))
@@ -103,10 +103,10 @@ def read_batch(model: nn.Module, batch: object, *, time_first: bool = False) -> 
         mask_name, real = None, torch.ones(len(x), 1, dtype=torch.bool, device=x.device)
         if has_positions:
             mask_name, real = padding_of(name, x, given)
-        return Batch(
+        return CallBatch(
             args=args,
             kwargs=kwargs,
-            at=places[name],
+            at=at_of[name],
             input_name=name,
             has_positions=has_positions,
             time_first=is_flipped,
@@ -116,17 +116,17 @@ def read_batch(model: nn.Module, batch: object, *, time_first: bool = False) -> 
         )
 
     name = order[0]
-    sources = [each for each in order if each not in DECODER and name in DECODER]
-    found = read(name, read(sources[0], None) if sources else None)
-    if found.has_ids and len(known_ids(found)) < 2:
+    sources = [source for source in order if source not in DECODER and name in DECODER]
+    call_batch = read(name, read(sources[0], None) if sources else None)
+    if call_batch.has_ids and len(known_ids(call_batch)) < 2:
         raise ShapeError(
-            f"batch: {name} {tuple(found.raw.shape)} does not hold two different token ids, so that none can be changed. Give "
+            f"batch: {name} {tuple(call_batch.raw.shape)} does not hold two different token ids, so that none can be changed. Give "
             "real or random tokens."
         )
-    return found
+    return call_batch
 
 
-def with_input(batch: Batch, x: Tensor) -> Batch:
+def with_input(batch: CallBatch, x: Tensor) -> CallBatch:
     """The batch with this input in place of its own."""
     x = x.transpose(0, 1) if batch.time_first else x
     if isinstance(batch.at, int):
@@ -135,7 +135,7 @@ def with_input(batch: Batch, x: Tensor) -> Batch:
     return replace(batch, kwargs={**batch.kwargs, batch.at: x})
 
 
-def changed_at(batch: Batch, where_BT: Tensor, seed: int = 0) -> Batch:
+def changed_at(batch: CallBatch, where_BT: Tensor, seed: int = 0) -> CallBatch:
     """The batch with other values where `where_BT` is True: other token ids of the same batch, or other floats.
 
     Ids come from the positions that are no padding, so that they are known to be valid.
@@ -154,7 +154,7 @@ def changed_at(batch: Batch, where_BT: Tensor, seed: int = 0) -> Batch:
     return with_input(batch, torch.where(where, pool[drawn].to(x), x))
 
 
-def known_ids(batch: Batch) -> Tensor:
+def known_ids(batch: CallBatch) -> Tensor:
     """Different token ids of the batch outside of its padding."""
     return (batch.input[batch.real_BT] if batch.has_positions else batch.input).unique()
 
@@ -170,12 +170,12 @@ def _arguments(batch: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, int | str, Any]]:
-    """Name, place and value of every argument; positional ones are named as `forward` names them."""
+    """Name, index or key, and value of every argument; positional ones are named as `forward` names them."""
     try:
         names = [
-            each.name
-            for each in inspect.signature(model.forward).parameters.values()
-            if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)
+            parameter.name
+            for parameter in inspect.signature(model.forward).parameters.values()
+            if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
         ]
     except (TypeError, ValueError):
         names = []

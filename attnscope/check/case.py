@@ -12,10 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from attnscope.check.batch import Batch, read_batch
-from attnscope.check.output import KINDS, Kind, described, rows_in
+from attnscope.check.batch import CallBatch, read_batch
+from attnscope.check.output import KINDS, OutputKind, described, rows_in
 from attnscope.check.undisturbed import copied, same_state, seed_all
-from attnscope.errors import AttnscopeError, ShapeError
+from attnscope.errors import AttnscopeError, ShapeError, error_in_a_line
 
 # Of two outputs, relative to the largest: below it, they agree. Measured on CPU: what a causal mask hides changes outputs by
 # exactly 0 in float32 and bfloat16 (fused, by hand, linear), and by 2e-7 in a convolution by FFT. One layer of 12 without its
@@ -43,8 +43,8 @@ class Case:
     """
 
     model: nn.Module
-    batch: Batch
-    kind: Kind
+    batch: CallBatch
+    kind: OutputKind
     outputs: dict[Mode, Tensor]
     again: dict[Mode, Tensor]
     problems: dict[Mode, str]
@@ -81,12 +81,12 @@ class Case:
             return f"no output is finite in {mode}"
         return f"two passes in {mode} with one seed differ by {self.noise(mode):.3g}"
 
-    def run(self, batch: Batch, mode: Mode, *, seed: int = SEED) -> Tensor:
+    def run(self, batch: CallBatch, mode: Mode, *, seed: int = SEED) -> Tensor:
         """Outputs (B, P, F) for this batch, without gradients."""
         with in_mode(self.model, mode, seed=seed), torch.no_grad():
             return rows_of(call(self.model, batch), self.batch, self.kind)
 
-    def trace(self, batch: Batch, mode: Mode, *, seed: int = SEED, sequences: bool = False) -> "Trace":
+    def trace(self, batch: CallBatch, mode: Mode, *, seed: int = SEED, sequences: bool = False) -> "Trace":
         """Names of modules in the order in which they are done, each with one number per row of its output.
 
         Args:
@@ -96,7 +96,7 @@ class Case:
             sequences: whether one number for each sequence will do, of modules without positions; else only pooled outputs
                 (B, F) have one.
         """
-        found: Trace = []
+        trace: Trace = []
         handles = []
         with in_mode(self.model, mode, seed=seed), torch.no_grad():
             try:
@@ -109,14 +109,14 @@ class Case:
                             rows = _rows(out, self.batch, "sequences")
                         if rows is not None:
                             weights = torch.arange(1.0, rows.shape[-1] + 1, device=rows.device)
-                            found.append((name, (rows.float() * weights.cos()).sum(dim=-1)))
+                            trace.append((name, (rows.float() * weights.cos()).sum(dim=-1)))
 
                     handles.append(module.register_forward_hook(look))
                 call(self.model, batch)
             finally:
                 for handle in handles:
                     handle.remove()
-        return found
+        return trace
 
 
 # A module, and one number for each position (B, T), or for each sequence (B, 1).
@@ -131,17 +131,17 @@ def open_case(model: nn.Module, batch: object, *, time_first: bool = False) -> C
         AttnscopeError: the forward pass in evaluation mode raised an exception.
     """
     read = read_batch(model, batch, time_first=time_first)
-    kind: Kind | None = None
+    kind: OutputKind | None = None
     outputs: dict[Mode, Tensor] = {}
     again: dict[Mode, Tensor] = {}
     problems: dict[Mode, str] = {}
     for mode in MODES:
         try:
-            for found in (outputs, again):
+            for kept in (outputs, again):
                 with in_mode(model, mode, seed=SEED), torch.no_grad():
                     output = call(model, read)
                     kind = kind or next((k for k in KINDS if _rows(output, read, k) is not None), None)
-                    found[mode] = rows_of(output, read, kind)
+                    kept[mode] = rows_of(output, read, kind)
             if outputs[mode].shape != outputs["evaluation"].shape:
                 raise ShapeError(f"the output in {mode} has other rows than in evaluation")
         except AttnscopeError as error:
@@ -168,7 +168,7 @@ def in_mode(model: nn.Module, mode: Mode, *, seed: int) -> Iterator[None]:
         yield
 
 
-def call(model: nn.Module, batch: Batch, *, keep: Tensor | None = None) -> Any:
+def call(model: nn.Module, batch: CallBatch, *, keep: Tensor | None = None) -> Any:
     """Call the model with a copy of the batch, but for the tensor to keep, which carries a gradient.
 
     Raises:
@@ -183,7 +183,7 @@ def call(model: nn.Module, batch: Batch, *, keep: Tensor | None = None) -> Any:
         ) from error
 
 
-def rows_of(output: Any, batch: Batch, kind: Kind | None) -> Tensor:
+def rows_of(output: Any, batch: CallBatch, kind: OutputKind | None) -> Tensor:
     """The output as (B, P, F), at least float32.
 
     Raises:
@@ -196,7 +196,7 @@ def rows_of(output: Any, batch: Batch, kind: Kind | None) -> Tensor:
     return rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows.clone()
 
 
-def _rows(output: Any, batch: Batch, kind: Kind) -> Tensor | None:
+def _rows(output: Any, batch: CallBatch, kind: OutputKind) -> Tensor | None:
     """As `rows_in`, of a model that has its axes in the order of the batch."""
     n_batch, n_positions = len(batch.real_BT), batch.n_positions
     if batch.time_first and kind == "positions" and n_positions is not None:
@@ -207,10 +207,11 @@ def _rows(output: Any, batch: Batch, kind: Kind) -> Tensor | None:
 
 def raised(error: BaseException) -> str:
     """An exception in one line: what and where."""
-    text = str(error).strip().splitlines()
-    message = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
-    frames = [each for each in traceback.extract_tb(error.__traceback__) if not each.filename.startswith((_OURS, "<"))]
-    theirs = [each for each in frames if "site-packages" not in each.filename] or frames
+    message = error_in_a_line(error)
+    frames = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith((_OURS, "<"))
+    ]
+    theirs = [frame for frame in frames if "site-packages" not in frame.filename] or frames
     if not theirs:
         return message
     return f"{message} ({theirs[-1].filename.rpartition('/')[2]}, line {theirs[-1].lineno})"

@@ -28,6 +28,6 @@ class without_dropout(TorchFunctionMode):
         if name in DROPOUTS:
             return args[0] if args else kwargs["input"]
         if name in DROPOUT_P:
-            args = tuple(0.0 if at == DROPOUT_P[name] else each for at, each in enumerate(args))
-            kwargs = {key: 0.0 if key == "dropout_p" else each for key, each in kwargs.items()}
+            args = tuple(0.0 if at == DROPOUT_P[name] else value for at, value in enumerate(args))
+            kwargs = {key: 0.0 if key == "dropout_p" else value for key, value in kwargs.items()}
         return func(*args, **kwargs)

@@ -36,9 +36,9 @@ def _without_compiled_flex(stack: ExitStack, flex: Any, model: nn.Module) -> Non
     def flex_attention(*args: Any, **kwargs: Any) -> Any:
         return flex.flex_attention(*args, **kwargs)  # who looks at it replaces it there
 
-    modules = [getattr(each, "__dict__", None) for each in list(sys.modules.values())]
+    modules = [getattr(module, "__dict__", None) for module in list(sys.modules.values())]
     holders = [*modules, *(vars(module) for module in model.modules())]
-    for names in (each for each in holders if isinstance(each, dict)):
+    for names in (names for names in holders if isinstance(names, dict)):
         for name, value in list(names.items()):
             compiled_from = getattr(value, "_torchdynamo_orig_callable", None) if callable(value) else None
             if compiled_from is not None and compiled_from is flex.flex_attention:

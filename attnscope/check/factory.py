@@ -31,7 +31,7 @@ def made_by(target: str) -> tuple[nn.Module, object]:
     module = _from_file(Path(module_name)) if module_name.endswith(".py") else _from_name(module_name)
     factory: Any = module
     for word in name.split("."):
-        names = [each for each in dir(factory) if not each.startswith("_")]
+        names = [public for public in dir(factory) if not public.startswith("_")]
         try:
             factory = getattr(factory, word)
         except AttributeError:

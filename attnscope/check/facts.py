@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from attnscope.capture.calls import applied_scale, modified_logits, visible_keys
 from attnscope.capture.names import n_heads_of
 from attnscope.capture.seen import Computed, Modified, Seen, fit_scale, scale_of
-from attnscope.check.batch import Batch
+from attnscope.check.batch import CallBatch
 from attnscope.check.case import Case
 from attnscope.check.sight import Direction, direction_of, sight_of
 from attnscope.check.soft import Soft, soft_mask
@@ -172,7 +172,7 @@ def _of_some_heads(seen: Seen) -> tuple[Seen, int]:
         is_of_heads = isinstance(x, Tensor) and x.dim() == 4 and x.shape[1] == n_heads
         return x[:, :most] if is_of_heads else x
 
-    parts = {each.name: cut(getattr(seen.logits, each.name)) for each in fields(seen.logits)}
+    parts = {field.name: cut(getattr(seen.logits, field.name)) for field in fields(seen.logits)}
     return replace(seen, logits=replace(seen.logits, **parts)), n_heads
 
 
@@ -201,9 +201,9 @@ def _scale(seen: Seen) -> float | None:
     if isinstance(logits, Modified):
         raw, z, visible = modified_logits(logits)
     elif isinstance(logits, Computed) and (product := logits.raw()) is not None:
-        found = applied_scale(seen)
-        if found is not None or seen.shape[-2] != seen.shape[-1]:
-            return found
+        applied = applied_scale(seen)
+        if applied is not None or seen.shape[-2] != seen.shape[-1]:
+            return applied
         # A mask that hides nothing spoils the fit: of the keys before each query it is none.
         raw, z = product, logits.z.float()
         visible = visible_keys(seen).tril()
@@ -233,15 +233,15 @@ def _repeated(keys: Tensor, n_queries: int) -> int:
     return 1
 
 
-def _is_inverted(visible_BHTS: Tensor, batch: Batch) -> bool | None:
+def _is_inverted(visible_BHTS: Tensor, batch: CallBatch) -> bool | None:
     """Whether padded keys are seen and real ones are not, in all sequences that have both."""
     n_batch, n_keys = visible_BHTS.shape[0], visible_BHTS.shape[-1]
     seen_BS = visible_BHTS.any(dim=2).any(dim=1)
     answers = []
-    for each in (batch, batch.source):
-        if each is None or each.mask_name is None or each.real_BT.shape != (n_batch, n_keys):
+    for given in (batch, batch.source):
+        if given is None or given.mask_name is None or given.real_BT.shape != (n_batch, n_keys):
             continue
-        real_BS = each.real_BT
+        real_BS = given.real_BT
         both_B = real_BS.any(dim=1) & ~real_BS.all(dim=1)
         if both_B.any():
             padding_B, real_B = (seen_BS & ~real_BS).any(dim=1), (seen_BS & real_BS).any(dim=1)

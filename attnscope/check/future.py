@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnscope.check.attention import Looked, spread
-from attnscope.check.batch import Batch, changed_at
+from attnscope.check.attention import Observed, spread
+from attnscope.check.batch import CallBatch, changed_at
 from attnscope.check.case import NOISE, Case, Mode, change_BP, first_changed
 from attnscope.check.facts import Attention
-from attnscope.check.result import MOST_EVIDENCE, Checked, failed, listed, many, not_looked, passed, short, stated
+from attnscope.check.result import MOST_ROWS, Checked, failed, listed, many, not_looked, passed, short, stated
 from attnscope.check.sight import Direction, Sight, direction_of, sight_of
 
 CHANGED = 8  # positions, one after the other
@@ -44,12 +44,12 @@ class Reach:
         return sight_of(self.change_TS > NOISE, self.known_TS)
 
 
-def future_leak(case: Case, looked: Looked, *, causal: bool | None) -> Checked:
+def future_leak(case: Case, observed: Observed, *, causal: bool | None) -> Checked:
     """Whether a later position changes an earlier output, in evaluation and in training.
 
     Args:
         case: what is checked.
-        looked: its attention, and gradients between positions.
+        observed: its attention, and gradients between positions.
         causal: True = nothing may leak, False = the future is meant to be seen, None = all or nothing may leak.
     """
     n_positions = case.grid[1]
@@ -59,7 +59,7 @@ def future_leak(case: Case, looked: Looked, *, causal: bool | None) -> Checked:
     if case.kind != "positions":
         shape = tuple(case.outputs["evaluation"].shape)
         rows = "one number or vector" if case.kind == "whole" else f"{shape[0]} rows, one a sequence"
-        layers = [each for each in looked.calls if each.direction is not None]
+        layers = [call for call in observed.calls if call.direction is not None]
         finding = f"The output has no position axis ({rows})."
         return not_looked(NAME, finding, without, _layer_rows(layers))
     if n_positions < 2:
@@ -70,10 +70,10 @@ def future_leak(case: Case, looked: Looked, *, causal: bool | None) -> Checked:
             f"Nothing can be told: {case.why_unusable('evaluation')}.",
             "Repair that first (see the other checks).",
         )
-    reach = _reach(case, looked)
+    reach = _reach(case, observed)
     sight = reach.sight
     direction = direction_of(sight)
-    layers = [each for each in looked.calls if each.direction is not None]
+    layers = [call for call in observed.calls if call.direction is not None]
     if direction == "alone":
         return not_looked(
             NAME,
@@ -133,29 +133,29 @@ def _leaking(
 
 def _is_block(sight: Sight, layers: list[Attention]) -> bool:
     """Whether what is seen ahead is a prefix, or whole blocks, in all layers."""
-    kinds = {each.direction for each in layers} - {"alone"}
-    return kinds == {"blocks"} and sight.farthest <= max(each.farthest for each in layers)
+    kinds = {layer.direction for layer in layers} - {"alone"}
+    return kinds == {"blocks"} and sight.farthest <= max(layer.farthest for layer in layers)
 
 
 def _partly(direction: Direction, sight: Sight, layers: list[Attention]) -> str:
     """Why a leak looks like a mistake and not like an encoder; empty where it does not."""
     if direction == "backwards":
         return "and not to the past: the mask is the wrong way round"
-    soft = [each for each in layers if each.soft is not None and each.soft.keys == "later keys"]
+    soft = [layer for layer in layers if layer.soft is not None and layer.soft.keys == "later keys"]
     if soft:
-        return f"for the mask of {listed(each.layer for each in soft)} hides nothing: {soft[0].soft}"
+        return f"for the mask of {listed(layer.layer for layer in soft)} hides nothing: {soft[0].soft}"
     if _is_block(sight, layers):
         return ""
-    kinds = {each.direction for each in layers} - {"alone"}
-    causal = sum(each.direction == "causal" for each in layers)
+    kinds = {layer.direction for layer in layers} - {"alone"}
+    causal = sum(layer.direction == "causal" for layer in layers)
     if kinds == {"causal"}:
         return f"though the masks of {many(causal, 'attention layer')} are causal: something else mixes positions"
     if "causal" in kinds:
-        open_layers = [each.layer for each in layers if each.direction != "causal"]
+        open_layers = [layer.layer for layer in layers if layer.direction != "causal"]
         return f"in {len(open_layers)} of {many(len(layers), 'attention layer')} ({listed(open_layers)})"
     if "partly" in kinds:
-        odd = [each for each in layers if each.direction == "partly"]
-        ahead = max(each.farthest for each in odd)
+        odd = [layer for layer in layers if layer.direction == "partly"]
+        ahead = max(layer.farthest for layer in odd)
         return f"in part: {odd[0].layer} sees up to {many(ahead, 'position')} ahead"
     if direction == "partly":
         share = sight.mirrored / sight.mirrors if sight.mirrors else 0.0
@@ -163,7 +163,7 @@ def _partly(direction: Direction, sight: Sight, layers: list[Attention]) -> str:
     return ""
 
 
-def _reach(case: Case, looked: Looked) -> Reach:
+def _reach(case: Case, observed: Observed) -> Reach:
     real_BT = case.batch.real_BT
     n_positions = real_BT.shape[1]
     change_TS = torch.zeros(n_positions, n_positions, device=real_BT.device)
@@ -174,12 +174,12 @@ def _reach(case: Case, looked: Looked) -> Reach:
     for j in changed:
         change_TS[:, j] = _column(case, j, "evaluation")
         known_TS[:, j] = True
-    for i, reacts_T in looked.reacts.items():
+    for i, reacts_T in observed.reacts.items():
         change_TS[i] = torch.maximum(change_TS[i], reacts_T.to(change_TS))
         known_TS[i] = True
     how = f"{many(len(changed), 'position')} changed"
-    if looked.reacts:
-        how += f", gradients of {len(looked.reacts)}"
+    if observed.reacts:
+        how += f", gradients of {len(observed.reacts)}"
     return Reach(change_TS=change_TS, known_TS=known_TS & real_TS, how=how)
 
 
@@ -191,7 +191,7 @@ def _column(case: Case, j: int, mode: Mode) -> Tensor:
     return change.masked_fill(~(real_BT & real_BT[:, j : j + 1]), 0.0).amax(dim=0)
 
 
-def _changed_at_position(case: Case, j: int) -> Batch:
+def _changed_at_position(case: Case, j: int) -> CallBatch:
     where_BT = torch.zeros_like(case.batch.real_BT)
     where_BT[:, j] = case.batch.real_BT[:, j]
     return changed_at(case.batch, where_BT)
@@ -259,8 +259,8 @@ def _pair_row(mode: Mode, i: int, j: int, change: float) -> dict[str, object]:
 
 def _layer_rows(layers: list[Attention]) -> tuple[dict[str, object], ...]:
     """Those that are not causal first."""
-    order = sorted(layers, key=lambda each: each.direction == "causal")
+    order = sorted(layers, key=lambda layer: layer.direction == "causal")
     rows: list[dict[str, object]] = [
-        {"layer": each.layer, "sees": each.direction, "ahead": each.farthest} for each in order
+        {"layer": layer.layer, "sees": layer.direction, "ahead": layer.farthest} for layer in order
     ]
-    return tuple(rows[: MOST_EVIDENCE - 3])
+    return tuple(rows[: MOST_ROWS - 3])

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnscope.check.attention import Looked, spread
-from attnscope.check.batch import Batch, changed_at
+from attnscope.check.attention import Observed, spread
+from attnscope.check.batch import CallBatch, changed_at
 from attnscope.check.case import BATCH_NORMS, MODES, NOISE, Case, Mode, change_BP, first_changed
 from attnscope.check.facts import Attention
-from attnscope.check.result import MOST_EVIDENCE, Checked, failed, listed, many, not_looked, passed, short, stated
+from attnscope.check.result import MOST_ROWS, Checked, failed, listed, many, not_looked, passed, short, stated
 
 BATCH = "batch leak"
 SEQUENCES = 4  # changed, one after the other
@@ -35,23 +35,23 @@ class Change:
     """
 
     what: str
-    batch: Batch
+    batch: CallBatch
     watched_BP: Tensor
     where_BT: Tensor
 
 
-def padding_leak(case: Case, looked: Looked) -> Checked:
+def padding_leak(case: Case, observed: Observed) -> Checked:
     """Whether the contents of padding change outputs that are not padded, and whether a padding mask is the wrong way round."""
     name = "padding leak"
-    inputs = [each for each in (case.batch, case.batch.source) if each is not None]
-    masked = [each for each in inputs if each.mask_name is not None]
+    inputs = [given for given in (case.batch, case.batch.source) if given is not None]
+    masked = [given for given in inputs if given.mask_name is not None]
     if not masked:
         return not_looked(
             name,
             "The batch has no padding mask.",
             "Give one: attention_mask (1 = real), src_key_padding_mask (True = padding), or lengths.",
         )
-    padded = [each for each in masked if not each.real_BT.all() and each.real_BT.any()]
+    padded = [given for given in masked if not given.real_BT.all() and given.real_BT.any()]
     if not padded:
         n_padded = int((~masked[0].real_BT).sum())
         return not_looked(
@@ -59,26 +59,26 @@ def padding_leak(case: Case, looked: Looked) -> Checked:
             f"{masked[0].mask_name} marks {n_padded:,} of {many(masked[0].real_BT.numel(), 'position')} as padding.",
             "Give a batch with sequences of different lengths.",
         )
-    inverted = [each for each in looked.calls if each.is_inverted]
+    inverted = [call for call in observed.calls if call.is_inverted]
     if inverted:
-        return _inverted(name, inverted, [each for each in looked.calls if each.is_inverted is not None])
+        return _inverted(name, inverted, [call for call in observed.calls if call.is_inverted is not None])
     if case.kind == "whole":
         return not_looked(name, f"{WHOLE}.", "Give the arguments with which the model returns more than a loss.")
     real_BT = case.batch.real_BT
     changes = [
         Change(
             what="padding",
-            batch=changed_at(each, ~each.real_BT),
+            batch=changed_at(given, ~given.real_BT),
             watched_BP=case.watched(real_BT),
             where_BT=real_BT,
         )
-        for each in padded
+        for given in padded
     ]
-    n_padded = sum(int((~each.real_BT).sum()) for each in padded)
-    names = " and ".join(str(each.mask_name) for each in padded)
-    soft = [each for each in looked.calls if each.soft is not None and each.soft.keys == "padded keys"]
-    why = f"; in {listed(each.layer for each in soft)}, {soft[0].soft}" if soft else ""
-    found = _compared(
+    n_padded = sum(int((~given.real_BT).sum()) for given in padded)
+    names = " and ".join(str(given.mask_name) for given in padded)
+    soft = [call for call in observed.calls if call.soft is not None and call.soft.keys == "padded keys"]
+    why = f"; in {listed(call.layer for call in soft)}, {soft[0].soft}" if soft else ""
+    checked = _compared(
         case,
         name=name,
         changes=changes,
@@ -87,23 +87,23 @@ def padding_leak(case: Case, looked: Looked) -> Checked:
         remedy=f"Hide padded keys in every layer ({names} must reach the attention), and leave them out of means and norms.",
         why=why,
     )
-    if found.status == "failed" and padded[0] is case.batch and _nothing_real_reaches(case):
+    if checked.status == "failed" and padded[0] is case.batch and _nothing_real_reaches(case):
         return failed(
             name,
             f"The padding mask is inverted: real tokens are hidden and padding is seen. No output reacts to a real token at "
-            f"another position, but to padding: {found.finding[0].lower()}{found.finding[1:]}",
-            found.evidence,
+            f"another position, but to padding: {checked.finding[0].lower()}{checked.finding[1:]}",
+            checked.evidence,
             INVERTED,
         )
-    return found
+    return checked
 
 
 def _inverted(name: str, calls: list[Attention], known: list[Attention]) -> Checked:
     some = "" if len(calls) == len(known) else f" in {len(calls)} of {many(len(known), 'attention call')}"
     return failed(
         name,
-        f"The padding mask is inverted{some}: real keys are hidden and padded keys are seen in {listed(each.layer for each in calls)}.",
-        [{"layer": each.layer, "mask": each.mask, "inverted": bool(each.is_inverted)} for each in [*calls, *(e for e in known if not e.is_inverted)]],
+        f"The padding mask is inverted{some}: real keys are hidden and padded keys are seen in {listed(call.layer for call in calls)}.",
+        [{"layer": call.layer, "mask": call.mask, "inverted": bool(call.is_inverted)} for call in [*calls, *(e for e in known if not e.is_inverted)]],
         INVERTED,
     )  # fmt: skip
 
@@ -124,11 +124,11 @@ def _nothing_real_reaches(case: Case) -> bool:
     return len(tried) > 2 and reached <= int(case.kind == "sequences")
 
 
-def batch_leak(case: Case, looked: Looked) -> Checked:
+def batch_leak(case: Case, observed: Observed) -> Checked:
     """Whether one sequence changes the outputs of the others."""
     name = BATCH
     n_batch, n_positions = case.grid
-    over_batch = [each for each in looked.calls if each.over_batch is not None]
+    over_batch = [call for call in observed.calls if call.over_batch is not None]
     remedy = (
         "Keep sequences apart: no statistics over the batch (LayerNorm instead of BatchNorm), view and reshape that keep the first "
         "axis, batch_first=True in torch's modules."
@@ -138,7 +138,7 @@ def batch_leak(case: Case, looked: Looked) -> Checked:
         first = over_batch[0]
         shape = f"(batch {first.n_batch}, heads {first.n_heads}, positions {first.n_queries}, {first.d_head})"
         why = (
-            f"Attention runs over the batch axis in {listed(each.layer for each in over_batch)}: it takes the {many(n_batch, 'sequence')} "
+            f"Attention runs over the batch axis in {listed(call.layer for call in over_batch)}: it takes the {many(n_batch, 'sequence')} "
             f"for positions, q is {shape} for {n_batch} x {n_positions} positions"
         )
         remedy = (
@@ -161,7 +161,7 @@ def batch_leak(case: Case, looked: Looked) -> Checked:
         changes.append(
             Change(what=f"sequence {b}", batch=batch, watched_BP=case.watched(others_BT), where_BT=others_BT)
         )
-    found = _compared(
+    checked = _compared(
         case,
         name=name,
         changes=changes,
@@ -170,10 +170,10 @@ def batch_leak(case: Case, looked: Looked) -> Checked:
         remedy=remedy,
     )
     if not why:
-        return found
-    if found.status == "failed":
-        why += f"; {found.finding[0].lower()}{found.finding[1:]}".rstrip(".")
-    return failed(name, f"{why}.", [*rows[:3], *found.evidence], remedy)
+        return checked
+    if checked.status == "failed":
+        why += f"; {checked.finding[0].lower()}{checked.finding[1:]}".rstrip(".")
+    return failed(name, f"{why}.", [*rows[:3], *checked.evidence], remedy)
 
 
 def _compared(
@@ -199,11 +199,11 @@ def _compared(
     worst: tuple[float, Mode, Change] | None = None
     leaked_in: dict[Mode, int] = dict.fromkeys(usable, 0)
     looked_at = 0
-    for each in changes:
-        looked_at += int(each.watched_BP.sum())
+    for changed in changes:
+        looked_at += int(changed.watched_BP.sum())
         for mode in usable:
-            change = change_BP(case.outputs[mode], case.run(each.batch, mode))
-            change = change.masked_fill(~each.watched_BP, 0.0)
+            change = change_BP(case.outputs[mode], case.run(changed.batch, mode))
+            change = change.masked_fill(~changed.watched_BP, 0.0)
             leaked_in[mode] += int((change > NOISE).sum())
             most = float(change.max())
             b, t = divmod(int(change.argmax()), change.shape[1])
@@ -211,25 +211,25 @@ def _compared(
             rows.append(
                 (
                     most,
-                    {"mode": mode, "changed": each.what, **at, "change": most, "compared with": NOISE},
+                    {"mode": mode, "changed": changed.what, **at, "change": most, "compared with": NOISE},
                 )
             )
             if most > NOISE and (worst is None or most > worst[0]):
-                worst = (most, mode, each)
+                worst = (most, mode, changed)
     rows.sort(key=lambda row: -row[0])
-    evidence = tuple(row for _, row in rows)[:MOST_EVIDENCE]
+    evidence = tuple(row for _, row in rows)[:MOST_ROWS]
     where = " and ".join(usable)
     rest = f" ({'; '.join(unusable)})" if unusable else ""
     if worst is None:
         finding = f"{said} none of {looked_at:,} {outputs} in {where}{rest}."
         return passed(name, finding, evidence[:1])
     most, mode, leak = worst
-    before, after = (case.trace(each, mode, sequences=name == BATCH) for each in (case.batch, leak.batch))
+    before, after = (case.trace(batch, mode, sequences=name == BATCH) for batch in (case.batch, leak.batch))
     first = first_changed(before, after, leak.where_BT)
     begins = f", first in {first}" if first else ""
     evidence[0]["first module"] = first
     modes = " and ".join(
-        f"{count:,} of {looked_at:,} {outputs} in {each}" for each, count in leaked_in.items() if count
+        f"{count:,} of {looked_at:,} {outputs} in {mode}" for mode, count in leaked_in.items() if count
     )
     finding = f"{said} {modes}, by up to {short(most)} of the largest output{begins}{why}{rest}."
     module = dict(case.model.named_modules()).get(first or "")

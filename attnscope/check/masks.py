@@ -5,7 +5,7 @@ Shape key: B batch, T position.
 
 from collections.abc import Sequence
 
-from attnscope.check.attention import Looked
+from attnscope.check.attention import Observed
 from attnscope.check.case import Case
 from attnscope.check.result import Checked, failed, listed, many, not_looked, passed
 
@@ -13,28 +13,28 @@ NO_ATTENTION = "Seen are F.scaled_dot_product_attention, nn.MultiheadAttention, 
 WRONG_AXIS = "softmax over the queries' axis"  # as the reason of a call that could not be seen begins
 
 
-def masked_rows(case: Case, looked: Looked) -> Checked:
+def masked_rows(case: Case, observed: Observed) -> Checked:
     """Whether every query sees a key, and whether outputs are finite."""
     name = "masked rows"
     output = case.outputs["evaluation"]
     broken_BP = ~output.isfinite().all(dim=-1)
     broken, real = int(broken_BP.sum()), int((broken_BP & case.watched(case.batch.real_BT)).sum())
     n_rows = broken_BP.numel()
-    empty = sum(each.empty_rows for each in looked.calls)
-    empty_real = sum(each.empty_real_rows for each in looked.calls)
-    total = sum(each.rows for each in looked.calls)
+    empty = sum(call.empty_rows for call in observed.calls)
+    empty_real = sum(call.empty_real_rows for call in observed.calls)
+    total = sum(call.rows for call in observed.calls)
     evidence = [
         {
-            "layer": each.layer,
-            "rows": each.rows,
-            "without a key": each.empty_rows,
-            "of them not padded": each.empty_real_rows,
+            "layer": call.layer,
+            "rows": call.rows,
+            "without a key": call.empty_rows,
+            "of them not padded": call.empty_real_rows,
         }
-        for each in sorted(looked.calls, key=lambda each: -each.empty_real_rows)
+        for call in sorted(observed.calls, key=lambda call: -call.empty_real_rows)
     ]
     rows = "No attention was seen"
-    if looked.calls:
-        rows = f"{empty:,} of {many(total, 'query row')} in {many(len(looked.calls), 'attention call')} see no key"
+    if observed.calls:
+        rows = f"{empty:,} of {many(total, 'query row')} in {many(len(observed.calls), 'attention call')} see no key"
         if empty == total:
             rows = f"Every query row is fully masked: {rows}"
         elif empty:
@@ -57,16 +57,16 @@ def masked_rows(case: Case, looked: Looked) -> Checked:
                 "key_padding_mask and the masks of torch's modules say True for what is hidden."
             )
         return failed(name, f"{rows}, and {outputs}.", evidence, remedy)
-    if not looked.calls:
-        return not_looked(name, f"No attention was seen: {looked.why}.", NO_ATTENTION)
-    return passed(name, f"{rows}, and all outputs are finite{unseen_rest(looked)}.", evidence)
+    if not observed.calls:
+        return not_looked(name, f"No attention was seen: {observed.why}.", NO_ATTENTION)
+    return passed(name, f"{rows}, and all outputs are finite{unseen_rest(observed)}.", evidence)
 
 
-def softmax_axis(_: Case, looked: Looked) -> Checked:
+def softmax_axis(_: Case, observed: Observed) -> Checked:
     """Whether each softmax between q kᵀ and v runs over the keys."""
-    wrong = wrong_axes(looked.unseen)
+    wrong = wrong_axes(observed.unseen)
     if wrong:
-        n_calls = len(wrong) + len(looked.calls)
+        n_calls = len(wrong) + len(observed.calls)
         return failed(
             "softmax axis",
             f"{len(wrong)} of {many(n_calls, 'attention call')} {'takes' if len(wrong) == 1 else 'take'} the softmax over the axis "
@@ -74,24 +74,24 @@ def softmax_axis(_: Case, looked: Looked) -> Checked:
             [{"layer": where, "seen": reason} for where, reason in wrong],
             "Say softmax(dim=-1): the weights of one query over all keys sum to 1.",
         )
-    if not looked.calls:
-        return not_looked("softmax axis", f"No attention was seen: {looked.why}.", NO_ATTENTION)
-    finding = f"The softmax of {many(len(looked.calls), 'attention call')} is over the keys{unseen_rest(looked)}."
+    if not observed.calls:
+        return not_looked("softmax axis", f"No attention was seen: {observed.why}.", NO_ATTENTION)
+    finding = f"The softmax of {many(len(observed.calls), 'attention call')} is over the keys{unseen_rest(observed)}."
     return passed("softmax axis", finding)
 
 
 def wrong_axes(unseen: Sequence[str]) -> list[tuple[str, str]]:
     """Of lines such as "layers.0.attn (eager, [[3, 4, 12, 12]]): reason", where each softmax over the queries is, and the reason."""
-    found = []
+    wrong = []
     for line in unseen:
         place, between, reason = line.partition("): ")
         if between and reason.startswith(WRONG_AXIS):
-            found.append((place.partition(" (")[0], reason))
-    return found
+            wrong.append((place.partition(" (")[0], reason))
+    return wrong
 
 
-def unseen_rest(looked: Looked) -> str:
+def unseen_rest(observed: Observed) -> str:
     """What a result over the calls that were seen does not speak of."""
-    if not looked.unseen:
+    if not observed.unseen:
         return ""
-    return f"; {many(len(looked.unseen), 'more call')} could not be looked at ({looked.unseen[0]})"
+    return f"; {many(len(observed.unseen), 'more call')} could not be looked at ({observed.unseen[0]})"

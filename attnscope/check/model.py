@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from attnscope.capture.names import unwrapped
-from attnscope.check.attention import Looked, look
+from attnscope.check.attention import Observed, look
 from attnscope.check.batch import with_input
 from attnscope.check.case import NOISE, Case, change_BP, open_case
 from attnscope.check.dtypes import dtypes, registered_layers
@@ -21,7 +21,7 @@ from attnscope.check.shapes import head_shapes
 from attnscope.check.undisturbed import undisturbed
 from attnscope.errors import ShapeError
 
-# Each is check(case, looked); before them stands future_leak, which is told what the model is meant to be.
+# Each is check(case, observed); before them stands future_leak, which is told what the model is meant to be.
 CHECKS = (
     padding_leak,
     batch_leak,
@@ -60,23 +60,23 @@ def check_model(model: nn.Module, batch: object, *, causal: bool | None = None) 
         raise ShapeError(f"model: is a {type(model).__name__}, but must be a torch.nn.Module.")
     model = unwrapped(model)
     with eagerly(model), undisturbed(model):
-        case, looked = _opened(model, batch)
+        case, observed = _opened(model, batch)
         with torch.no_grad():
-            first = future_leak(case, looked, causal=causal)
-            return (first, *(check(case, looked) for check in CHECKS))
+            first = future_leak(case, observed, causal=causal)
+            return (first, *(check(case, observed) for check in CHECKS))
 
 
-def _opened(model: nn.Module, batch: object) -> tuple[Case, Looked]:
+def _opened(model: nn.Module, batch: object) -> tuple[Case, Observed]:
     """The case, with positions on the first axis of the input where the model treats them so."""
     case = open_case(model, batch)
-    looked = look(case)
-    over_batch = {each.over_batch for each in looked.calls} - {None}
+    observed = look(case)
+    over_batch = {call.over_batch for call in observed.calls} - {None}
     if over_batch:
         other = open_case(model, batch, time_first=True)
         # Nobody hides later sequences of a batch from earlier ones: an axis with a causal mask is that of positions.
         if "causal" in over_batch or _fits_better(case, other):
             return other, look(other)
-    return case, looked
+    return case, observed
 
 
 def _fits_better(case: Case, other: Case) -> bool:

@@ -6,7 +6,7 @@ from math import isclose
 
 import torch
 
-from attnscope.check.attention import Looked, look
+from attnscope.check.attention import Observed, look
 from attnscope.check.case import BATCH_NORMS, NOISE, SEED, Case, Trace, change_BP, first_changed
 from attnscope.check.dropout import without_dropout
 from attnscope.check.facts import Attention
@@ -26,31 +26,31 @@ class Fact:
 
 
 FACTS = (
-    Fact(name="scale", of=lambda each: None if each.is_cosine else each.scale),
-    Fact(name="visible pairs", of=lambda each: each.pairs),
-    Fact(name="mask", of=lambda each: each.pattern),
-    Fact(name="heads", of=lambda each: each.n_heads),
-    Fact(name="d_head", of=lambda each: each.d_head),
-    Fact(name="queries", of=lambda each: each.n_queries),
-    Fact(name="keys", of=lambda each: each.n_keys),
-    Fact(name="dtype", of=lambda each: each.dtype),
+    Fact(name="scale", of=lambda call: None if call.is_cosine else call.scale),
+    Fact(name="visible pairs", of=lambda call: call.pairs),
+    Fact(name="mask", of=lambda call: call.pattern),
+    Fact(name="heads", of=lambda call: call.n_heads),
+    Fact(name="d_head", of=lambda call: call.d_head),
+    Fact(name="queries", of=lambda call: call.n_queries),
+    Fact(name="keys", of=lambda call: call.n_keys),
+    Fact(name="dtype", of=lambda call: call.dtype),
 )
 
 
-def training_and_evaluation(case: Case, looked: Looked) -> Checked:
+def training_and_evaluation(case: Case, observed: Observed) -> Checked:
     """Whether attention has the same scale, mask and shapes in both modes, and outputs agree without dropout."""
     if "training" not in case.outputs:
         return not_looked(NAME, f"The pass in training mode failed: {case.why_unusable('training')}.", "Give a batch with which the model can train.")  # fmt: skip
-    if not looked.calls and looked.why.startswith("with gradients"):
-        return not_looked(NAME, f"{looked.why}.", "Make that pass work first.")
+    if not observed.calls and observed.why.startswith("with gradients"):
+        return not_looked(NAME, f"{observed.why}.", "Make that pass work first.")
     outputs = _outputs(case)
     # Layers that are dropped, noise, experts drawn: what comes out differs from seed to seed even without dropout.
     real_BP = case.watched(case.batch.real_BT)
     is_random = any(_apart(outputs[0], other, real_BP) > NOISE for other in outputs[1:])
     seeds = SEEDS if is_random else SEEDS[:1]
     passes = [look(case, "training", seed=seed, dropout=False) for seed in seeds]
-    rows = _differences(looked, passes)
-    n_calls = [len(looked.calls), *(len(each.calls) for each in passes)]
+    rows = _differences(observed, passes)
+    n_calls = [len(observed.calls), *(len(training.calls) for training in passes)]
     if rows:
         first = rows[0]
         return failed(
@@ -65,7 +65,7 @@ def training_and_evaluation(case: Case, looked: Looked) -> Checked:
         return failed(
             NAME,
             f"{many(n_calls[0], 'attention call')} in evaluation and {n_calls[1]:,} in training, without anything random.",
-            _missing(looked, passes[0]),
+            _missing(observed, passes[0]),
             "Let both modes run the same layers.",
         )
     seen = f"{many(n_calls[0], 'attention call')} the same" if n_calls[0] else "no attention seen"
@@ -108,42 +108,42 @@ def _outputs(case: Case) -> list[torch.Tensor]:
         return [case.run(case.batch, "training", seed=seed) for seed in SEEDS]
 
 
-def _differences(looked: Looked, passes: list[Looked]) -> list[dict[str, object]]:
+def _differences(observed: Observed, passes: list[Observed]) -> list[dict[str, object]]:
     """Facts of the same call of the same layer that all training passes agree on, and evaluation does not."""
-    found: list[dict[str, object]] = []
-    in_training = [_by_place(each) for each in passes]
-    for place, mine in _by_place(looked).items():
-        theirs = [each[place] for each in in_training if place in each]
+    rows: list[dict[str, object]] = []
+    in_training = [_by_place(training) for training in passes]
+    for place, mine in _by_place(observed).items():
+        theirs = [calls[place] for calls in in_training if place in calls]
         if len(theirs) < len(passes):
             continue
         here: list[dict[str, object]] = []
         for fact in FACTS:
-            one, others = fact.of(mine), [fact.of(each) for each in theirs]
+            one, others = fact.of(mine), [fact.of(call) for call in theirs]
             if fact.name == "mask" and here:
                 continue  # the number of pairs says it already
             if fact.name == "scale" and (one is None or None in others):
                 continue  # it could not be read
-            if _is_same(one, others[0]) or not all(_is_same(others[0], each) for each in others):
+            if _is_same(one, others[0]) or not all(_is_same(others[0], value) for value in others):
                 continue
             words = ("", "") if fact.name != "mask" else (f"{mine.mask}, {mine.pairs:,} pairs", f"{theirs[0].mask}, {theirs[0].pairs:,} other pairs")  # fmt: skip
             here.append({"layer": mine.layer, "fact": fact.name, "evaluation": words[0] or one, "training": words[1] or others[0]})  # fmt: skip
-        found += here
-    return found
+        rows += here
+    return rows
 
 
-def _by_place(looked: Looked) -> dict[tuple[str, int], Attention]:
+def _by_place(observed: Observed) -> dict[tuple[str, int], Attention]:
     """Calls by their layer, and the how many-th of it they are."""
-    found: dict[tuple[str, int], Attention] = {}
-    for each in looked.calls:
+    calls: dict[tuple[str, int], Attention] = {}
+    for call in observed.calls:
         number = 0
-        while (each.layer, number) in found:
+        while (call.layer, number) in calls:
             number += 1
-        found[each.layer, number] = each
-    return found
+        calls[call.layer, number] = call
+    return calls
 
 
-def _missing(looked: Looked, training: Looked) -> list[dict[str, object]]:
-    one, two = _by_place(looked), _by_place(training)
+def _missing(observed: Observed, training: Observed) -> list[dict[str, object]]:
+    one, two = _by_place(observed), _by_place(training)
     return [
         {"layer": layer, "evaluation": (layer, n) in one, "training": (layer, n) in two}
         for layer, n in sorted({*one, *two})

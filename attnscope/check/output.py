@@ -9,15 +9,15 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-Kind = Literal["positions", "sequences", "whole"]
-KINDS: tuple[Kind, ...] = ("positions", "sequences", "whole")  # the finest first
+OutputKind = Literal["positions", "sequences", "whole"]
+KINDS: tuple[OutputKind, ...] = ("positions", "sequences", "whole")  # the finest first
 
 # Looked at first, in this order; then whatever else the output holds, in its own order.
 NAMES = ("logits", "prediction_logits", "last_hidden_state", "hidden_states")
 DEEPEST = 3  # level of lists and dictionaries within one another
 
 
-def rows_in(output: Any, n_batch: int, n_positions: int | None, kind: Kind) -> Tensor | None:
+def rows_in(output: Any, n_batch: int, n_positions: int | None, kind: OutputKind) -> Tensor | None:
     """The first floating tensor of the output with rows of this kind, as (B, P, F); None where there is none.
 
     Args:
@@ -54,9 +54,9 @@ def _per_position(floats: list[Tensor], n_batch: int, n_positions: int) -> Tenso
 
 def described(output: Any) -> str:
     """An output in words: which tensors of which shapes."""
-    found = [f"{name} {tuple(x.shape)}".strip() for name, x in _tensors(output)]
-    if output is None or found:
-        return ", ".join(found[:8]) or "None"
+    tensors = [f"{name} {tuple(x.shape)}".strip() for name, x in _tensors(output)]
+    if output is None or tensors:
+        return ", ".join(tensors[:8]) or "None"
     return f"a {type(output).__name__} without tensors"
 
 
@@ -70,14 +70,14 @@ def _tensors(output: Any, name: str = "", level: int = 0) -> Iterator[tuple[str,
 
 def _parts(output: Any) -> list[tuple[str, Any]]:
     if isinstance(output, tuple | list):
-        return [("", each) for each in output]
+        return [("", part) for part in output]
     if isinstance(output, Mapping):
         held = {str(name): value for name, value in output.items()}
     elif is_dataclass(output):
-        held = {each.name: getattr(output, each.name, None) for each in fields(output)}
+        held = {field.name: getattr(output, field.name, None) for field in fields(output)}
     else:
         held = dict(getattr(output, "__dict__", {}))
     if isinstance(held.get("hidden_states"), tuple | list):
         held["hidden_states"] = held["hidden_states"][-1:]  # of the last layer
     first = [name for name in NAMES if name in held]
-    return [(name, held[name]) for name in [*first, *(each for each in held if each not in NAMES)]]
+    return [(name, held[name]) for name in [*first, *(name for name in held if name not in NAMES)]]

@@ -2,12 +2,12 @@
 
 import torch
 
-from attnscope.check.attention import Looked
+from attnscope.check.attention import Observed
 from attnscope.check.case import NOISE, SEED, Case, Mode, change_BP, first_changed
 from attnscope.check.result import Checked, failed, not_looked, passed, short
 
 
-def dropout_in_evaluation(case: Case, _: Looked) -> Checked:
+def dropout_in_evaluation(case: Case, _: Observed) -> Checked:
     """Whether two passes in evaluation mode agree, whatever the random numbers are."""
     before = case.outputs["evaluation"]
     after = case.run(case.batch, "evaluation", seed=SEED + 1)
@@ -26,7 +26,7 @@ def dropout_in_evaluation(case: Case, _: Looked) -> Checked:
     )
 
 
-def repeatable_training(case: Case, _: Looked) -> Checked:
+def repeatable_training(case: Case, _: Observed) -> Checked:
     """Whether two passes in training mode with the same seed agree."""
     name = "repeatable training"
     if "training" not in case.outputs:

@@ -8,7 +8,7 @@ from typing import Literal
 # not be made, and the finding says why.
 Status = Literal["passed", "failed", "stated", "not looked"]
 
-MOST_EVIDENCE = 12  # rows
+MOST_ROWS = 12  # of evidence: a fault is told layer by layer, where a finding about a run shows its few worst numbers
 
 Row = Mapping[str, object]
 
@@ -21,7 +21,7 @@ class Checked:
         name: of the check.
         status: what the finding amounts to.
         finding: one sentence with the measured numbers.
-        evidence: rows of plain data behind it, at most MOST_EVIDENCE, the worst first.
+        evidence: rows of plain data behind it, at most MOST_ROWS, the worst first.
         remedy: what to do; empty where there is nothing to do.
     """
 
@@ -69,10 +69,10 @@ def short(value: float) -> str:
 
 def listed(names: Iterable[str], most: int = 3) -> str:
     """The first few names, each once."""
-    each = list(dict.fromkeys(names))
-    return ", ".join(each[:most]) + (", ..." if len(each) > most else "")
+    different = list(dict.fromkeys(names))
+    return ", ".join(different[:most]) + (", ..." if len(different) > most else "")
 
 
 def _result(name: str, status: Status, finding: str, evidence: Iterable[Row], remedy: str) -> Checked:
-    rows = tuple(evidence)[:MOST_EVIDENCE]
+    rows = tuple(evidence)[:MOST_ROWS]
     return Checked(name=name, status=status, finding=finding, evidence=rows, remedy=remedy)

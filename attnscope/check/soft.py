@@ -58,13 +58,13 @@ def soft_mask(seen: Seen, visible_BHTS: Tensor, real_BT: Tensor) -> Soft | None:
         # All of them, at different distances.
         if not torch.equal(where, meant) or not where.any() or not base.any() or (words == "later keys" and n < 3):
             continue
-        found = _filled(z, raw, where, base) or _shifted(z, raw, exact, where, base)
-        if found is None:
+        how_and_value = _filled(z, raw, where, base) or _shifted(z, raw, exact, where, base)
+        if how_and_value is None:
             continue
         p = z.masked_fill(~visible_BHTS, -torch.inf).softmax(dim=-1)
         weight = p.where(where, 0.0).sum(dim=-1)[where.any(dim=-1)]
         if float(weight.max()) > NOISE:
-            how, value = found
+            how, value = how_and_value
             return Soft(keys=words, how=how, value=value, weight=float(weight.mean()))
     return None
 
@@ -97,7 +97,7 @@ def _shifted(z: Tensor, raw: Tensor, exact: Tensor | None, where: Tensor, base: 
         scale = (x * y).sum() / x.square().sum()
         rest, within = z - scale * raw, EXACT * float(z[base | where].abs().max())
     inside, outside = rest[where], rest[base]
-    if any(float(each.max() - each.min()) > 2 * within for each in (inside, outside)):
+    if any(float(logits.max() - logits.min()) > 2 * within for logits in (inside, outside)):
         return None
     step = float(inside.mean() - outside.mean())
     return ("shifted by", step) if abs(step) > 10 * within else None

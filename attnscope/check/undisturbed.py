@@ -132,7 +132,7 @@ def _differ(value: Any, before: Any) -> bool:
         )
     if isinstance(value, list):
         return any(ours is not theirs for ours, theirs in zip(value, before, strict=True))
-    return {id(each) for each in value} != {id(each) for each in before}
+    return {id(item) for item in value} != {id(item) for item in before}
 
 
 def copied(value: Any, keep: Tensor | None = None) -> Any:

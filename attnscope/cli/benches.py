@@ -128,51 +128,51 @@ def bench_faults(
         print_faults(score(answers(done, out)), as_json=json_output)
 
 
-def print_overhead(found: "Overhead", *, as_json: bool) -> None:
+def print_overhead(overhead: "Overhead", *, as_json: bool) -> None:
     """Print what `attnscope bench overhead` measured."""
     if as_json:
-        _print_json(asdict(found))
+        _print_json(asdict(overhead))
         return
     for line in (
         "Ratios of step times: median (middle half); d_model 128, 4 layers, seq_len 64, batch 16.",
-        f"recording on / off                    {found.recording}",
-        f"tokens/s, recording on / plain loop   {found.plain}",
-        f"plain loop / itself                   {found.plain_twice}",
-        f"16 tiny members at once / one by one  {found.ensemble}",
-        f"tables on disk                        {found.mb_per_1000_steps:.2f} MB per 1,000 steps",
-        f"tokens/s                              {found.recorded_tokens_s:,.0f} recorded, "
-        f"{found.plain_tokens_s:,.0f} plain",
+        f"recording on / off                    {overhead.recording}",
+        f"tokens/s, recording on / plain loop   {overhead.plain}",
+        f"plain loop / itself                   {overhead.plain_twice}",
+        f"16 tiny members at once / one by one  {overhead.ensemble}",
+        f"tables on disk                        {overhead.mb_per_1000_steps:.2f} MB per 1,000 steps",
+        f"tokens/s                              {overhead.recorded_tokens_s:,.0f} recorded, "
+        f"{overhead.plain_tokens_s:,.0f} plain",
     ):
         typer.echo(line)
 
 
-def print_watch_overhead(found: "WatchOverhead", *, as_json: bool) -> None:
+def print_watch_overhead(overhead: "WatchOverhead", *, as_json: bool) -> None:
     """Print what `attnscope bench overhead --watch` measured."""
     if as_json:
-        _print_json(asdict(found))
+        _print_json(asdict(overhead))
         return
     for line in (
         "Ratios of step times: median (middle half); d_model 256, 4 layers, seq_len 256, batch 8, fused attention, AdamW.",
-        f"watched, every step / not watched        {found.every_step}",
-        f"watched, every {found.every} steps / not watched    {found.default}",
-        f"not watched / itself                     {found.unwatched}",
-        f"step without attnscope                   {found.step_ms:.0f} ms",
+        f"watched, every step / not watched        {overhead.every_step}",
+        f"watched, every {overhead.every} steps / not watched    {overhead.default}",
+        f"not watched / itself                     {overhead.unwatched}",
+        f"step without attnscope                   {overhead.step_ms:.0f} ms",
     ):
         typer.echo(line)
 
 
-def print_sweep_gain(found: "SweepGain", *, as_json: bool) -> None:
+def print_sweep_gain(gain: "SweepGain", *, as_json: bool) -> None:
     """Print what `attnscope bench sweep` measured."""
     if as_json:
-        _print_json(asdict(found))
+        _print_json(asdict(gain))
         return
-    gains = found.large.median > WORTH_IT
+    gains = gain.large.median > WORTH_IT
     for line in (
         "Ratios of member-steps per second: median (middle half); d_model 32, 2 layers, seq_len 16.",
-        f"64 members at once / one by one            {found.loop}",
-        f"64 members at once / one by one, two jobs  {found.jobs}",
-        f"default model at once / one by one, {found.large_on:<6} {found.large}",
-        f"member-steps/s, 64 tiny members            {found.member_steps_s:,.0f}",
+        f"64 members at once / one by one            {gain.loop}",
+        f"64 members at once / one by one, two jobs  {gain.jobs}",
+        f"default model at once / one by one, {gain.large_on:<6} {gain.large}",
+        f"member-steps/s, 64 tiny members            {gain.member_steps_s:,.0f}",
         "The default model gains from being trained together."
         if gains
         else "The default model gains nothing from being trained together here: one member keeps the cores busy.",
@@ -180,38 +180,38 @@ def print_sweep_gain(found: "SweepGain", *, as_json: bool) -> None:
         typer.echo(line)
 
 
-def print_report_costs(found: "Sequence[ReportCost]", *, as_json: bool) -> None:
+def print_report_costs(costs: "Sequence[ReportCost]", *, as_json: bool) -> None:
     """Print what `attnscope bench report` measured."""
     if as_json:
-        _print_json([asdict(each) for each in found])
+        _print_json([asdict(cost) for cost in costs])
         return
     console = Console(highlight=False)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for title in ("run", "MB", "opened", "analysed", "reported"):
         table.add_column(title, justify="left" if title == "run" else "right")
-    for each in found:
-        shape = each.shape
+    for report_cost in costs:
+        shape = report_cost.shape
         table.add_row(
             f"{shape.n_members:,} x {shape.n_steps:,} steps x {shape.n_layers} x {shape.n_heads} heads",
-            f"{each.mb:.0f}",
+            f"{report_cost.mb:.0f}",
             *(
                 f"{cost.seconds:.1f} s, {cost.peak_bytes / 2**30:.2f} GiB"
-                for cost in (each.opened, each.analysed, each.reported)
+                for cost in (report_cost.opened, report_cost.analysed, report_cost.reported)
             ),
         )
     console.print(table)
 
 
-def print_faults(found: "Score", *, as_json: bool) -> None:
+def print_faults(score: "Score", *, as_json: bool) -> None:
     """Print what `attnscope bench faults` measured."""
     if as_json:
-        _print_json(asdict(found))
+        _print_json(asdict(score))
         return
     console = Console(highlight=False)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for title in ("fault", "programs", "seen", "named first", "from step", "named instead"):
         table.add_column(title, justify="left" if title in ("fault", "named instead") else "right")
-    for kind in found.kinds:
+    for kind in score.kinds:
         if kind.programs:
             step = "-" if kind.step is None else f"{kind.step:.0f}"
             shares = (f"{kind.detected:.2f}", f"{kind.named:.2f}")
@@ -220,9 +220,9 @@ def print_faults(found: "Score", *, as_json: bool) -> None:
             table.add_row(kind.fault, "0", "-", "-", "-", f"harmless in {kind.harmless}")
     console.print(table)
     for line in (
-        f"All faults that did harm: seen {found.detected:.2f}, the right cause first {found.named:.2f}.",
-        f"{found.healthy} healthy programs: {found.errors_per_healthy:.3f} errors and {found.warnings_per_healthy:.3f} warnings each.",
-        *(f"  said of healthy programs: {rule}, {count} times" for rule, count in found.said_of_healthy.items()),
+        f"All faults that did harm: seen {score.detected:.2f}, the right cause first {score.named:.2f}.",
+        f"{score.healthy} healthy programs: {score.errors_per_healthy:.3f} errors and {score.warnings_per_healthy:.3f} warnings each.",
+        *(f"  said of healthy programs: {rule}, {count} times" for rule, count in score.said_of_healthy.items()),
     ):
         typer.echo(line)
 

@@ -38,23 +38,23 @@ def check_and_print(target: str, *, causal: bool | None, as_json: bool) -> froze
         model, batch = made_by(target)
         with Console(stderr=True).status(Text(f"Checking {target}")):
             results = check_model(model, batch, causal=causal)
-    statuses = frozenset(str(each.status) for each in results)
+    statuses = frozenset(str(result.status) for result in results)
     if as_json:
         said = {
             "target": target,
             "model": type(model).__name__,
-            "counts": Counter(each.status for each in results),
-            "checks": [to_table(each) for each in results],
+            "counts": Counter(result.status for result in results),
+            "checks": [to_table(result) for result in results],
         }
         typer.echo(to_json(said, indent=1))
         return statuses
     console = Console(highlight=False)
     said_by: dict[str, str] = {}
-    for each in results:
-        _print_line(console, each, said_by.setdefault(_said(each), each.name))
-    for each in results:
-        if each.status == "failed":
-            _print_failed(console, each)
+    for result in results:
+        _print_line(console, result, said_by.setdefault(_said(result), result.name))
+    for result in results:
+        if result.status == "failed":
+            _print_failed(console, result)
     console.print()
     again = f"attnscope check {shlex.quote(target)}"
     after = f"repair it, then again: {again}" if "failed" in statuses else "attnscope watch train.py"

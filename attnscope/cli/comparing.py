@@ -2,7 +2,6 @@
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import typer
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from attnscope.cli.tables import cells_as_json, print_comparison
+from attnscope.comparison.member import row_as_json
 from attnscope.config import parse_assignment, value_text
 from attnscope.report import write_comparison
 from attnscope.report.side_by_side import Chosen, side_by_side
@@ -34,28 +34,28 @@ def compare_runs(words: Sequence[str], *, baseline: Sequence[str], out: Path | N
     """
     chosen = [_chosen(word) for word in words]
     wanted = {key: value_text(value) for key, value in map(parse_assignment, baseline)}
-    tables, found = side_by_side(chosen, baseline=wanted)
-    place = write_comparison(tables, found, out or _folder(chosen))
-    comparison = found.comparison
+    tables, contents = side_by_side(chosen, baseline=wanted)
+    report = write_comparison(tables, contents, out or _folder(chosen))
+    comparison = contents.comparison
     assert comparison is not None
     if as_json:
         said = {
-            "members": [asdict(member) for member in found.members],
+            "members": [row_as_json(member) for member in contents.members],
             "differing": {key: list(values) for key, values in comparison.axes.items()},
             "cells": cells_as_json(comparison),
-            "verdict": list(found.verdict),
-            "report": str(place),
+            "verdict": list(contents.verdict),
+            "report": str(report),
         }
         typer.echo(to_json(said, indent=1))
         return
     console = Console(highlight=False)
-    print_comparison(console, comparison, found.members)
-    for sentence in found.verdict:
+    print_comparison(console, comparison, contents.members)
+    for sentence in contents.verdict:
         console.print(Text(sentence))
-    for lost in found.lost:
+    for lost in contents.lost:
         typer.echo(f"warning: {lost}", err=True)
     console.print()
-    console.print(Text(f"Report: {place}"), soft_wrap=True)
+    console.print(Text(f"Report: {report}"), soft_wrap=True)
     first = shlex.quote(str(chosen[0].run.path))
     console.print(Text(f"Next:   attnscope diagnose {first}"), soft_wrap=True)
 
@@ -77,9 +77,9 @@ def _chosen(word: str) -> Chosen:
 def _folder(chosen: Sequence[Chosen]) -> Path:
     """The same for the same runs and members, so that a comparison made again replaces itself."""
     names = []
-    for each in chosen:
-        names.append(each.run.name)
-        names += each.members or ()
-    name = "-".join(dict.fromkeys(printable(each, 30) for each in names))
+    for choice in chosen:
+        names.append(choice.run.name)
+        names += choice.members or ()
+    name = "-".join(dict.fromkeys(printable(name, 30) for name in names))
     safe = "".join(letter if letter.isalnum() or letter in "-_.=" else "_" for letter in name)
     return Path("comparisons") / (safe[:LONGEST_NAME].strip(".") or "comparison")

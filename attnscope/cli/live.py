@@ -19,10 +19,10 @@ from rich.table import Table
 from rich.text import Text
 
 from attnscope.report.numbers import number
+from attnscope.runs.events import Diverged, Event, Nonfinite
 
 if TYPE_CHECKING:
     from attnscope.config import Config, Member
-    from attnscope.runs.events import Event
     from attnscope.train.block import Block
     from attnscope.train.loop import Progress
 
@@ -44,7 +44,7 @@ def watch_training(config: "Config | None", path: Path, *, command: Sequence[str
 
     console = Console(stderr=True, highlight=False)
     members = members_of(config if config is not None else open_run(path).config)
-    view = View(members)
+    view = PartView(members)
     shown: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
     if console.is_terminal:
         # No refresh thread: it would take its share of the cores from training.
@@ -80,15 +80,15 @@ def asked_to_stop(console: Console, saying: str = "Stopping after this step") ->
         asked = True
         console.print(Text(f"{saying}; press Ctrl-C again to stop at once."))
 
-    before = {each: signal.signal(each, ask) for each in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: asked
     finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-class View:
+class PartView:
     """What is known about the part that trains now.
 
     Invariant: memory does not grow with the number of steps.
@@ -189,20 +189,20 @@ class View:
             text += f"  {tokens:,.0f} tokens/s  eta {(self._steps - done) / rate:.0f} s"
         return text
 
-    def _line_of(self, event: "Event") -> Text | None:
-        if event.member is None or event.kind not in ("nonfinite", "diverged"):
+    def _line_of(self, event: Event) -> Text | None:
+        what = event.what
+        if event.member is None or not isinstance(what, Nonfinite | Diverged):
             return None
         name = self._members[event.member].name
-        if event.kind == "nonfinite":
-            where = event.fields.get("where")
+        if isinstance(what, Nonfinite):
             place = ""
-            if isinstance(where, list):
-                place = f" ({', '.join([*where[:3], *['...'] * (len(where) > 3)])})"
-            tensor = event.fields["tensor"]
-            verb = "are" if tensor == "attention logits" else "is"
-            return Text(f"step {event.step}: {tensor} of {name} {verb} not finite{place}", "red")
+            if what.where is not None:
+                words = [place.words for place in what.where]
+                place = f" ({', '.join([*words[:3], *['...'] * (len(words) > 3)])})"
+            verb = "are" if what.tensor == "attention logits" else "is"
+            return Text(f"step {event.step}: {what.tensor} of {name} {verb} not finite{place}", "red")
         self._notes[event.member] = f"✗ diverged at step {event.step}"
-        return Text(f"step {event.step}: {name} diverged: loss {event.fields['why']}", "red")
+        return Text(f"step {event.step}: {name} diverged: loss {what.why}", "red")
 
 
 class Curve:

@@ -175,18 +175,18 @@ def _with_settings(config: Config, settings: Sequence[str]) -> Config:
 def _seeds(text: str) -> object:
     """A number, or several with commas between."""
     try:
-        found = [int(piece) for piece in text.split(",")]
+        seeds = [int(piece) for piece in text.split(",")]
     except ValueError:
         return text
-    return found if "," in text else found[0]
+    return seeds if "," in text else seeds[0]
 
 
 def _warn(config: Config, path: Path | None) -> None:
     where = str(path) if path else "command line"
-    found = dict.fromkeys(
+    warnings = dict.fromkeys(
         warning for member in members_of(config, where=where) for warning in warnings_of(member.config)
     )
-    for warning in list(found)[:MOST_WARNINGS]:
+    for warning in list(warnings)[:MOST_WARNINGS]:
         typer.echo(f"warning: {warning}.", err=True)
-    if len(found) > MOST_WARNINGS:
-        typer.echo(f"warning: and {len(found) - MOST_WARNINGS} more like these.", err=True)
+    if len(warnings) > MOST_WARNINGS:
+        typer.echo(f"warning: and {len(warnings) - MOST_WARNINGS} more like these.", err=True)

@@ -85,7 +85,7 @@ def watch_sweep(
     from attnscope.sweep.run import resume_sweep, run_sweep
 
     console = Console(stderr=True, highlight=False)
-    view = View(path, plan)
+    view = SweepView(path, plan)
     shown: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
     if console.is_terminal:
         shown = Live(view, console=console, auto_refresh=False)
@@ -116,7 +116,7 @@ def watch_sweep(
     return end
 
 
-class View:
+class SweepView:
     """What is known about all parts.
 
     Invariant: a part whose state has changed is said once, in a line of its own, where there is no panel.
@@ -136,7 +136,7 @@ class View:
         """Take in how all parts are doing; returns the lines to print at once."""
         lines = []
         if self._is_new:
-            members = sum(each.n_members for each in standings.values())
+            members = sum(standing.n_members for standing in standings.values())
             lines.append(Text(f"Run {self._path}: {members} members in {_many(len(standings), 'part')}"))
             self._is_new = False
         now = time.monotonic()
@@ -184,16 +184,16 @@ class View:
 
     def _shown(self) -> list[int]:
         """The parts that are trained, then those just before and after them."""
-        training = [p for p, each in self._standings.items() if each.state == "training"]
+        training = [p for p, standing in self._standings.items() if standing.state == "training"]
         middle = training[0] if training else 0
         nearest = sorted(self._standings, key=lambda part: (part not in training, abs(part - middle)))
         return sorted(nearest[:LIVE_PARTS])
 
     def _summary(self) -> Text:
-        states = Counter(each.state for each in self._standings.values())
-        alive = sum(each.alive for each in self._standings.values())
-        diverged = sum(each.diverged for each in self._standings.values())
-        stalled = sum(each.stalled for each in self._standings.values())
+        states = Counter(standing.state for standing in self._standings.values())
+        alive = sum(standing.alive for standing in self._standings.values())
+        diverged = sum(standing.diverged for standing in self._standings.values())
+        stalled = sum(standing.stalled for standing in self._standings.values())
         parts = ", ".join(f"{count} {state}" for state, count in states.items())
         text = f"parts: {parts}; members: {alive} alive, {diverged} diverged, {stalled} stalled"
         left = self._left_s()
@@ -221,9 +221,9 @@ class View:
         if planned is None:
             # A part that was divided, or a sweep that goes on: as long as its like took so far.
             known = [
-                (time.monotonic() - self._began[p][0]) / (each.steps_done - self._began[p][1])
-                for p, each in self._standings.items()
-                if p in self._began and each.state == "training" and each.steps_done > self._began[p][1]
+                (time.monotonic() - self._began[p][0]) / (other.steps_done - self._began[p][1])
+                for p, other in self._standings.items()
+                if p in self._began and other.state == "training" and other.steps_done > self._began[p][1]
             ]
             return sum(known) / len(known) * (standing.steps - standing.steps_done) if known else None
         return planned

@@ -44,31 +44,32 @@ STYLES = {
 
 def print_result(path: Path, *, as_json: bool) -> None:
     """Write the report of a run and print its members, what happened, and where to look next."""
+    from attnscope.comparison.member import row_as_json
     from attnscope.report import write_report
-    from attnscope.report.contents import contents
+    from attnscope.report.contents import contents_of
     from attnscope.runs.reader import open_run
 
     run = open_run(path)
-    found = contents(run)
-    report = write_report(run, found)
+    contents = contents_of(run)
+    report = write_report(run, contents)
     if as_json:
         said = {
             "run": str(path),
             "status": run.status,
-            "members": [asdict(member) for member in found.members],
-            "verdict": list(found.verdict),
-            "cells": cells_as_json(found.comparison) if found.comparison else None,
+            "members": [row_as_json(member) for member in contents.members],
+            "verdict": list(contents.verdict),
+            "cells": cells_as_json(contents.comparison) if contents.comparison else None,
             "reference": run.data.get("reference"),
             "report": str(report),
         }
         typer.echo(to_json(said, indent=1))
         return
     console = Console(highlight=False)
-    if found.comparison is not None:
-        print_comparison(console, found.comparison, found.members)
+    if contents.comparison is not None:
+        print_comparison(console, contents.comparison, contents.members)
     else:
-        _print_members(console, found.members)
-    for sentence in found.verdict:
+        _print_members(console, contents.members)
+    for sentence in contents.verdict:
         console.print(Text(sentence))
     for lost in run.lost:
         typer.echo(f"warning: {lost}", err=True)
@@ -76,15 +77,15 @@ def print_result(path: Path, *, as_json: bool) -> None:
         typer.echo(f"note: {run.writer}; whether it still runs cannot be told from here.", err=True)
     console.print()
     console.print(Text(f"Report: {report}"), soft_wrap=True)
-    console.print(Text(f"Next:   {_next_command(run, found)}"), soft_wrap=True)
+    console.print(Text(f"Next:   {_next_command(run, contents)}"), soft_wrap=True)
 
 
-def print_comparison(console: Console, found: "Comparison", members: "Sequence[MemberRow]") -> None:
+def print_comparison(console: Console, comparison: "Comparison", members: "Sequence[MemberRow]") -> None:
     """Print what single settings do, learning rates, and the cells, as far as a terminal holds them."""
     from attnscope.report.comparison import comparison_tables
 
     left_out = False
-    for table in comparison_tables(found, members):
+    for table in comparison_tables(comparison, members):
         if _width_of(table) > console.width:
             table = table.without("diverged at")
         if len(table.rows) <= MOST_CELLS and _width_of(table) <= TOO_WIDE * console.width:
@@ -93,7 +94,7 @@ def print_comparison(console: Console, found: "Comparison", members: "Sequence[M
         else:
             left_out = True
     if left_out:
-        console.print(Text(f"All {len(found.cells)} cells are in the report."))
+        console.print(Text(f"All {len(comparison.cells)} cells are in the report."))
         console.print()
 
 
@@ -108,12 +109,12 @@ def print_block(console: Console, block: "TableBlock") -> None:
     gap = 1 if console.width < 100 else 2
     table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold")
     is_narrow = _width_of(block) > console.width
-    for place, title in enumerate(block.titles):
-        if place < block.words:
-            longest = max((len(row[place]) for row in block.rows), default=0)
+    for at, title in enumerate(block.titles):
+        if at < block.words:
+            longest = max((len(row[at]) for row in block.rows), default=0)
             table.add_column(Text(title), overflow="fold", min_width=min(longest, UNBROKEN))
         else:
-            longest = max((len(row[place]) for row in block.rows), default=0)
+            longest = max((len(row[at]) for row in block.rows), default=0)
             shown = _broken(title, longest) if is_narrow else title
             table.add_column(Text(shown), justify="right", no_wrap=len(title) < LONG_TITLE)
     for row in block.rows:
@@ -163,10 +164,10 @@ def _print_members(console: Console, members: "Sequence[MemberRow]") -> None:
     console.print()
 
 
-def cells_as_json(found: "Comparison") -> list[dict[str, object]]:
+def cells_as_json(comparison: "Comparison") -> list[dict[str, object]]:
     """Cells as JSON has them."""
-    effects = {change.cell.name: change.effect for change in found.changes}
-    differences = {each.cell: each for each in found.differences}
+    effects = {change.cell.name: change.effect for change in comparison.changes}
+    differences = {difference.cell: difference for difference in comparison.differences}
     return [
         {
             "cell": cell.name,
@@ -174,21 +175,21 @@ def cells_as_json(found: "Comparison") -> list[dict[str, object]]:
             "outcomes": dict(cell.outcomes),
             "final_losses": list(cell.final_losses),
             "diverged_at": list(cell.diverged_at),
-            "is_baseline": cell is found.baseline,
+            "is_baseline": cell is comparison.baseline,
             "effect_of_single_change": effects.get(cell.name),
             "difference": asdict(differences[cell.name]) if cell.name in differences else None,
         }
-        for cell in found.cells
+        for cell in comparison.cells
     ]
 
 
-def _next_command(run: "Run", found: "Contents") -> str:
+def _next_command(run: "Run", contents: "Contents") -> str:
     """What diverged without the scale is tried again with clipping; anything else is asked for its causes."""
     words = [word for word in run.command if word != "--json"]
     if "--name" in words:  # the name is taken
         at = words.index("--name")
         del words[at : at + 2]
-    diverged = any(member.status == "diverged" for member in found.members)
+    diverged = any(member.status == "diverged" for member in contents.members)
     if diverged and words[:2] == ["attnscope", "train"] and {"--no-scale", "--clip"} & {*words} == {"--no-scale"}:
         return f"{shlex.join(words)} --clip 1.0"
     return f"attnscope diagnose {shlex.quote(str(run.path))}"
@@ -201,18 +202,18 @@ def print_runs(folder: Path, *, as_json: bool) -> None:
 
     if not folder.is_dir():
         raise RunError(f"{folder}: no such folder. Make a run first: attnscope train --no-scale")
-    found = list_runs(folder)
+    runs = list_runs(folder)
     if as_json:
-        rows = [{**asdict(run), "path": str(run.path)} for run in found]
+        rows = [{**asdict(run), "path": str(run.path)} for run in runs]
         typer.echo(to_json(rows, indent=1))
         return
-    if not found:
+    if not runs:
         typer.echo(f"No runs in {folder}. Make one: attnscope train --no-scale", err=True)
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("run", "status", "created", "last step", "members"):
         table.add_column(title, overflow="fold")
-    for run in found:
+    for run in runs:
         members = ", ".join(run.members[:4]) + (" ..." if len(run.members) > 4 else "")
         table.add_row(
             Text(run.name),
@@ -224,7 +225,7 @@ def print_runs(folder: Path, *, as_json: bool) -> None:
     console = Console(highlight=False)
     console.print(table)
     console.print()
-    console.print(Text(f"Next: attnscope report {shlex.quote(str(found[-1].path))}"))
+    console.print(Text(f"Next: attnscope report {shlex.quote(str(runs[-1].path))}"))
 
 
 def _from_to(start: float | None, end: float | None) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from attnscope.cli.app import MOST_TEXT, note
+from attnscope.cli.app import INTERRUPTED, MOST_TEXT, note
 from attnscope.cli.resolve import run_path
 from attnscope.errors import ConfigError
 from attnscope.runs.foreign import printable
@@ -18,7 +18,6 @@ from attnscope.runs.foreign import printable
 if TYPE_CHECKING:
     from attnscope.watch.script import Ended, Program
 
-INTERRUPTED = 130
 MOST_NAMES = 8
 
 

@@ -118,15 +118,15 @@ def baseline_of(run: Run) -> dict[str, str] | None:
 
 def _axes(subjects: Sequence[Subject]) -> dict[str, tuple[str, ...]]:
     keys = dict.fromkeys(key for subject in subjects for key in subject.settings)
-    found = {}
+    axes = {}
     for key in keys:
         if key == SEED:
             continue
         values = dict.fromkeys(subject.settings.get(key, "-") for subject in subjects)
         if len(values) > 1:
             numbers = {s.settings.get(key, "-"): s.numbers.get(key, -math.inf) for s in subjects}
-            found[key] = tuple(sorted(values, key=lambda value: numbers[value]))
-    return found
+            axes[key] = tuple(sorted(values, key=lambda value: numbers[value]))
+    return axes
 
 
 def _cells(subjects: Sequence[Subject], axes: Mapping[str, Sequence[str]]) -> tuple[Cell, ...]:
@@ -159,27 +159,27 @@ def _baseline(cells: Sequence[Cell], wanted: Mapping[str, str]) -> Cell | None:
 
 def _difference(cell: Cell, baseline: Cell) -> Difference | None:
     others = {(s.seed, s.data): s.loss for s in baseline.subjects}
-    found = []
+    differences = []
     for subject in cell.subjects:
         other = others.get((subject.seed, subject.data))
         if subject.loss is not None and other is not None:
-            found.append(subject.loss - other)
-    if not found:
+            differences.append(subject.loss - other)
+    if not differences:
         return None
     return Difference(
         cell=cell.name,
-        pairs=len(found),
-        mean=sum(found) / len(found),
-        interval=mean_interval(found),
-        low=min(found),
-        high=max(found),
+        pairs=len(differences),
+        mean=sum(differences) / len(differences),
+        interval=mean_interval(differences),
+        low=min(differences),
+        high=max(differences),
     )
 
 
 def _single_changes(cells: Sequence[Cell], baseline: Cell | None) -> tuple[SingleChange, ...]:
     if baseline is None:
         return ()
-    found = []
+    changes = []
     for cell in cells:
         changed = [key for key, value in cell.settings.items() if baseline.settings[key] != value]
         value = cell.settings[changed[0]] if changed else ""
@@ -188,9 +188,9 @@ def _single_changes(cells: Sequence[Cell], baseline: Cell | None) -> tuple[Singl
             changed, value = [CLIP], f"{cell.settings[CLIP_MODE]} {cell.settings[CLIP]}"
         if len(changed) == 1:
             effect = effect_of(cell, baseline)
-            found.append(SingleChange(setting=changed[0], value=value, cell=cell, effect=effect))
+            changes.append(SingleChange(setting=changed[0], value=value, cell=cell, effect=effect))
     order = list(baseline.settings)
-    return tuple(sorted(found, key=lambda change: order.index(change.setting)))
+    return tuple(sorted(changes, key=lambda change: order.index(change.setting)))
 
 
 def effect_of(cell: Cell, baseline: Cell) -> str:

@@ -45,10 +45,10 @@ def lr_arms(cells: Sequence[Cell], axes: Mapping[str, Sequence[str]]) -> tuple[L
         if lr is not None:
             grouped.setdefault(tuple(cell.settings[key] for key in others), {})[lr] = cell
     arms = []
-    for values, found in grouped.items():
-        if len(found) < 2:
+    for values, cell_of_lr in grouped.items():
+        if len(cell_of_lr) < 2:
             continue
-        by_lr = sorted(found.items())
+        by_lr = sorted(cell_of_lr.items())
         broken = [lr for lr, cell in by_lr if cell.outcomes["diverged"]]
         bracket = broken[0] if broken else None
         # Nothing is known of a cell whose members were stopped before they were done.
@@ -78,8 +78,8 @@ def _sensitivities(by_lr: Sequence[tuple[float, Cell]]) -> list[float]:
         for subject in cell.subjects:
             if subject.loss is not None:
                 losses.setdefault((subject.seed, subject.data), []).append(subject.loss)
-    found = [lr_sensitivity(each) for each in losses.values() if len(each) == len(by_lr)]
-    return [value for value in found if value is not None]
+    sensitivities = [lr_sensitivity(of_seed) for of_seed in losses.values() if len(of_seed) == len(by_lr)]
+    return [value for value in sensitivities if value is not None]
 
 
 def _mean_loss(cell: Cell) -> float | None:

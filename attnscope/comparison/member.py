@@ -1,7 +1,7 @@
 """One member in numbers: how it ended, and what its attention was at its first and its last step."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +14,26 @@ from attnscope.runs.reader import Run
 
 if TYPE_CHECKING:
     import pandas as pd
+
+# What a row is in JSON, in this order.
+IN_JSON = (
+    "name",
+    "status",
+    "step",
+    "nonfinite_at",
+    "first_loss",
+    "best_loss",
+    "final_loss",
+    "val_loss",
+    "prefix_loss",
+    "unigram",
+    "theory_std",
+    "start",
+    "end",
+    "settings",
+    "error",
+    "is_falling",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,32 +53,18 @@ class MemberRow:
     """One member of a run in the report.
 
     Attributes:
-        name: of the member.
-        status: trained, stalled, diverged, interrupted, failed, killed or running.
-        step: where it diverged, or the last one recorded.
-        nonfinite_at: the first step whose loss is not finite.
-        first_loss: nats per token, as the two below.
-        best_loss: the smallest.
-        final_loss: mean over the last 20 steps.
-        val_loss: held-out, at the length it was trained with.
+        record: the member and how it ended.
+        val_loss: held-out, at the length it was trained with, nats per token as the two below.
         prefix_loss: held-out, where no token that is to be predicted is seen; None where it was not measured.
         unigram: loss of predicting from token frequencies alone, on this member's data; None = unknown.
         theory_std: scale * sqrt(d_head) of layer 0: logit_std where q and k have entries of mean 0 and variance 1; None =
             unknown, or learned.
         start: attention at the first step measured.
         end: attention at the last step measured at which it was still finite.
-        settings: those in which members differ.
-        error: what ended its part, where that was an error.
-        is_falling: whether its loss still fell at the end; None = too short to tell.
+        settings: those in which members differ, as texts.
     """
 
-    name: str
-    status: str
-    step: int | None
-    nonfinite_at: int | None
-    first_loss: float | None
-    best_loss: float | None
-    final_loss: float | None
+    record: MemberRecord
     val_loss: float | None
     prefix_loss: float | None
     unigram: float | None
@@ -66,8 +72,43 @@ class MemberRow:
     start: Softmax
     end: Softmax
     settings: Mapping[str, str]
-    error: str | None = None
-    is_falling: bool | None = None
+
+    @property
+    def step(self) -> int | None:
+        """Where it diverged, or the last one recorded."""
+        return self.record.last_step if self.record.diverged_at is None else self.record.diverged_at
+
+    @property
+    def name(self) -> str:
+        return self.record.name
+
+    @property
+    def status(self) -> str:
+        return self.record.status
+
+    @property
+    def error(self) -> str | None:
+        return self.record.error
+
+    @property
+    def nonfinite_at(self) -> int | None:
+        return self.record.nonfinite_at
+
+    @property
+    def first_loss(self) -> float | None:
+        return self.record.first_loss
+
+    @property
+    def best_loss(self) -> float | None:
+        return self.record.best_loss
+
+    @property
+    def final_loss(self) -> float | None:
+        return self.record.final_loss
+
+    @property
+    def is_falling(self) -> bool | None:
+        return self.record.is_falling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,15 +162,7 @@ def member_rows(
         evaluation = shortest.get(member.name)
         rows.append(
             MemberRow(
-                name=member.name,
-                status=member.status,
-                error=member.error,
-                is_falling=member.is_falling,
-                step=member.last_step if member.diverged_at is None else member.diverged_at,
-                nonfinite_at=member.nonfinite_at,
-                first_loss=member.first_loss,
-                best_loss=member.best_loss,
-                final_loss=member.final_loss,
+                record=member,
                 val_loss=evaluation.val_loss if evaluation else _last_val_loss(run, member),
                 prefix_loss=prefix_loss.get(member.name),
                 unigram=run.unigram_of(member.part),
@@ -140,6 +173,17 @@ def member_rows(
             )
         )
     return rows
+
+
+def row_as_json(row: MemberRow) -> dict[str, object]:
+    """A row for `runs.layout.to_json`."""
+    table = {name: getattr(row, name) for name in IN_JSON}
+    return table | {name: asdict(table[name]) for name in ("start", "end")}
+
+
+def renamed(row: MemberRow, name: str) -> MemberRow:
+    """The same member by another name."""
+    return replace(row, record=replace(row.record, entry=replace(row.record.entry, name=name)))
 
 
 def _theory_std(config: Config | None) -> float | None:
@@ -189,13 +233,3 @@ def _softmax(heads: "pd.DataFrame", rows_N: NDArray[np.int64]) -> Softmax:
         logit_std=mean("logit_std"),
         max_logit=None if found["max_logit"].isna().all() else float(found["max_logit"].max()),
     )
-
-
-def number_in(value: object) -> float | None:
-    """A number of an event; None where it is something else, or none that a float can be."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        return float(value)
-    except OverflowError:
-        return None

@@ -86,10 +86,10 @@ def subjects_of(run: Run, rows: Sequence[MemberRow]) -> tuple[Subject, ...]:
         base = {key: get_setting(run.config, key) for key in SETTINGS}
     except RunError:
         base = {}  # of a later version: only what run.json says of each member
-    found = []
+    subjects = []
     for member, row in zip(run.members, rows, strict=True):
         settings = {**base, **{key: member.settings[key] for key in member.settings}}
-        found.append(
+        subjects.append(
             Subject(
                 run=run.name,
                 row=row,
@@ -105,7 +105,7 @@ def subjects_of(run: Run, rows: Sequence[MemberRow]) -> tuple[Subject, ...]:
                 ),
             )
         )
-    return tuple(found)
+    return tuple(subjects)
 
 
 def outcome_text(cell: Cell) -> str:

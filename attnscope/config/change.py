@@ -57,7 +57,7 @@ def flatten(table: Mapping[str, object], where: str) -> dict[str, object]:
     changes: dict[str, object] = {}
     for section, body in table.items():
         if section not in SECTIONS:
-            if isinstance(body, list) and any(isinstance(each, Mapping) for each in body):
+            if isinstance(body, list) and any(isinstance(entry, Mapping) for entry in body):
                 raise ConfigError(f"{where}: {shown(section)} is a list of tables, but only [[arm]] may be one.")
             check_name(section, where)
             raise ConfigError(f"{where}: {section} must stand in its section. Write it without quotes.")

@@ -119,7 +119,7 @@ class Flag:
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
+class OneLine:
     """Any text on one line that shows itself: paths and names end up in terminals and file names."""
 
     @property
@@ -134,29 +134,29 @@ class Text:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Several:
-    """A list whose entries each pass `each`; `length` of them if given. With `or_one`, also a single entry."""
+    """A list whose entries all pass `entry`; `length` of them if given. With `or_one`, also a single entry."""
 
-    each: Whole | Number
+    entry: Whole | Number
     length: int | None = None
     or_one: bool = False
 
     @property
     def allowed(self) -> str:
         count = f"{self.length} values" if self.length else "one or more values"
-        one = f"{self.each.allowed}, or " if self.or_one else ""
-        return f"{one}a list of {count}, each {self.each.allowed}"
+        one = f"{self.entry.allowed}, or " if self.or_one else ""
+        return f"{one}a list of {count}, each {self.entry.allowed}"
 
     def __call__(self, value: object) -> object:
         if self.or_one and not isinstance(value, list | tuple):
-            return self.each(value)
+            return self.entry(value)
         if not isinstance(value, list | tuple) or not value:
             raise ValueError
         if self.length is not None and len(value) != self.length:
             raise ValueError
-        return tuple(self.each(item) for item in value)
+        return tuple(self.entry(item) for item in value)
 
 
-Check: TypeAlias = Whole | Number | Choice | Flag | Text | Several
+Check: TypeAlias = Whole | Number | Choice | Flag | OneLine | Several
 
 
 def _alternatives(number: str, words: tuple[str, ...]) -> str:

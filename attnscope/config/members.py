@@ -58,9 +58,9 @@ def members_of(config: Config, *, where: str = "config") -> tuple[Member, ...]:
     counts: Counter[int] = Counter()
     members: list[Member] = []
     for arm in arms:
-        place = f"{where}: arm {arm.name}" if config.arms or config.sweep else where
-        resolved = apply_changes(alone, arm.changes, where=place)
-        check_together(resolved, where=place)
+        where_it_stands = f"{where}: arm {arm.name}" if config.arms or config.sweep else where
+        resolved = apply_changes(alone, arm.changes, where=where_it_stands)
+        check_together(resolved, where=where_it_stands)
         part = parts.setdefault(_graph_of(resolved), len(parts))
         settings = {
             key: get_setting(resolved, key)

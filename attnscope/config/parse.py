@@ -71,7 +71,7 @@ def parse_table(table: Mapping[str, object], *, where: str = "config") -> Config
 
 
 def _arms(tables: object, where: str) -> tuple[Arm, ...]:
-    if not isinstance(tables, list) or not all(isinstance(each, Mapping) for each in tables):
+    if not isinstance(tables, list) or not all(isinstance(table, Mapping) for table in tables):
         raise ConfigError(f"{where}: arm must be a list of tables. Write [[arm]], not [arm].")
     if len(tables) > MAX_MEMBERS:
         raise ConfigError(f"{where}: there are {len(tables)} arms, but at most {MAX_MEMBERS} fit a run.")
@@ -87,9 +87,9 @@ def _arms(tables: object, where: str) -> tuple[Arm, ...]:
             )
         if name in arms:
             raise ConfigError(f"{where}: arm {number}: the name {shown(name)} is taken. Give every arm its own name.")
-        place = f"{where}: arm {name}"
-        changes = flatten({key: value for key, value in table.items() if key != "name"}, place)
-        checked = apply_changes(Config(), changes, where=place)
+        where_it_stands = f"{where}: arm {name}"
+        changes = flatten({key: value for key, value in table.items() if key != "name"}, where_it_stands)
+        checked = apply_changes(Config(), changes, where=where_it_stands)
         arms[name] = Arm(name=name, changes={key: get_setting(checked, key) for key in changes})
     return tuple(arms.values())
 

@@ -8,7 +8,7 @@ changes shapes or the graph and makes a new part (`attnscope.config.members`).
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, cast
 
-from attnscope.config.checks import Check, Choice, Flag, Number, Several, Text, Whole
+from attnscope.config.checks import Check, Choice, Flag, Number, OneLine, Several, Whole
 
 SCALES = ("inverse_sqrt", "none", "inverse", "depth", "learned")
 
@@ -49,7 +49,7 @@ class AttentionConfig:
     mask: str = setting("causal", Choice(("causal", "padding", "none")), "which keys a query may not see")
     window: int | tuple[int, ...] = setting(
         0,
-        Several(each=Whole(low=0), or_one=True),
+        Several(entry=Whole(low=0), or_one=True),
         "keys a query sees, itself included; 0 = all; a list gives one per layer",
     )
     backend: str = setting("eager", Choice(("eager", "sdpa")), "who computes attention")
@@ -85,7 +85,7 @@ class OptimizerConfig:
     lr: float = setting(1e-3, Number(low=0), "peak learning rate", per_member=True)
     momentum: float = setting(0.9, Number(low=0, below=1), "of sgd and muon", per_member=True)
     betas: tuple[float, float] = setting(
-        (0.9, 0.95), Several(each=Number(low=0, below=1), length=2), "of adamw", per_member=True
+        (0.9, 0.95), Several(entry=Number(low=0, below=1), length=2), "of adamw", per_member=True
     )
     eps: float = setting(1e-8, Number(above=0), "of adamw", per_member=True)
     weight_decay: float = setting(0.0, Number(low=0), "decoupled, on weight matrices only", per_member=True)
@@ -116,7 +116,7 @@ class PrecisionConfig:
 class DataConfig:
     """What is trained on."""
 
-    source: str = setting("stdlib", Text(), "stdlib, markov, recall, modular, or the path of a text file or folder")
+    source: str = setting("stdlib", OneLine(), "stdlib, markov, recall, modular, or the path of a text file or folder")
     batch_size: int = setting(8, Whole(low=1), "sequences per step")
     seed: int = setting(0, Whole(low=0), "of the batches; members of one part see the same")
     objective: str = setting("next_token", Choice(("next_token", "masked")), "what is predicted")
@@ -132,7 +132,7 @@ class TrainConfig:
     compile: bool = setting(False, Flag(), "torch.compile the model")
     eval_every: int = setting(0, Whole(low=0), "steps between evaluations on held-out data; 0 = only at the end")
     eval_lengths: tuple[int, ...] = setting(
-        (1,), Several(each=Whole(low=1, high=64)), "evaluate at these multiples of seq_len"
+        (1,), Several(entry=Whole(low=1, high=64)), "evaluate at these multiples of seq_len"
     )
     sample_tokens: int = setting(
         0,

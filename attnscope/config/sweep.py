@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import NoReturn
 
 from attnscope.config.change import apply_changes, check_name, flatten, get_setting
-from attnscope.config.checks import Text
+from attnscope.config.checks import OneLine
 from attnscope.config.schema import SETTINGS, Arm, Axis, Config, Sweep, check_of
 from attnscope.config.wording import nearest, one_line, shown
 from attnscope.errors import ConfigError
@@ -110,7 +110,7 @@ def make_sweep(
             if value not in axis.values:
                 raise ConfigError(
                     f"{where}: the baseline has {axis.key} = {value_text(value)}, which is none of its values: "
-                    f"{', '.join(value_text(each) for each in axis.values[:8])}."
+                    f"{', '.join(value_text(allowed) for allowed in axis.values[:8])}."
                 )
         chosen_baseline[axis.key] = value
     sweep = Sweep(vary=tuple(axes), seeds=chosen, baseline=chosen_baseline)
@@ -139,7 +139,7 @@ def parse_vary(text: str) -> Axis:
             'texts with a comma or a bracket in "".'
         )
     pieces = [piece.strip() for piece in re.findall(_PIECE, raw)]
-    return Axis(key=key, values=_values(key, [parse_value(key, each) for each in pieces], where))
+    return Axis(key=key, values=_values(key, [parse_value(key, piece) for piece in pieces], where))
 
 
 def parse_value(key: str, raw: str) -> object:
@@ -150,7 +150,7 @@ def parse_value(key: str, raw: str) -> object:
         return raw
     value: object = table["value"]
     # A file may be called 2024, and a line break must not bring in a second setting.
-    is_bare = isinstance(check_of(SETTINGS[key]), Text) and not isinstance(value, str)
+    is_bare = isinstance(check_of(SETTINGS[key]), OneLine) and not isinstance(value, str)
     return raw if is_bare or len(table) > 1 else value
 
 
@@ -161,7 +161,7 @@ def arms_of(config: Config) -> tuple[Arm, ...]:
         return config.arms
     words = short_names([axis.key for axis in sweep.vary])
     given: tuple[Arm | None, ...] = config.arms or (None,)
-    found: list[Arm] = []
+    arms: list[Arm] = []
     grid = list(itertools.product(*(axis.values for axis in sweep.vary)))
     for arm, values, seed in itertools.product(given, grid, sweep.seeds):
         cell = dict(zip((axis.key for axis in sweep.vary), values, strict=True))
@@ -171,18 +171,18 @@ def arms_of(config: Config) -> tuple[Arm, ...]:
         changes = {**(arm.changes if arm else {}), **cell}
         if sweep.seeds != (config.train.seed,):
             changes[SEED] = seed
-        found.append(Arm(name=" ".join(name), changes=changes))
-    names = {arm.name for arm in found}
-    if max(map(len, names)) > MAX_NAME or len(names) < len(found):
-        digits = len(str(len(found) // len(sweep.seeds) - 1))
-        found = [
+        arms.append(Arm(name=" ".join(name), changes=changes))
+    names = {arm.name for arm in arms}
+    if max(map(len, names)) > MAX_NAME or len(names) < len(arms):
+        digits = len(str(len(arms) // len(sweep.seeds) - 1))
+        arms = [
             replace(
                 arm,
                 name=f"cell-{number // len(sweep.seeds):0{digits}d} seed={sweep.seeds[number % len(sweep.seeds)]}",
             )
-            for number, arm in enumerate(found)
+            for number, arm in enumerate(arms)
         ]
-    return tuple(found)
+    return tuple(arms)
 
 
 def short_names(keys: Iterable[str]) -> dict[str, str]:
@@ -205,7 +205,7 @@ def value_text(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.12g}"
     if isinstance(value, tuple | list):
-        return "[" + ",".join(value_text(each) for each in value) + "]"
+        return "[" + ",".join(value_text(entry) for entry in value) + "]"
     return str(value)
 
 
@@ -213,17 +213,17 @@ def _by_setting(table: object, where: str) -> dict[str, object]:
     """Nested tables, or texts like "optimizer.lr" as keys, to settings."""
     if not isinstance(table, Mapping):
         raise ConfigError(f"{where} is {shown(table)}, but must be a table of settings.")
-    found: dict[str, object] = {}
+    settings: dict[str, object] = {}
     for name, value in table.items():
         if isinstance(value, Mapping):
             more = flatten({name: value}, where)
         else:
             check_name(name, where)
             more = {name: value}
-        if twice := found.keys() & more.keys():
+        if twice := settings.keys() & more.keys():
             raise ConfigError(f"{where}: {min(twice)} stands there twice. Keep one of them.")
-        found |= more
-    return found
+        settings |= more
+    return settings
 
 
 def _values(key: str, given: object, where: str) -> tuple[object, ...]:
@@ -270,12 +270,12 @@ def _range(key: str, text: str, where: str) -> list[float]:
         refuse("but equal ratios need LOW above 0")
     parts = [i / (count - 1) for i in range(count)]
     if match[1] == "log":
-        found = [low * (high / low) ** part for part in parts]
+        spaced = [low * (high / low) ** part for part in parts]
     else:
-        found = [low + (high - low) * part for part in parts]
-    short = [low, *(float(f"{value:.{DIGITS}g}") for value in found[1:-1]), high]
+        spaced = [low + (high - low) * part for part in parts]
+    short = [low, *(float(f"{value:.{DIGITS}g}") for value in spaced[1:-1]), high]
     is_rising = all(a < b for a, b in itertools.pairwise(short))
-    return short if is_rising else [low, *found[1:-1], high]
+    return short if is_rising else [low, *spaced[1:-1], high]
 
 
 def _seeds(given: object, first: int, where: str) -> tuple[int, ...]:
@@ -288,7 +288,7 @@ def _seeds(given: object, first: int, where: str) -> tuple[int, ...]:
         return tuple(range(first, first + given))
     if not isinstance(given, list | tuple) or not given:
         raise refusal
-    if not all(isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in given):
+    if not all(isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0 for seed in given):
         raise refusal
     if len(set(given)) < len(given):
         raise refusal

@@ -54,13 +54,13 @@ def nearest(name: object, known: Iterable[str]) -> str:
     """A sentence "Did you mean x?" with a space before it where a known name is close, else nothing."""
     if not isinstance(name, str):
         return ""
-    originals = {each.lower(): each for each in known}
+    originals = {word.lower(): word for word in known}
     close = difflib.get_close_matches(name.lower(), originals, n=1, cutoff=0.6)
     return f" Did you mean {one_line(originals[close[0]], LONGEST_VALUE)}?" if close else ""
 
 
 def _escaped(text: str) -> str:
-    return "".join(each if each.isprintable() else _escape(ord(each)) for each in text)
+    return "".join(letter if letter.isprintable() else _escape(ord(letter)) for letter in text)
 
 
 def _escape(code: int) -> str:

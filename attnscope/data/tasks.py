@@ -155,16 +155,9 @@ class Recall:
             [keys_BP.gather(1, asked_BP), values_BP.gather(1, asked_BP) + RECALL_KEYS], dim=-1
         ).flatten(1)
         sequence_BT = torch.cat([pairs_BT, questions_BT], dim=1)
-        tokens_BT, next_BT = sequence_BT[:, :-1], sequence_BT[:, 1:]
-        position_T = torch.arange(tokens_BT.shape[1])
-        scored_T = (position_T >= 2 * n_pairs) & (position_T % 2 == 0)
-        missing = self._seq_len - tokens_BT.shape[1]
-        return Batch(
-            tokens_BT=torch.nn.functional.pad(tokens_BT, (0, missing)),
-            targets_BT=torch.nn.functional.pad(next_BT.where(scored_T, IGNORE), (0, missing), value=IGNORE),
-            scores_all=False,
-            visible_BS=None,
-        )
+        position_T = torch.arange(sequence_BT.shape[1] - 1)
+        is_asked_T = (position_T >= 2 * n_pairs) & (position_T % 2 == 0)
+        return _partly_scored(sequence_BT, is_asked_T, seq_len=self._seq_len)
 
 
 class Modular:
@@ -215,15 +208,20 @@ class Modular:
         a_BP, b_BP = problem_BP // MODULUS, problem_BP % MODULUS
         written = [a_BP, torch.full_like(a_BP, PLUS), b_BP, torch.full_like(a_BP, EQUALS), (a_BP + b_BP) % MODULUS]
         sequence_BT = torch.stack(written, dim=-1).flatten(1)
-        tokens_BT, next_BT = sequence_BT[:, :-1], sequence_BT[:, 1:]
-        scored_T = torch.arange(tokens_BT.shape[1]) % PROBLEM == PROBLEM - 2
-        missing = self._seq_len - tokens_BT.shape[1]
-        return Batch(
-            tokens_BT=torch.nn.functional.pad(tokens_BT, (0, missing)),
-            targets_BT=torch.nn.functional.pad(next_BT.where(scored_T, IGNORE), (0, missing), value=IGNORE),
-            scores_all=False,
-            visible_BS=None,
-        )
+        is_result_T = torch.arange(sequence_BT.shape[1] - 1) % PROBLEM == PROBLEM - 2
+        return _partly_scored(sequence_BT, is_result_T, seq_len=self._seq_len)
+
+
+def _partly_scored(sequence_BT: Tensor, scored_T: Tensor, *, seq_len: int) -> Batch:
+    """Sequences whose next tokens are targets where `scored_T` says so, filled up to `seq_len` tokens."""
+    tokens_BT, next_BT = sequence_BT[:, :-1], sequence_BT[:, 1:]
+    missing = seq_len - tokens_BT.shape[1]
+    return Batch(
+        tokens_BT=torch.nn.functional.pad(tokens_BT, (0, missing)),
+        targets_BT=torch.nn.functional.pad(next_BT.where(scored_T, IGNORE), (0, missing), value=IGNORE),
+        scores_all=False,
+        visible_BS=None,
+    )
 
 
 def stationary(transition_VV: Tensor) -> Tensor:

@@ -143,12 +143,12 @@ def _files_of(source: str) -> list[Path]:
     path = Path(source)
     try:
         if path.is_dir():
-            found = []
+            files = []
             for folder, folders, names in os.walk(path, onerror=_refuse):
                 folders[:] = [name for name in folders if not name.startswith(".")]
                 visible = [Path(folder, name) for name in names if not name.startswith(".")]
-                found += [each for each in visible if each.is_file() and not each.is_symlink()]
-            return sorted(found, key=lambda each: each.relative_to(path).as_posix())
+                files += [file for file in visible if file.is_file() and not file.is_symlink()]
+            return sorted(files, key=lambda file: file.relative_to(path).as_posix())
         if path.is_file():
             return [path]
         exists = path.exists()
@@ -158,7 +158,7 @@ def _files_of(source: str) -> list[Path]:
         raise DataError(f"data.source = {one_line(source)} is neither a file nor a folder. Give a text file.")
     beside: list[str] = []
     with contextlib.suppress(OSError):  # no hint from a folder that is missing or cannot be listed
-        beside = [each.name for each in path.parent.iterdir() if each.name != path.name]
+        beside = [neighbour.name for neighbour in path.parent.iterdir() if neighbour.name != path.name]
     hint = nearest(path.name, [*beside, "stdlib", "markov", "recall", "modular"])
     raise DataError(
         f"data.source = {one_line(source)}: no such file or folder.{hint} Sources: stdlib, markov, recall, "
@@ -188,8 +188,8 @@ def _refuse(error: OSError) -> None:
 
 
 def _unreadable(source: str, error: OSError) -> DataError:
-    place = Path(error.filename or source)  # a failing read names no file
-    inside = "" if place == Path(source) else f": {one_line(place)}"
+    unreadable = Path(error.filename or source)  # a failing read names no file
+    inside = "" if unreadable == Path(source) else f": {one_line(unreadable)}"
     return DataError(
         f"data.source = {one_line(source)}{inside} cannot be read: {error.strerror}. Give text that can be."
     )

@@ -8,11 +8,10 @@ from dataclasses import replace
 
 from attnscope.findings import Finding, NotLooked
 from attnscope.runs.by_member import configs_of, members_of_rows
+from attnscope.runs.events import INTERNAL, LossNotSeen, NotRecorded
 from attnscope.runs.foreign import printable
 from attnscope.runs.reader import Run
 from attnscope.runs.watched import not_measured, optimizers_of
-
-INTERNAL = "internal"  # the backend of what attnscope's own code failed to measure
 
 NO_STEP = "no step was recorded"
 NO_LOSS = "no loss was seen"
@@ -49,7 +48,12 @@ def without_steps(run: Run) -> dict[str, str]:
 
 def without_loss(run: Run) -> dict[str, str]:
     """Members of which no step was recorded, or, of a watched script, no loss seen."""
-    said = _said(run, "not_recorded", "loss") | _said(run, "loss_not_seen", "why")
+    said: dict[str, str] = {}
+    for _, member, missing in run.happened(LossNotSeen):
+        said.setdefault(member or "", printable(missing.why, MOST_REASON))
+    for _, member, empty in run.happened(NotRecorded):
+        if "loss" in empty.why_empty:
+            said.setdefault(member or "", printable(empty.why_empty["loss"], MOST_REASON))
     return {
         record.name: NO_LOSS + (f": {said[record.name]}" if record.name in said else "")
         for record in run.members
@@ -84,13 +88,3 @@ def without_config(run: Run) -> dict[str, str]:
         return {}
     configs = configs_of(run)
     return {e.name: NO_CONFIG for e, config in zip(run.entries, configs, strict=True) if not config}
-
-
-def _said(run: Run, kind: str, field: str) -> dict[str, str]:
-    """Member to what an event of that kind says first in one of its fields."""
-    events = run.events[run.events["kind"] == kind]
-    found: dict[str, str] = {}
-    for code, fields in zip(members_of_rows(events), events["fields"], strict=True):
-        if code >= 0 and isinstance(fields.get(field), str):
-            found.setdefault(run.entries[code].name, printable(fields[field], MOST_REASON))
-    return found

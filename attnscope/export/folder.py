@@ -73,20 +73,20 @@ def safe_names(names: Iterable[str], *, letters: str = " -_.=") -> dict[str, str
     for name in names:
         kept = "".join(x if x.isalnum() or x in letters else "_" for x in name)
         stem = kept[:LONGEST_NAME].strip(". ") or "unnamed"
-        found, number = stem, 1
-        while found.casefold() in taken:
+        free, number = stem, 1
+        while free.casefold() in taken:
             number += 1
-            found = f"{stem}_{number}"
-        taken.add(found.casefold())
-        safe[name] = found
+            free = f"{stem}_{number}"
+        taken.add(free.casefold())
+        safe[name] = free
     return safe
 
 
 def _check_default(default: Path) -> None:
     """Nothing in the run directory leads out of it."""
-    for place in (default.parent, default):
-        if os.path.lexists(place) and not is_folder(place):
-            raise RunError(f"{printable(place, 400)} is a link or a file. Delete it and try again.")
+    for folder in (default.parent, default):
+        if os.path.lexists(folder) and not is_folder(folder):
+            raise RunError(f"{printable(folder, 400)} is a link or a file. Delete it and try again.")
 
 
 def _is_empty_folder(path: Path) -> bool:

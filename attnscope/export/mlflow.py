@@ -123,15 +123,15 @@ def _brief_and_impatient() -> Iterator[None]:
 
 def _experiment(client: Any, name: str, artifacts: str | None) -> str:
     """The id of an experiment, made if there is none of that name."""
-    found = client.get_experiment_by_name(name)
-    if found is None:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
         return str(client.create_experiment(name, artifact_location=artifacts))
-    if found.lifecycle_stage != "active":
+    if experiment.lifecycle_stage != "active":
         raise AttnscopeError(
             f"The MLflow experiment {name} is deleted. Restore it: mlflow experiments restore "
-            f"--experiment-id {found.experiment_id}"
+            f"--experiment-id {experiment.experiment_id}"
         )
-    return str(found.experiment_id)
+    return str(experiment.experiment_id)
 
 
 def _begin(client: Any, experiment: str, run: Run, member: MemberRecord, settings: Mapping[str, Setting]) -> str:

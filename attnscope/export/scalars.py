@@ -13,15 +13,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from math import isnan
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from attnscope.export.folder import safe_names
 from attnscope.runs.layout import COLUMNS, KEYS
 from attnscope.runs.members import MemberRecord
 from attnscope.runs.reader import Run
+from attnscope.runs.streams import Array
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,8 +30,6 @@ VAL_LOSS = "steps/val_loss"
 ALWAYS_MEASURED = "loss"
 LONGEST_STEP_MS = 1e8  # more than a day: a number of somebody else's, which no calendar holds
 TAG_LETTERS = " -_."  # what MLflow takes, the strictest of the trackers
-
-Array = NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +48,7 @@ class Moment:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Piece:
+class _MemberRows:
     """The rows of one table that belong to one member, by step; `tags` are those of each place in the model."""
 
     steps_N: Array
@@ -93,7 +91,7 @@ def _rows_by_member(frame: "pd.DataFrame", n_members: int) -> list[Array]:
     return np.split(order, np.searchsorted(codes[order], np.arange(1, n_members)))
 
 
-def _piece(table: str, frame: "pd.DataFrame", groups: Sequence[str], *, watched: bool) -> _Piece:
+def _piece(table: str, frame: "pd.DataFrame", groups: Sequence[str], *, watched: bool) -> _MemberRows:
     keys = KEYS[table]
     columns = [name for name in COLUMNS[table] if name not in keys]
     values_NC = np.stack([frame[name].to_numpy(dtype=np.float64) for name in columns], axis=1)
@@ -111,7 +109,7 @@ def _piece(table: str, frame: "pd.DataFrame", groups: Sequence[str], *, watched:
     prefixes = [
         "/".join([table, *_place(dict(zip(keys[2:], place[1:], strict=True)), groups)]) for place in places.tolist()
     ]
-    return _Piece(
+    return _MemberRows(
         steps_N=frame["step"].to_numpy(),
         places_N=places_N.reshape(-1),
         tags=[tuple(f"{prefix}/{name}" for name in columns) for prefix in prefixes],
@@ -127,13 +125,13 @@ def _place(where: Mapping[str, int], groups: Sequence[str]) -> Iterator[str]:
             yield f"{key} {number}"
 
 
-def _moments(pieces: Sequence[_Piece], start: float, steps: "pd.DataFrame") -> Iterator[Moment]:
-    found = np.unique(np.concatenate([piece.steps_N for piece in pieces]))
+def _moments(pieces: Sequence[_MemberRows], start: float, steps: "pd.DataFrame") -> Iterator[Moment]:
+    steps_S = np.unique(np.concatenate([piece.steps_N for piece in pieces]))
     bounds = [
-        (np.searchsorted(piece.steps_N, found), np.searchsorted(piece.steps_N, found, "right")) for piece in pieces
+        (np.searchsorted(piece.steps_N, steps_S), np.searchsorted(piece.steps_N, steps_S, "right")) for piece in pieces
     ]
-    seconds = start + _seconds_at(found, steps)
-    for at, step in enumerate(found.tolist()):
+    seconds = start + _seconds_at(steps_S, steps)
+    for at, step in enumerate(steps_S.tolist()):
         values: dict[str, float] = {}
         for piece, (lows, highs) in zip(pieces, bounds, strict=True):
             rows = slice(lows[at], highs[at])
@@ -144,10 +142,10 @@ def _moments(pieces: Sequence[_Piece], start: float, steps: "pd.DataFrame") -> I
         yield Moment(step=step, seconds=float(seconds[at]), values=values)
 
 
-def _seconds_at(found: Array, steps: "pd.DataFrame") -> Array:
+def _seconds_at(steps_S: Array, steps: "pd.DataFrame") -> Array:
     """What all steps up to these took."""
     if not len(steps):
-        return np.zeros(len(found))
+        return np.zeros(len(steps_S))
     took = np.nan_to_num(steps["step_ms"].to_numpy(dtype=np.float64), posinf=0.0, neginf=0.0)
     passed = np.cumsum(np.clip(took, 0.0, LONGEST_STEP_MS)) / 1000
-    return np.interp(found, steps["step"].to_numpy(), passed)
+    return np.interp(steps_S, steps["step"].to_numpy(), passed)

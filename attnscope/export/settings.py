@@ -35,8 +35,8 @@ def settings_of(run: Run, member: MemberRecord, lost: list[str]) -> dict[str, Se
 
 def outcome_of(member: MemberRecord) -> dict[str, Setting]:
     """How a member ended, without what is not known."""
-    found = {name: getattr(member, name) for name in OUTCOME}
-    return {name: value for name, value in found.items() if value is not None}
+    outcome = {name: getattr(member, name) for name in OUTCOME}
+    return {name: value for name, value in outcome.items() if value is not None}
 
 
 def _shown(value: object) -> Setting:

@@ -123,8 +123,8 @@ def totals_of(rows: AttentionRows) -> dict[str, Tensor]:
     """TOTALS of rows to (..., H)."""
     if _is_empty(rows.call):
         return _of_empty(rows.call)
-    found = _totals(_logits(rows.call), rows.call.visible)
-    return with_bound(found, _bound(rows.call, rows.q_norm, rows.k_norm))
+    totals = _totals(_logits(rows.call), rows.call.visible)
+    return with_bound(totals, _bound(rows.call, rows.q_norm, rows.k_norm))
 
 
 def totals_of_all(call: Call) -> dict[str, Tensor]:
@@ -149,8 +149,8 @@ def totals_of_all(call: Call) -> dict[str, Tensor]:
             bias=None if call.bias is None else cut(call.bias),
             softcap=call.softcap,
         )
-        found = with_bound(_totals(_logits(part), part.visible), bound)
-        totals = add(totals, found) if totals else found
+        of_part = with_bound(_totals(_logits(part), part.visible), bound)
+        totals = add(totals, of_part) if totals else of_part
     return totals
 
 

@@ -90,13 +90,13 @@ class Sheet:
         sizes = [shape.numel() for shape in self._shapes.values()]
         device = next(iter(parameters.values())).device
         self.values = torch.empty(len(REDUCTIONS), sum(sizes), device=device)
-        self._places = {name: tuple(columns.values()) for name, columns in self.read(self.values).items()}
+        self._views = {name: tuple(columns.values()) for name, columns in self.read(self.values).items()}
         self._host_norms = self.values[0].numpy() if device.type == "cpu" else None
 
     def measure(self, name: str, *, gradient: Tensor, weight: Tensor, update: Tensor) -> None:
         """Reduce one parameter: its gradient before clipping, its weight before the update, the update."""
         axes = self._axes[name]
-        grad_norm, highest, lowest, update_norm, weight_norm = self._places[name]
+        grad_norm, highest, lowest, update_norm, weight_norm = self._views[name]
         _norm(gradient, axes, out=grad_norm)
         torch.amax(gradient, dim=axes, out=highest)
         torch.amin(gradient, dim=axes, out=lowest)
@@ -148,8 +148,8 @@ def _norm(x: Tensor, axes: tuple[int, ...], *, out: Tensor | None = None) -> Ten
     if axes[-1] - axes[0] >= len(axes):
         # Where another axis stands between them, one after the other is four times as fast.
         x, axes = torch.linalg.vector_norm(x, dim=-1), axes[:-1]
-    found: Tensor = torch.linalg.vector_norm(x, dim=axes, out=out)
-    return found
+    norm: Tensor = torch.linalg.vector_norm(x, dim=axes, out=out)
+    return norm
 
 
 def _join(values: Mapping[str, Tensor], grouping: Grouping, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -157,9 +157,9 @@ def _join(values: Mapping[str, Tensor], grouping: Grouping, combine: Callable[[T
     alone: dict[str, Tensor] = {}
     kinds: dict[str, Tensor] = {}
     for name, groups in grouping.groups_of.items():  # the order of `rows`, not the optimizer's
-        found = kinds if name in grouping.layered else alone
-        each = values[name].unbind(-1) if len(groups) > 1 else (values[name],)
-        for group, value in zip(groups, each, strict=True):
+        columns = kinds if name in grouping.layered else alone
+        values_of_groups = values[name].unbind(-1) if len(groups) > 1 else (values[name],)
+        for group, value in zip(groups, values_of_groups, strict=True):
             value_MG = value if name in grouping.layered else value[..., None]
-            found[group] = combine(found[group], value_MG) if group in found else value_MG
+            columns[group] = combine(columns[group], value_MG) if group in columns else value_MG
     return torch.cat([*alone.values(), *kinds.values()], dim=-1)

@@ -105,15 +105,15 @@ class Shelf:
     """
 
     def __init__(self) -> None:
-        self._pieces: list[_Piece] = []
-        self._places: list[_Piece] = []  # one per call that the pieces have room for
+        self._pieces: list[_ShelfRows] = []
+        self._slots: list[_ShelfRows] = []  # one per call that the pieces have room for
         self._calls: list[Call] = []
         self._shapes: tuple[torch.Size, ...] = ()
 
     @property
     def nbytes(self) -> int:
         """Of the queries, keys and norms that wait."""
-        return len(self._calls) * sum(x.nbytes for x in self._places[0]) if self._calls else 0
+        return len(self._calls) * sum(x.nbytes for x in self._slots[0]) if self._calls else 0
 
     def put(self, call: Call, sample: Rows) -> None:
         """Copy the sampled rows of one more call.
@@ -127,11 +127,11 @@ class Shelf:
         shapes = (call.q.shape, call.k.shape, q.shape)
         if not self._calls and shapes != self._shapes:
             self._pieces.clear()
-            self._places.clear()
+            self._slots.clear()
             self._shapes = shapes
-        if len(self._calls) == len(self._places):
+        if len(self._calls) == len(self._slots):
             self._make_room(call, q, k)
-        at = self._places[len(self._calls)]
+        at = self._slots[len(self._calls)]
         for x, norm in ((call.q, at.q_norm), (call.k, at.k_norm)):
             torch.linalg.vector_norm(x, dim=-1, dtype=norm.dtype, out=norm)
         self._calls.append(_cut(call, sample, q=at.q.copy_(q), k=at.k.copy_(k)))
@@ -139,12 +139,12 @@ class Shelf:
     def _make_room(self, call: Call, q: Tensor, k: Tensor) -> None:
         """One more piece, for calls like this one, of which q and k are kept."""
         norms = (x.new_empty(x.shape[:-1], dtype=wide(x.dtype)) for x in (call.q, call.k))
-        one = _Piece(q, k, *norms)
+        one = _ShelfRows(q, k, *norms)
         n_logits, n_bytes = q[..., 0].numel() * k.shape[-2], sum(x.nbytes for x in one)
         self._at_once = max(1, min(LOGITS_AT_ONCE // n_logits, PIECE_BYTES // n_bytes))
-        piece = _Piece(*(x.new_empty(self._at_once, *x.shape) for x in one))
+        piece = _ShelfRows(*(x.new_empty(self._at_once, *x.shape) for x in one))
         self._pieces.append(piece)
-        self._places += map(_Piece._make, zip(*(x.unbind() for x in piece), strict=True))
+        self._slots += map(_ShelfRows._make, zip(*(x.unbind() for x in piece), strict=True))
 
     def pieces(self, n_calls: int) -> Iterator[AttentionRows]:
         """Rows of the first `n_calls` calls, a piece at a time, calls along a new first axis N."""
@@ -160,7 +160,7 @@ class Shelf:
         self._calls.clear()
 
 
-class _Piece(NamedTuple):
+class _ShelfRows(NamedTuple):
     """Sampled queries and keys, norms of all queries and keys: of one call, or of many along a first axis N."""
 
     q: Tensor

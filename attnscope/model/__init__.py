@@ -2,7 +2,7 @@
 
 from attnscope.model.attention import BACKENDS, AttentionInputs
 from attnscope.model.initialization import QKV, apart, attn_scales, initial_parameters
-from attnscope.model.transformer import Geometry, Observer, forward, geometry
+from attnscope.model.transformer import Geometry, Observer, forward, geometry_of
 
 __all__ = [
     "BACKENDS",
@@ -13,6 +13,6 @@ __all__ = [
     "apart",
     "attn_scales",
     "forward",
-    "geometry",
+    "geometry_of",
     "initial_parameters",
 ]

@@ -71,7 +71,7 @@ def initial_parameters(members: Sequence[Config], *, vocab_size: int) -> dict[st
         weights whoever the neighbours are and whichever device they move to.
     """
     drawn = [_draw(config, vocab_size) for config in members]
-    return {name: torch.stack([each[name] for each in drawn]) for name in drawn[0]}
+    return {name: torch.stack([parameters[name] for parameters in drawn]) for name in drawn[0]}
 
 
 def _draw(config: Config, vocab_size: int) -> dict[str, Tensor]:
@@ -122,10 +122,10 @@ def _draw(config: Config, vocab_size: int) -> dict[str, Tensor]:
 
 def apart(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same with q, k and v as matrices of their own: views of `qkv`, (..., D, 3, E), each (..., D, E)."""
-    found: dict[str, Tensor] = {}
+    parts: dict[str, Tensor] = {}
     for name, value in parameters.items():
-        found |= zip(QKV, value.unbind(-2), strict=True) if name == "qkv" else {name: value}
-    return found
+        parts |= zip(QKV, value.unbind(-2), strict=True) if name == "qkv" else {name: value}
+    return parts
 
 
 def attn_scales(members: Sequence[Config]) -> Tensor:

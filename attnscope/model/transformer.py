@@ -45,7 +45,7 @@ class Geometry:
     bias_HTS: Tensor | None
 
 
-def geometry(config: Config, *, seq_len: int, device: torch.device) -> Geometry:
+def geometry_of(config: Config, *, seq_len: int, device: torch.device) -> Geometry:
     """Masks of every layer and position encodings for sequences of `seq_len` tokens."""
     model = config.model
     seen = {
@@ -79,7 +79,7 @@ def geometry(config: Config, *, seq_len: int, device: torch.device) -> Geometry:
 def forward(
     parameters: Mapping[str, Tensor],
     config: Config,
-    place: Geometry,
+    geometry: Geometry,
     tokens_BT: Tensor,
     *,
     attn_scale_ML: Tensor,
@@ -92,7 +92,7 @@ def forward(
     Args:
         parameters: as `initial_parameters` gives them, in the compute dtype.
         config: any member's; per-member settings are not read here.
-        place: `geometry(config, seq_len=T)`.
+        geometry: `geometry_of(config, seq_len=T)`.
         tokens_BT: token ids, the same for every member, or (M, B, T) with each member's own; T may differ from the
             configured seq_len, but learned positions end there.
         attn_scale_ML: what multiplies q.k in every layer.
@@ -118,8 +118,8 @@ def forward(
     x_MBTD = F.embedding(row_MBT, embedding_MVD.flatten(0, 1))
     if model.position == "learned":
         x_MBTD = x_MBTD + parameters["position_embedding"][:, None, :seq_len]
-    elif place.positions_TD is not None:
-        x_MBTD = x_MBTD + place.positions_TD.to(dtype)
+    elif geometry.positions_TD is not None:
+        x_MBTD = x_MBTD + geometry.positions_TD.to(dtype)
     x_MND = x_MBTD.flatten(1, 2)
 
     def norm(x_MND: Tensor, gain_MD: Tensor) -> Tensor:
@@ -148,8 +148,8 @@ def forward(
                 F.rms_norm(x, x.shape[-1:]) * gain_MK[:, None, None, None]
                 for x, gain_MK in zip((q_MBHTK, k_MBHTK), gains, strict=True)
             )
-        if place.rope_TK is not None:
-            q_MBHTK, k_MBHTK = rotate(q_MBHTK, *place.rope_TK), rotate(k_MBHTK, *place.rope_TK)
+        if geometry.rope_TK is not None:
+            q_MBHTK, k_MBHTK = rotate(q_MBHTK, *geometry.rope_TK), rotate(k_MBHTK, *geometry.rope_TK)
         scale_MBHTS = (
             parameters["scale"][:, layer, None, :, None, None]
             if attention.scale == "learned"
@@ -159,11 +159,11 @@ def forward(
             q_MBHTK=q_MBHTK,
             k_MBHSK=k_MBHTK,
             attn_scale=scale_MBHTS,
-            visible=with_padding(place.visible_TS[layer], padding_BS),
-            bias_HTS=place.bias_HTS,
+            visible=with_padding(geometry.visible_TS[layer], padding_BS),
+            bias_HTS=geometry.bias_HTS,
             softcap=attention.logit_softcap,
-            mask_TS=place.mask_TS[layer] if padding_BS is None else None,
-            is_causal=(attention.mask == "causal" and not config.windows[layer] and place.bias_HTS is None),
+            mask_TS=geometry.mask_TS[layer] if padding_BS is None else None,
+            is_causal=(attention.mask == "causal" and not config.windows[layer] and geometry.bias_HTS is None),
         )
         if observer is not None:
             observer.attention(layer, inputs)

@@ -10,7 +10,7 @@ from pathlib import Path
 from attnscope.diagnose import findings_json
 from attnscope.errors import RunWriteError
 from attnscope.report.blocks import Figure
-from attnscope.report.contents import Contents, contents
+from attnscope.report.contents import Contents, contents_of
 from attnscope.report.curves import curves_of
 from attnscope.report.document import document_of
 from attnscope.report.figures import draw_figures
@@ -20,21 +20,21 @@ from attnscope.runs.atomic import reason_of, remedy_of, replace_file
 from attnscope.runs.foreign import printable
 from attnscope.runs.reader import Run
 from attnscope.runs.report_folder import report_dir
-from attnscope.runs.tables import Tables
+from attnscope.runs.tables import RunTables
 
 __all__ = ["write_comparison", "write_report"]
 
 FIGURES_FOLDER = "figures"
 
 
-def write_report(run: Run, found: Contents | None = None) -> Path:
+def write_report(run: Run, contents: Contents | None = None) -> Path:
     """Write report.html, report.md, findings.json and figures/ below report/ in the run directory.
 
     What stood there before is replaced.
 
     Args:
         run: to report.
-        found: its contents, where they are known already.
+        contents: of the report, where they are known already.
 
     Returns:
         The path of report.html.
@@ -43,15 +43,15 @@ def write_report(run: Run, found: Contents | None = None) -> Path:
         RunError: the report folder leads out of the run.
         RunWriteError: it cannot be written.
     """
-    found = contents(run) if found is None else found
-    texts, figures = _rendered(run, found)
-    texts["findings.json"] = findings_json(run, found.diagnosis) + "\n"
+    contents = contents_of(run) if contents is None else contents
+    texts, figures = _rendered(run, contents)
+    texts["findings.json"] = findings_json(run, contents.diagnosis) + "\n"
     folder = report_dir(run)
     _write(folder, texts, figures, again=f"attnscope report {printable(run.path, 400)}")
     return folder / "report.html"
 
 
-def write_comparison(tables: Tables, found: Contents, folder: Path) -> Path:
+def write_comparison(tables: RunTables, contents: Contents, folder: Path) -> Path:
     """Write report.html, report.md and figures/ of what `attnscope.report.side_by_side` has put together.
 
     Returns:
@@ -60,7 +60,7 @@ def write_comparison(tables: Tables, found: Contents, folder: Path) -> Path:
     Raises:
         RunWriteError: it cannot be written.
     """
-    texts, figures = _rendered(tables, found)
+    texts, figures = _rendered(tables, contents)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -69,11 +69,11 @@ def write_comparison(tables: Tables, found: Contents, folder: Path) -> Path:
     return folder / "report.html"
 
 
-def _rendered(tables: Tables, found: Contents) -> tuple[dict[str, str], list[Figure]]:
-    figures = draw_figures(tables, found)
-    sections = document_of(found, figures)
-    page = to_html(found.name, found.verdict, sections, curves_of(tables, found))
-    text = to_markdown(found.name, found.verdict, sections, folder=FIGURES_FOLDER)
+def _rendered(tables: RunTables, contents: Contents) -> tuple[dict[str, str], list[Figure]]:
+    figures = draw_figures(tables, contents)
+    sections = document_of(contents, figures)
+    page = to_html(contents.name, contents.verdict, sections, curves_of(tables, contents))
+    text = to_markdown(contents.name, contents.verdict, sections, folder=FIGURES_FOLDER)
     return {"report.html": page, "report.md": text}, figures
 
 

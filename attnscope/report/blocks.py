@@ -32,11 +32,11 @@ class Table:
 
     def without(self, title: str) -> "Table":
         """The same without a column of numbers; without any of that name, the same."""
-        keep = [place for place, name in enumerate(self.titles) if place < self.words or name != title]
+        keep = [at for at, name in enumerate(self.titles) if at < self.words or name != title]
         return replace(
             self,
-            titles=tuple(self.titles[place] for place in keep),
-            rows=tuple(tuple(row[place] for place in keep) for row in self.rows),
+            titles=tuple(self.titles[at] for at in keep),
+            rows=tuple(tuple(row[at] for at in keep) for row in self.rows),
         )
 
 
@@ -82,7 +82,7 @@ class Figure:
     svg: bytes
 
 
-Block = Paragraph | Table | Lines | Notes | Heading | Figure
+SectionBlock = Paragraph | Table | Lines | Notes | Heading | Figure
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,4 +91,4 @@ class Section:
 
     key: str
     title: str
-    blocks: Sequence[Block]
+    blocks: Sequence[SectionBlock]

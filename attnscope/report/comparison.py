@@ -16,15 +16,15 @@ FEW = 4  # members that stand side by side, as columns
 A_RANGE = 3  # learning rates from which on a sweep is about them
 
 
-def sentence_on(found: Comparison) -> str | None:
+def sentence_on(comparison: Comparison) -> str | None:
     """What single settings do to the baseline, or up to which learning rate arms are stable; None if there is neither."""
-    if found.baseline is None:
+    if comparison.baseline is None:
         return None
-    said = _on_changes(found.baseline, found.changes)
-    if said is None or any(len(arm.cells) >= A_RANGE for arm in found.lr_arms):
+    said = _on_changes(comparison.baseline, comparison.changes)
+    if said is None or any(len(arm.cells) >= A_RANGE for arm in comparison.lr_arms):
         arms = [
             arm
-            for arm in found.lr_arms  # of the others nothing ended that would tell
+            for arm in comparison.lr_arms  # of the others nothing ended that would tell
             if arm.stable is not None or arm.bracket == arm.cells[0][0]
         ]
         stable = [
@@ -65,14 +65,16 @@ def _on_changes(baseline: Cell, changes: Sequence[SingleChange]) -> str | None:
     return f"Baseline {baseline.name}: {outcome_text(baseline)}. Changed alone, {'; '.join(said)}."
 
 
-def change_table(found: Comparison) -> Table | None:
+def change_table(comparison: Comparison) -> Table | None:
     """What each single setting does to the baseline."""
-    if found.baseline is None or not found.changes:
+    if comparison.baseline is None or not comparison.changes:
         return None
-    differences = {each.cell: each for each in found.differences}
-    words = short_names(found.axes)
-    rows = [("(baseline)", "", outcome_text(found.baseline), "", mean_and_range(found.baseline.final_losses), "")]
-    for change in found.changes:
+    differences = {difference.cell: difference for difference in comparison.differences}
+    words = short_names(comparison.axes)
+    rows = [
+        ("(baseline)", "", outcome_text(comparison.baseline), "", mean_and_range(comparison.baseline.final_losses), "")
+    ]
+    for change in comparison.changes:
         difference = differences.get(change.cell.name)
         rows.append(
             (
@@ -84,13 +86,13 @@ def change_table(found: Comparison) -> Table | None:
                 "-" if difference is None else with_interval(difference.mean, difference.interval, signed=True),
             )
         )
-    used = dict.fromkeys(change.effect for change in found.changes)
+    used = dict.fromkeys(change.effect for change in comparison.changes)
     meaning = "; ".join(f"{effect}: {EFFECTS[effect]}" for effect in used if effect in EFFECTS)
     return Table(
         titles=("setting", "value", "outcome", "effect", "final loss", "loss - baseline"),
         rows=tuple(rows),
         words=4,
-        caption=f"Baseline {found.baseline.name}, with one setting changed at a time. {meaning}. {HOW_COMPARED}",
+        caption=f"Baseline {comparison.baseline.name}, with one setting changed at a time. {meaning}. {HOW_COMPARED}",
     )
 
 
@@ -101,21 +103,21 @@ HOW_COMPARED = (
 )
 
 
-def cell_table(found: Comparison, *, names: bool = False) -> Table:
+def cell_table(comparison: Comparison, *, names: bool = False) -> Table:
     """Every cell: outcome, losses, when it diverged, and how it compares.
 
     Args:
-        found: the comparison.
+        comparison: whose cells these are.
         names: one column with the cell's name, in place of one for each setting.
     """
-    differences = {each.cell: each for each in found.differences}
-    compared = bool(found.differences)
-    keys = [] if names else list(found.axes)
-    words = short_names(found.axes)
+    differences = {difference.cell: difference for difference in comparison.differences}
+    compared = bool(comparison.differences)
+    keys = [] if names else list(comparison.axes)
+    words = short_names(comparison.axes)
     rows = []
-    for cell in found.cells:
+    for cell in comparison.cells:
         difference = differences.get(cell.name)
-        last = "baseline" if cell is found.baseline else "-"
+        last = "baseline" if cell is comparison.baseline else "-"
         if difference is not None:
             last = with_interval(difference.mean, difference.interval, signed=True)
         rows.append(
@@ -144,9 +146,9 @@ def cell_table(found: Comparison, *, names: bool = False) -> Table:
     )
 
 
-def lr_table(found: Comparison) -> Table | None:
+def lr_table(comparison: Comparison) -> Table | None:
     """Learning rates per arm; None where none differ."""
-    if not found.lr_arms:
+    if not comparison.lr_arms:
         return None
     rows = [
         (
@@ -156,7 +158,7 @@ def lr_table(found: Comparison) -> Table | None:
             "-" if arm.best is None else f"{arm.best:.3g}",
             "-" if arm.sensitivity is None else with_interval(arm.sensitivity, arm.interval),
         )
-        for arm in found.lr_arms
+        for arm in comparison.lr_arms
     ]
     return Table(
         titles=("arm", "largest stable lr", "diverges at", "best lr", "LR sensitivity"),
@@ -203,11 +205,11 @@ def _ended(member: MemberRow) -> str:
     return f"{member.status} at step {member.step}"
 
 
-def comparison_tables(found: Comparison, members: Sequence[MemberRow]) -> list[Table]:
+def comparison_tables(comparison: Comparison, members: Sequence[MemberRow]) -> list[Table]:
     """All of it: members as columns where they are few, else cells as rows."""
     if len(members) <= FEW:
         return [member_table(members)]
-    tables = [change_table(found), lr_table(found), cell_table(found)]
+    tables = [change_table(comparison), lr_table(comparison), cell_table(comparison)]
     return [table for table in tables if table is not None]
 
 

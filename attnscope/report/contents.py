@@ -13,14 +13,26 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from attnscope.comparison.cells import Comparison, baseline_of, compare
-from attnscope.comparison.member import Evaluation, Generation, MemberRow, member_rows, number_in
+from attnscope.comparison.member import Evaluation, Generation, MemberRow, member_rows
 from attnscope.comparison.subjects import subjects_of
 from attnscope.config import SETTINGS, get_setting
 from attnscope.diagnose import Diagnosis, examine
 from attnscope.errors import RunError
 from attnscope.report.comparison import sentence_on
 from attnscope.report.verdict import verdict_of
-from attnscope.runs.foreign import printable
+from attnscope.runs.event_lines import PLACES, fields_of
+from attnscope.runs.events import (
+    AttentionSeen,
+    Diverged,
+    Dropped,
+    Evaluated,
+    Event,
+    Generated,
+    Nonfinite,
+    Started,
+    Unmeasured,
+)
+from attnscope.runs.foreign import number_in, printable
 from attnscope.runs.layout import to_json
 from attnscope.runs.reader import Run
 from attnscope.runs.watched import AttentionLayer, NotMeasured, attention_layers, not_measured
@@ -29,7 +41,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MOST_EVENTS = 200
-TOLD_ELSEWHERE = ("start", "evaluation", "generation", "attention", "not_measured")
+TOLD_ELSEWHERE = (Started, Evaluated, Generated, AttentionSeen, Unmeasured)
 MOST_TEXT = 2000  # characters of a generated text
 
 
@@ -92,43 +104,28 @@ class Contents:
     lost: tuple[str, ...]
 
 
-def contents(run: Run) -> Contents:
+def contents_of(run: Run) -> Contents:
     """Read from a run what its report says."""
-    events = [
-        (int(step), "" if member != member else str(member), str(kind), fields)
-        for step, member, kind, fields in zip(
-            run.events["step"],
-            run.events["member"].astype(object),
-            run.events["kind"],
-            run.events["fields"],
-            strict=True,
-        )
-    ]
     evaluations = tuple(
-        Evaluation(member=member, seq_len=int(seq_len), val_loss=val_loss)
-        for _, member, kind, fields in events
-        if kind == "evaluation"
-        and (seq_len := number_in(fields.get("seq_len"))) is not None
-        and abs(seq_len) < 2**53
-        and (val_loss := number_in(fields.get("val_loss"))) is not None
+        Evaluation(member=member or "", seq_len=evaluated.seq_len, val_loss=evaluated.val_loss)
+        for _, member, evaluated in run.happened(Evaluated)
     )
     generations = tuple(
         Generation(
-            member=member,
-            prompt=_lines(fields.get("prompt")),
-            text=_lines(fields.get("text")),
-            loss_from_prefixes=number_in(fields.get("loss_from_prefixes")),
+            member=member or "",
+            prompt=_lines(generated.prompt),
+            text=_lines(generated.text),
+            loss_from_prefixes=generated.loss_from_prefixes,
         )
-        for _, member, kind, fields in events
-        if kind == "generation"
+        for _, member, generated in run.happened(Generated)
     )
     happenings = sorted(
         (
-            Happening(step=step, member=member, kind=kind, what=_in_words(kind, fields))
-            for step, member, kind, fields in events
-            if kind not in TOLD_ELSEWHERE
+            Happening(step=event.step, member=member or "", kind=event.kind, what=_in_words(event))
+            for member, event in run.happenings
+            if not isinstance(event.what, TOLD_ELSEWHERE)
         ),
-        key=lambda each: each.step,
+        key=lambda happening: happening.step,
     )
     differing = _differing(run)
     members = tuple(member_rows(run, evaluations, generations, differing))
@@ -172,14 +169,14 @@ def _verdict(
 def _differing(run: Run) -> dict[str, tuple[str, ...]]:
     """Settings in which members differ, each member's value in the order of run.json."""
     keys = dict.fromkeys(key for member in run.members for key in member.settings)
-    found = {}
+    differing = {}
     for key in keys:
         values = tuple(
             _shown(member.settings[key] if key in member.settings else _base(run, key)) for member in run.members
         )
         if len(set(values)) > 1:
-            found[printable(key, 60)] = values
-    return found
+            differing[printable(key, 60)] = values
+    return differing
 
 
 def _base(run: Run, key: str) -> object:
@@ -193,35 +190,36 @@ def _reference(run: Run) -> dict[str, float]:
     reference = run.data.get("reference")
     if not isinstance(reference, dict):
         return {}
-    found = {key: number_in(reference.get(key)) for key in ("uniform", "unigram", "bigram", "optimum")}
-    return {key: value for key, value in found.items() if value is not None and np.isfinite(value)}
+    losses = {key: number_in(reference.get(key)) for key in ("uniform", "unigram", "bigram", "optimum")}
+    return {key: value for key, value in losses.items() if value is not None and np.isfinite(value)}
 
 
 def _rows(heads: "pd.DataFrame") -> tuple[int, int] | None:
     return (int(heads["rows"].min()), int(heads["rows"].max())) if len(heads) else None
 
 
-def _in_words(kind: str, fields: Mapping[str, object]) -> str:
-    if kind == "nonfinite":
-        where = fields.get("where")
-        places = ", ".join(printable(place, 40) for place in where) if isinstance(where, list) else ""
-        return printable(f"{printable(fields.get('tensor'), 60)} not finite" + (f": {places}" if places else ""), 300)
-    if kind == "diverged":
-        return printable(f"loss {printable(fields.get('why'), 60)}", 100)
-    if kind == "dropped":
+def _in_words(event: Event) -> str:
+    what = event.what
+    if isinstance(what, Nonfinite):
+        places = ", ".join(printable(place.words, 40) for place in what.where or ())
+        return printable(f"{printable(what.tensor, 60)} not finite" + (f": {places}" if places else ""), 300)
+    if isinstance(what, Diverged):
+        return printable(f"loss {printable(what.why, 60)}", 100)
+    if isinstance(what, Dropped):
         return "no longer trained: the others go on without it"
-    return printable("; ".join(f"{key}: {_told(value)}" for key, value in fields.items()), 300)
+    told = (
+        f"{key}: {_told(value)}" for key, value in fields_of(event).items() if key != PLACES
+    )  # in words they are told
+    return printable("; ".join(told), 300)
 
 
 def _told(value: object) -> str:
-    if isinstance(value, list) and all(isinstance(each, str | int | float) for each in value):
+    if isinstance(value, list) and all(isinstance(entry, str | int | float) for entry in value):
         return ", ".join(map(str, value))
     return value if isinstance(value, str) else to_json(value)
 
 
-def _lines(text: object) -> tuple[str, ...]:
-    if not isinstance(text, str):
-        return ()
+def _lines(text: str) -> tuple[str, ...]:
     return tuple(printable(line, 200) for line in text[:MOST_TEXT].splitlines())
 
 

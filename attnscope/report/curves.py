@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from attnscope.report.contents import Contents
-from attnscope.report.series import Array, distinct, head_keys, head_label, heat_of
+from attnscope.report.series import Floats, distinct, head_keys, head_label, heat_of
 from attnscope.runs.by_member import rows_of_member
 from attnscope.runs.layout import COLUMNS, to_json
-from attnscope.runs.tables import Tables
+from attnscope.runs.tables import RunTables
 
 PER_STEP = ("loss", "grad_norm")
 PER_HEAD = ("entropy_ratio", "max_prob", "max_logit", "softmax_gain", "logit_std")
@@ -36,18 +36,18 @@ class Curves:
     caption: str
 
 
-def curves_of(tables: Tables, found: Contents) -> Curves | None:
+def curves_of(tables: RunTables, contents: Contents) -> Curves | None:
     """Thin the curves of as many members as fit; None where nothing was recorded."""
     if not len(tables.steps):
         return None
     keys_N = head_keys(tables.heads)
     known = distinct(keys_N)
     heads = known[:MOST_HEADS]
-    each = len(PER_STEP) + len(PER_HEAD) * len(heads)
-    most = max(1, min(MOST_MEMBERS, NUMBERS // (each * FEWEST_POINTS)))
-    places = np.unique(np.linspace(0, len(found.members) - 1, most).round().astype(int)).tolist()
-    points = max(FEWEST_POINTS, min(MOST_POINTS, NUMBERS // (each * len(places))))
-    members = [found.members[place] for place in places]
+    numbers_per_point = len(PER_STEP) + len(PER_HEAD) * len(heads)
+    most = max(1, min(MOST_MEMBERS, NUMBERS // (numbers_per_point * FEWEST_POINTS)))
+    indices = np.unique(np.linspace(0, len(contents.members) - 1, most).round().astype(int)).tolist()
+    points = max(FEWEST_POINTS, min(MOST_POINTS, NUMBERS // (numbers_per_point * len(indices))))
+    members = [contents.members[index] for index in indices]
     steps, head_steps = [], []
     curves: dict[str, list[object]] = {name: [] for name in (*PER_STEP, *PER_HEAD)}
     for member in members:
@@ -82,16 +82,16 @@ def curves_of(tables: Tables, found: Contents) -> Curves | None:
         "head_steps": head_steps,
         "curves": list(curves.values()),
     }
-    left_out = len(found.members) - len(members)
+    left_out = len(contents.members) - len(members)
     said = f"Each point is a mean over steps; at most {points} points per curve. The tables of the run have every step."
     if left_out:
-        said = f"{len(members)} of {len(found.members)} members, at equal distances. {said}"
+        said = f"{len(members)} of {len(contents.members)} members, at equal distances. {said}"
     return Curves(json=to_json(data).replace("<", "\\u003c"), caption=said)
 
 
-def _middles(edges: Array) -> list[float]:
+def _middles(edges: Floats) -> list[float]:
     return [float(f"{value:.6g}") for value in (edges[:-1] + edges[1:] - 1) / 2]
 
 
-def _rounded(values: Array) -> Sequence[float | None]:
+def _rounded(values: Floats) -> Sequence[float | None]:
     return [float(f"{value:.4g}") if np.isfinite(value) else None for value in values]

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from attnscope.comparison.member import Generation, Softmax
 from attnscope.diagnose import Diagnosis, Evidence
 from attnscope.findings import chain_in_words, evidence_columns, in_words, label
-from attnscope.report.blocks import Block, Figure, Heading, Lines, Notes, Paragraph, Section, Table
+from attnscope.report.blocks import Figure, Heading, Lines, Notes, Paragraph, Section, SectionBlock, Table
 from attnscope.report.comparison import comparison_tables
 from attnscope.report.contents import Contents
 from attnscope.report.numbers import number
@@ -36,13 +36,13 @@ FORMULAS = {
 }
 
 
-def document_of(found: Contents, figures: Sequence[Figure]) -> tuple[Section, ...]:
+def document_of(contents: Contents, figures: Sequence[Figure]) -> tuple[Section, ...]:
     """The report, section by section, without those that would be empty."""
     named = {figure.name: figure for figure in figures}
     known = {*EVIDENCE, *DETAIL, *GRADIENTS}
     others = [figure.name for figure in figures if figure.name not in known]
 
-    def drawn(names: Iterable[str]) -> list[Block]:
+    def drawn(names: Iterable[str]) -> list[SectionBlock]:
         return [named[name] for name in names if name in named]
 
     sections = (
@@ -50,34 +50,34 @@ def document_of(found: Contents, figures: Sequence[Figure]) -> tuple[Section, ..
         Section(
             key="comparison",
             title="Which setting does what",
-            blocks=comparison_tables(found.comparison, found.members) if found.comparison else [],
+            blocks=comparison_tables(contents.comparison, contents.members) if contents.comparison else [],
         ),
-        Section(key="findings", title="Findings", blocks=_findings(found.diagnosis)),
-        Section(key="layers", title="Attention that was seen", blocks=_layers(found)),
-        Section(key="differing", title="What differs", blocks=_differing(found)),
-        Section(key="members", title="Members", blocks=[_members(found)]),
+        Section(key="findings", title="Findings", blocks=_findings(contents.diagnosis)),
+        Section(key="layers", title="Attention that was seen", blocks=_layers(contents)),
+        Section(key="differing", title="What differs", blocks=_differing(contents)),
+        Section(key="members", title="Members", blocks=[_members(contents)]),
         Section(key="detail", title="Layers and heads", blocks=drawn([*DETAIL, *others])),
         Section(key="gradients", title="Gradients and clipping", blocks=drawn(GRADIENTS)),
-        Section(key="events", title="Events", blocks=_happenings(found)),
-        Section(key="evaluations", title="Held-out loss at the end", blocks=_evaluations(found)),
+        Section(key="events", title="Events", blocks=_happenings(contents)),
+        Section(key="evaluations", title="Held-out loss at the end", blocks=_evaluations(contents)),
         Section(
             key="generations",
             title="What they write",
-            blocks=[block for each in found.generations for block in _generation(each)],
+            blocks=[block for generation in contents.generations for block in _generation(generation)],
         ),
-        Section(key="how", title="How it was made", blocks=[_how(found)]),
+        Section(key="how", title="How it was made", blocks=[_how(contents)]),
         Section(
             key="lost",
             title="What could not be read",
-            blocks=[Notes(items=found.lost[:50])] if found.lost else [],
+            blocks=[Notes(items=contents.lost[:50])] if contents.lost else [],
         ),
-        Section(key="definitions", title="Definitions", blocks=_definitions(found)),
+        Section(key="definitions", title="Definitions", blocks=_definitions(contents)),
     )
     return tuple(section for section in sections if section.blocks)
 
 
-def _findings(diagnosis: Diagnosis) -> list[Block]:
-    blocks: list[Block] = [Paragraph(text=chain_in_words(chain)) for chain in diagnosis.chains]
+def _findings(diagnosis: Diagnosis) -> list[SectionBlock]:
+    blocks: list[SectionBlock] = [Paragraph(text=chain_in_words(chain)) for chain in diagnosis.chains]
     for finding in diagnosis.findings:
         title = f"{label(finding).capitalize()}: {finding.title}"
         blocks += [Heading(text=title), Paragraph(text=finding.summary)]
@@ -89,10 +89,10 @@ def _findings(diagnosis: Diagnosis) -> list[Block]:
     return blocks
 
 
-def _layers(found: Contents) -> list[Block]:
+def _layers(contents: Contents) -> list[SectionBlock]:
     """Of a watched run: each attention layer once, as its first member saw it."""
-    first = {layer.layer: layer for layer in reversed(found.layers)}
-    blocks: list[Block] = []
+    first = {layer.layer: layer for layer in reversed(contents.layers)}
+    blocks: list[SectionBlock] = []
     if first:
         blocks.append(
             Table(
@@ -116,8 +116,8 @@ def _layers(found: Contents) -> list[Block]:
                 "number does. Where the code computes its logits itself, it was fitted to them.",
             )
         )
-    if found.not_measured:
-        said = dict.fromkeys(f"{x.name} ({x.backend}): {x.reason}" for x in found.not_measured)
+    if contents.not_measured:
+        said = dict.fromkeys(f"{x.name} ({x.backend}): {x.reason}" for x in contents.not_measured)
         blocks += [Heading(text="Seen, but not measured"), Notes(items=tuple(said)[:50])]
     return blocks
 
@@ -138,7 +138,7 @@ def _value(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
-def _members(found: Contents) -> Table:
+def _members(contents: Contents) -> Table:
     columns = ("entropy", "entropy_ratio", "max_prob", "max_logit")
     rows = tuple(
         (
@@ -151,21 +151,21 @@ def _members(found: Contents) -> Table:
             number(member.val_loss),
             *(_from_to(member.start, member.end, column) for column in columns),
         )
-        for member in found.members[:MOST_MEMBERS]
+        for member in contents.members[:MOST_MEMBERS]
     )
     return Table(
         titles=(*("member", "status", "step", "first loss", "best loss", "final loss", "val_loss"), *columns),
         rows=rows,
         words=2,
-        caption=_more_members(found)
+        caption=_more_members(contents)
         + "Losses in nats per token; the final loss is the mean over the last 20 steps. The step is where a member diverged, "
         "else its last. Attention: first step measured → last step at which it was still finite, mean over layers and heads "
         "(max_logit: the largest).",
     )
 
 
-def _more_members(found: Contents) -> str:
-    more = len(found.members) - MOST_MEMBERS
+def _more_members(contents: Contents) -> str:
+    more = len(contents.members) - MOST_MEMBERS
     return f"{more} more members are in the tables of the run. " if more > 0 else ""
 
 
@@ -173,41 +173,41 @@ def _from_to(start: Softmax, end: Softmax, column: str) -> str:
     return f"{number(getattr(start, column))} → {number(getattr(end, column))}"
 
 
-def _differing(found: Contents) -> list[Block]:
+def _differing(contents: Contents) -> list[SectionBlock]:
     """Values per member where members are few or unlike each other; the axes where they are a grid."""
-    if not found.differing:
+    if not contents.differing:
         return []
-    if found.comparison is not None:
-        rows = [(key, ", ".join(values)) for key, values in found.comparison.axes.items()]
-        seeds = dict.fromkeys(found.differing.get("train.seed", ()))
+    if contents.comparison is not None:
+        rows = [(key, ", ".join(values)) for key, values in contents.comparison.axes.items()]
+        seeds = dict.fromkeys(contents.differing.get("train.seed", ()))
         rows += [("train.seed", ", ".join(seeds))] if seeds else []
         return [Table(titles=("setting", "values"), rows=tuple(rows), words=2)]
-    keys = list(found.differing)
+    keys = list(contents.differing)
     return [
         Table(
             titles=("member", *keys),
             rows=tuple(
-                (member.name, *(member.settings[key] for key in keys)) for member in found.members[:MOST_MEMBERS]
+                (member.name, *(member.settings[key] for key in keys)) for member in contents.members[:MOST_MEMBERS]
             ),
             words=1 + len(keys),
         )
     ]
 
 
-def _happenings(found: Contents) -> list[Block]:
-    if not found.events:
+def _happenings(contents: Contents) -> list[SectionBlock]:
+    if not contents.events:
         return []
-    more = f"{found.events_left_out} more events are left out here." if found.events_left_out else ""
-    rows = tuple((str(each.step), each.member, each.kind, each.what) for each in found.events)
+    more = f"{contents.events_left_out} more events are left out here." if contents.events_left_out else ""
+    rows = tuple((str(event.step), event.member, event.kind, event.what) for event in contents.events)
     return [Table(titles=("step", "member", "kind", "what"), rows=rows, words=4, caption=more)]
 
 
-def _evaluations(found: Contents) -> list[Block]:
-    if not found.evaluations:
+def _evaluations(contents: Contents) -> list[SectionBlock]:
+    if not contents.evaluations:
         return []
-    lengths = sorted({each.seq_len for each in found.evaluations})[:20]
-    val_loss = {(each.member, each.seq_len): each.val_loss for each in found.evaluations}
-    names = dict.fromkeys(each.member for each in found.evaluations)
+    lengths = sorted({evaluation.seq_len for evaluation in contents.evaluations})[:20]
+    val_loss = {(evaluation.member, evaluation.seq_len): evaluation.val_loss for evaluation in contents.evaluations}
+    names = dict.fromkeys(evaluation.member for evaluation in contents.evaluations)
     return [
         Table(
             titles=("member", *(f"{length} tokens" for length in lengths)),
@@ -221,39 +221,42 @@ def _evaluations(found: Contents) -> list[Block]:
     ]
 
 
-def _generation(each: Generation) -> list[Block]:
-    blocks: list[Block] = [Heading(text=f"What {each.member} writes")]
-    if each.loss_from_prefixes is not None:
+def _generation(generation: Generation) -> list[SectionBlock]:
+    blocks: list[SectionBlock] = [Heading(text=f"What {generation.member} writes")]
+    if generation.loss_from_prefixes is not None:
         blocks.append(
             Paragraph(
-                text=f"Loss from prefixes: {number(each.loss_from_prefixes)} nats per token. It is measured as generation "
+                text=f"Loss from prefixes: {number(generation.loss_from_prefixes)} nats per token. It is measured as generation "
                 "works, one token after the other, and sees no token that it has to predict."
             )
         )
     return [
         *blocks,
         Paragraph(text="After the held-out prompt"),
-        Lines(lines=each.prompt),
+        Lines(lines=generation.prompt),
         Paragraph(text="it goes on with"),
-        Lines(lines=each.text),
+        Lines(lines=generation.text),
     ]
 
 
-def _how(found: Contents) -> Table:
-    rows = [("run", f"{found.name}, {found.status}, created {found.created}"), ("command", found.command or "-")]
-    rows += [(f"{name} loss", f"{number(value)} nats per token") for name, value in found.reference.items()]
-    rows += [(f"data: {key}", value) for key, value in found.data.items()]
-    rows += list(found.environment.items())
-    if found.rows:
-        least, most = found.rows
+def _how(contents: Contents) -> Table:
+    rows = [
+        ("run", f"{contents.name}, {contents.status}, created {contents.created}"),
+        ("command", contents.command or "-"),
+    ]
+    rows += [(f"{name} loss", f"{number(value)} nats per token") for name, value in contents.reference.items()]
+    rows += [(f"data: {key}", value) for key, value in contents.data.items()]
+    rows += list(contents.environment.items())
+    if contents.rows:
+        least, most = contents.rows
         measured = str(most) if least == most else f"{least} to {most}"
         rows.append(("query rows measured", f"{measured} per head and step"))
     return Table(titles=("what", "value"), rows=tuple(rows), words=2)
 
 
-def _definitions(found: Contents) -> list[Block]:
-    blocks: list[Block] = []
-    if found.rows:
+def _definitions(contents: Contents) -> list[SectionBlock]:
+    blocks: list[SectionBlock] = []
+    if contents.rows:
         blocks.append(
             Paragraph(
                 text="Attention is measured on a sample of query rows, drawn anew every step (record.rows); max_logit_bound is "

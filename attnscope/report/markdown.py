@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from attnscope.report.blocks import Block, Figure, Heading, Lines, Notes, Paragraph, Section, Table
+from attnscope.report.blocks import Figure, Heading, Lines, Notes, Paragraph, Section, SectionBlock, Table
 
 MOST_ROWS = 50  # of a table; all of them are in the HTML
 
@@ -23,7 +23,7 @@ def escaped(text: str) -> str:
     return re.sub(r"(?i)(:)(//)|\b(www)(\.)", lambda m: f"{m[1] or m[3]}\\{m[2] or m[4]}", text)
 
 
-def _block(block: Block, folder: str) -> str:
+def _block(block: SectionBlock, folder: str) -> str:
     match block:
         case Paragraph():
             return escaped(block.text)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnscope.runs.by_member import rows_of_member
-from attnscope.runs.tables import Tables
+from attnscope.runs.tables import RunTables
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,7 +22,7 @@ ROWS_AT_ONCE = 1 << 20  # of a table, so that what is computed from them stays s
 MOST_KEYS = 1 << 24  # between the smallest and the largest, for a table to look them up
 CELLS = 300  # of a heat map, along the steps
 
-Array = NDArray[np.float64]
+Floats = NDArray[np.float64]
 Keys = NDArray[np.int32] | NDArray[np.int64]
 
 
@@ -37,18 +37,18 @@ class Heat:
     """
 
     labels: tuple[str, ...]
-    edges: Array
-    values: Array
+    edges: Floats
+    values: Floats
 
 
-def curve_of(tables: Tables, name: str, column: str) -> tuple[Array, Array]:
+def curve_of(tables: RunTables, name: str, column: str) -> tuple[Floats, Floats]:
     """Steps of a member and one of its columns of the steps table, (N,) each."""
     rows_N = rows_of_member(tables.steps, name)
     steps = tables.steps["step"].to_numpy()[rows_N].astype(np.float64)
     return steps, tables.steps[column].to_numpy()[rows_N].astype(np.float64)
 
 
-def thinned(steps: Array, values: Array, *, points: int = POINTS) -> tuple[Array, Array]:
+def thinned(steps: Floats, values: Floats, *, points: int = POINTS) -> tuple[Floats, Floats]:
     """A curve of at most about 2 x `points` points: the smallest and the largest finite value of each bin, in order.
 
     A curve that is short enough comes back as it is, NaN included.
@@ -61,15 +61,15 @@ def thinned(steps: Array, values: Array, *, points: int = POINTS) -> tuple[Array
         inside = values[low:high]
         finite = np.flatnonzero(np.isfinite(inside))
         if len(finite):
-            found = inside[finite]
-            keep += sorted({low + finite[found.argmin()], low + finite[found.argmax()]})
+            values_left = inside[finite]
+            keep += sorted({low + finite[values_left.argmin()], low + finite[values_left.argmax()]})
         if len(finite) < len(inside):
             keep.append(low + int(np.flatnonzero(~np.isfinite(inside))[0]))
     index = np.unique(np.array(keep, dtype=np.int64))
     return steps[index], values[index]
 
 
-def largest_per_step(steps_N: Array, values_N: Array) -> tuple[Array, Array]:
+def largest_per_step(steps_N: Floats, values_N: Floats) -> tuple[Floats, Floats]:
     """The largest value among the records of each step, which stand together; NaN and Inf win."""
     if not len(steps_N):
         return steps_N, values_N
@@ -77,17 +77,17 @@ def largest_per_step(steps_N: Array, values_N: Array) -> tuple[Array, Array]:
     return steps_N[starts_S], np.maximum.reduceat(values_N, starts_S)
 
 
-def finite_steps(steps_N: NDArray[np.int32], values_N: Array) -> NDArray[np.int32]:
+def finite_steps(steps_N: NDArray[np.int32], values_N: Floats) -> NDArray[np.int32]:
     """The steps, ascending, of which every record is finite: of one that broke half-way, the upper layers tell nothing."""
     return np.setdiff1d(steps_N, steps_N[~np.isfinite(values_N)])
 
 
 def heat(heads: "pd.DataFrame", rows_N: NDArray[np.int64], column: str) -> Heat | None:
     """The mean of a column per layer, head and bin of steps; None where nothing was recorded."""
-    found = heat_of(heads, rows_N, column, head_keys(heads)[rows_N])
-    if found is None:
+    binned = heat_of(heads, rows_N, column, head_keys(heads)[rows_N])
+    if binned is None:
         return None
-    keys_G, edges, values = found
+    keys_G, edges, values = binned
     return Heat(labels=tuple(map(head_label, keys_G)), edges=edges, values=values)
 
 
@@ -113,7 +113,7 @@ def heat_of(
     key_N: Keys,
     *,
     cells: int = CELLS,
-) -> tuple[list[int], Array, Array] | None:
+) -> tuple[list[int], Floats, Floats] | None:
     """The mean of a column per key and bin of steps; None where nothing was recorded.
 
     Args:
@@ -153,7 +153,7 @@ def heat_of(
 
 
 def _numbering(key_N: Keys) -> tuple[list[int], Callable[[Keys], NDArray[np.int64]]]:
-    """The keys that occur, ascending, and what finds the place of keys among them."""
+    """The keys that occur, ascending, and what finds the index of keys among them."""
     low, high = int(key_N.min()), int(key_N.max())
     if high - low > MOST_KEYS:  # of a run that somebody made up
         keys_G = np.unique(key_N)
@@ -161,5 +161,5 @@ def _numbering(key_N: Keys) -> tuple[list[int], Callable[[Keys], NDArray[np.int6
     # A table to look up in: sorting millions of rows takes longer than all the rest.
     occurs = np.zeros(high - low + 1, dtype=bool)
     occurs[key_N - low] = True
-    places = np.cumsum(occurs) - 1
-    return (np.flatnonzero(occurs) + low).tolist(), lambda keys: places[keys - low]
+    index_of_key = np.cumsum(occurs) - 1
+    return (np.flatnonzero(occurs) + low).tolist(), lambda keys: index_of_key[keys - low]

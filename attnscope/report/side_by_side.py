@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from attnscope.comparison.cells import Comparison, baseline_of, compare
-from attnscope.comparison.member import MemberRow
+from attnscope.comparison.member import MemberRow, renamed
 from attnscope.comparison.subjects import Subject, subjects_of
 from attnscope.diagnose import Diagnosis
 from attnscope.errors import RunError
 from attnscope.report.comparison import sentence_on
-from attnscope.report.contents import Contents, contents
+from attnscope.report.contents import Contents, contents_of
 from attnscope.report.verdict import verdict_of
 from attnscope.runs.foreign import printable
 from attnscope.runs.reader import Run
@@ -54,27 +54,27 @@ def side_by_side(chosen: Sequence[Chosen], *, baseline: Mapping[str, str] | None
     Raises:
         RunError: a member does not exist, or there are fewer than two.
     """
-    labels = _labels([each.run for each in chosen])
+    labels = _labels([choice.run for choice in chosen])
     subjects: list[Subject] = []
-    found: list[Contents] = []
+    contents_of_runs: list[Contents] = []
     names: list[dict[str, str]] = []
-    for each, label in zip(chosen, labels, strict=True):
-        known = [member.name for member in each.run.members]
-        wanted = known if each.members is None else list(each.members)
+    for choice, label in zip(chosen, labels, strict=True):
+        known = [member.name for member in choice.run.members]
+        wanted = known if choice.members is None else list(choice.members)
         for name in wanted:
             if name not in known:
                 raise RunError(
-                    f"{printable(each.run.path, 200)} has no member {printable(name, 80)!r}. Members: "
+                    f"{printable(choice.run.path, 200)} has no member {printable(name, 80)!r}. Members: "
                     f"{', '.join(known[:8])}{' ...' if len(known) > 8 else ''}."
                 )
-        read = contents(each.run)
+        read = contents_of(choice.run)
         several = len(chosen) > 1
         new = {name: (label if len(known) == 1 else f"{label}:{name}") if several else name for name in wanted}
         names.append(new)
-        found.append(read)
+        contents_of_runs.append(read)
         subjects += [
-            replace(subject, row=replace(subject.row, name=new[subject.row.name]))
-            for subject in subjects_of(each.run, read.members)
+            replace(subject, row=renamed(subject.row, new[subject.row.name]))
+            for subject in subjects_of(choice.run, read.members)
             if subject.row.name in new
         ]
     if len(subjects) < 2:
@@ -87,10 +87,10 @@ def side_by_side(chosen: Sequence[Chosen], *, baseline: Mapping[str, str] | None
         for subject in subjects
     )
     tables = {
-        table: _joined([getattr(each.run, table) for each in chosen], names)
+        table: _joined([getattr(choice.run, table) for choice in chosen], names)
         for table in ("steps", "heads", "layers", "params")
     }
-    return Joined(**tables), _merged(found, names, labels, rows, comparison)
+    return Joined(**tables), _merged(contents_of_runs, names, labels, rows, comparison)
 
 
 def _labels(runs: Sequence[Run]) -> list[str]:
@@ -106,7 +106,7 @@ def _labels(runs: Sequence[Run]) -> list[str]:
 def _joined(tables: "Sequence[pd.DataFrame]", names: Sequence[Mapping[str, str]]) -> "pd.DataFrame":
     import pandas as pd
 
-    categories = list(dict.fromkeys(new for each in names for new in each.values()))
+    categories = list(dict.fromkeys(new for new_names in names for new in new_names.values()))
     pieces = []
     for table, new in zip(tables, names, strict=True):
         codes = {name: categories.index(shown) for name, shown in new.items()}
@@ -124,42 +124,46 @@ def _joined(tables: "Sequence[pd.DataFrame]", names: Sequence[Mapping[str, str]]
 
 
 def _merged(
-    found: Sequence[Contents],
+    contents_of_runs: Sequence[Contents],
     names: Sequence[Mapping[str, str]],
     labels: Sequence[str],
     rows: tuple[MemberRow, ...],
     comparison: Comparison,
 ) -> Contents:
-    first = found[0]
+    first = contents_of_runs[0]
     differing = {key: tuple(row.settings[key] for row in rows) for key in comparison.axes}
     outcomes, attention = verdict_of(rows, differing)
     return replace(
         first,
         name=printable(" against ".join(dict.fromkeys(labels)), 120),
-        status=", ".join(dict.fromkeys(each.status for each in found)),
-        created=", ".join(dict.fromkeys(each.created for each in found)),
-        command="; ".join(dict.fromkeys(each.command for each in found)),
+        status=", ".join(dict.fromkeys(contents.status for contents in contents_of_runs)),
+        created=", ".join(dict.fromkeys(contents.created for contents in contents_of_runs)),
+        command="; ".join(dict.fromkeys(contents.command for contents in contents_of_runs)),
         verdict=(outcomes, _second_sentence(comparison, attention, differing)),
         members=rows,
         differing=differing,
         # Reference losses are of one text: where runs have different ones, no line fits all.
-        reference=first.reference if all(e.reference == first.reference for e in found) else {},
+        reference=first.reference if all(e.reference == first.reference for e in contents_of_runs) else {},
         events=(),
         events_left_out=0,
         evaluations=tuple(
             replace(evaluation, member=new[evaluation.member])
-            for each, new in zip(found, names, strict=True)
-            for evaluation in each.evaluations
+            for contents, new in zip(contents_of_runs, names, strict=True)
+            for evaluation in contents.evaluations
             if evaluation.member in new
         ),
         generations=(),
-        environment=_shared(each.environment for each in found),
-        data=_shared(each.data for each in found),
+        environment=_shared(contents.environment for contents in contents_of_runs),
+        data=_shared(contents.data for contents in contents_of_runs),
         layers=(),
         not_measured=(),
         diagnosis=Diagnosis(findings=(), not_looked=()),
         comparison=comparison,
-        lost=tuple(f"{label}: {note}" for each, label in zip(found, labels, strict=True) for note in each.lost),
+        lost=tuple(
+            f"{label}: {note}"
+            for contents, label in zip(contents_of_runs, labels, strict=True)
+            for note in contents.lost
+        ),
     )
 
 
@@ -174,8 +178,8 @@ def _second_sentence(comparison: Comparison, attention: str, differing: Mapping[
 
 def _shared(tables: Iterable[Mapping[str, str]]) -> dict[str, str]:
     """Key to value, or to all values where they differ."""
-    found: dict[str, dict[str, None]] = {}
+    values_of: dict[str, dict[str, None]] = {}
     for table in tables:
         for key, value in table.items():
-            found.setdefault(key, {})[value] = None
-    return {key: "; ".join(values) for key, values in found.items()}
+            values_of.setdefault(key, {})[value] = None
+    return {key: "; ".join(values) for key, values in values_of.items()}

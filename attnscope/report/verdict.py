@@ -98,32 +98,32 @@ def _attention(members: Sequence[MemberRow], differing: Mapping[str, Sequence[st
     step = sharp.start.step
     where = f"at step {step}"
     if top - bottom > ALIKE:
-        found = (
+        sentence = (
             f"{where} the softmax of {sharp.name} puts {number(top)} of a query's weight on one key on average, "
             f"that of {flat.name} {number(bottom)}; largest logits {number(sharp.start.max_logit)} and "
             f"{number(flat.start.max_logit)}"
         )
     else:
-        found = f"{where} their attention is alike (max_prob {number(bottom)} to {number(top)})"
+        sentence = f"{where} their attention is alike (max_prob {number(bottom)} to {number(top)})"
         last = [member for member in seen if member.end.max_prob is not None]
         ends = [f"{member.name} {number(member.end.max_prob)} (step {member.end.step})" for member in last[:MOST_NAMED]]
         more = f" and {len(last) - MOST_NAMED} more" if len(last) > MOST_NAMED else ""
-        found += f", when last finite it is {', '.join(ends)}{more}"
+        sentence += f", when last finite it is {', '.join(ends)}{more}"
     if 1 <= len(differing) <= 3:
         alone = " alone" if len(differing) == 1 else ""
-        return f"They differ in {_and(list(differing))}{alone}: {found}."
-    return f"{found[0].upper()}{found[1:]}."
+        return f"They differ in {_and(list(differing))}{alone}: {sentence}."
+    return f"{sentence[0].upper()}{sentence[1:]}."
 
 
 def _of_one(member: MemberRow) -> str:
     start, end = member.start, member.end
-    found = (
+    sentence = (
         f"At step {start.step} its softmax puts {number(start.max_prob)} of a query's weight on one key on average, "
         f"with a largest logit of {number(start.max_logit)}"
     )
     if end.step != start.step:
-        found += f"; at step {end.step} {number(end.max_prob)} and {number(end.max_logit)}"
-    return f"{found}."
+        sentence += f"; at step {end.step} {number(end.max_prob)} and {number(end.max_logit)}"
+    return f"{sentence}."
 
 
 def _and(words: Sequence[str]) -> str:

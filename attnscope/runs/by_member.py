@@ -11,12 +11,11 @@ from numpy.typing import NDArray
 
 from attnscope.config import Config, apply_changes
 from attnscope.errors import RunError
+from attnscope.runs.parts import NEVER as NEVER  # rules take it from here
 from attnscope.runs.reader import Run
 
 if TYPE_CHECKING:
     import pandas as pd
-
-NEVER = 2**62  # the step of what did not happen
 
 # The settings that rules read. Members that are alike in them share one resolved config.
 READ = (
@@ -40,14 +39,14 @@ def configs_of(run: Run) -> tuple[Config | None, ...]:
     except RunError:
         return (None,) * len(run.entries)
     known: dict[str, Config | None] = {}
-    found = []
+    configs = []
     for entry in run.entries:
         changes = {key: entry.settings[key] for key in READ if key in entry.settings}
         same = repr(changes)
         if same not in known:
             known[same] = _changed(base, changes)
-        found.append(known[same])
-    return tuple(found)
+        configs.append(known[same])
+    return tuple(configs)
 
 
 def members_of_rows(table: "pd.DataFrame") -> NDArray[np.int64]:

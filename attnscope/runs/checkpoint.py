@@ -94,10 +94,10 @@ def load_checkpoint(part_dir: Path) -> Checkpoint | None:
     if not is_folder(part_dir):
         return None
     try:
-        found = [CHECKPOINT_FILE.fullmatch(entry.name) for entry in part_dir.iterdir()]
+        matches = [CHECKPOINT_FILE.fullmatch(entry.name) for entry in part_dir.iterdir()]
     except OSError as error:
         raise RunError(f"{part_dir}: {reason_of(error)}. {remedy_of(error)} and try again.") from None
-    steps = sorted({int(match["step"]) for match in found if match and match["kind"] == "json"})
+    steps = sorted({int(match["step"]) for match in matches if match and match["kind"] == "json"})
     notes: list[str] = []
     for step in reversed(steps):
         try:

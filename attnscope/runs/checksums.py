@@ -26,16 +26,16 @@ def sealed(text: str, *, space: str = " ") -> str:
 
 def has_seal(data: bytes) -> bool:
     """Whether the bytes of a JSON object end with a checksum."""
-    return _found(data) is not None
+    return _seal_of(data) is not None
 
 
 def is_as_sealed(data: bytes) -> bool:
     """Whether the bytes of a JSON object fit their checksum; True where they have none."""
-    found = _found(data)
-    return found is None or int(found["crc"], 16) == crc32(data[: found.start()])
+    seal = _seal_of(data)
+    return seal is None or int(seal["crc"], 16) == crc32(data[: seal.start()])
 
 
-def _found(data: bytes) -> re.Match[bytes] | None:
+def _seal_of(data: bytes) -> re.Match[bytes] | None:
     at = data.rfind(b'"crc32"')
     comma = data.rfind(b",", 0, at) if at > 0 else -1
     return _SEAL.fullmatch(data, comma) if comma >= 0 else None

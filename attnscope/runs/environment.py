@@ -13,7 +13,7 @@ def environment(device: torch.device | None = None) -> dict[str, object]:
     Args:
         device: that is trained on; None where others choose it, and only events say which.
     """
-    found: dict[str, object] = {
+    known: dict[str, object] = {
         "attnscope": version("attnscope"),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -21,5 +21,5 @@ def environment(device: torch.device | None = None) -> dict[str, object]:
     }
     if device is not None:
         is_cuda = device.type == "cuda"
-        found["device"] = torch.cuda.get_device_name(device) if is_cuda else device.type
-    return found | {"threads": torch.get_num_threads(), "cpus": os.cpu_count()}
+        known["device"] = torch.cuda.get_device_name(device) if is_cuda else device.type
+    return known | {"threads": torch.get_num_threads(), "cpus": os.cpu_count()}

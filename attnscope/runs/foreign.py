@@ -23,6 +23,16 @@ def printable(text: object, limit: int = 120) -> str:
     return "".join(letter if letter.isprintable() else REPLACEMENT for letter in cut)
 
 
+def number_in(value: object) -> float | None:
+    """A number of anybody's JSON; None where it is something else, or none that a float can be."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return None
+
+
 def read_file(path: Path, *, name: str, limit: int) -> bytes:
     """The bytes of a regular file; `name` is what errors call it.
 
@@ -30,15 +40,15 @@ def read_file(path: Path, *, name: str, limit: int) -> bytes:
         RunError: it is missing, a link, no file (a pipe would block), unreadable, or larger than `limit` bytes.
     """
     try:
-        found = path.lstat()
-        if stat.S_ISLNK(found.st_mode):
+        stats = path.lstat()
+        if stat.S_ISLNK(stats.st_mode):
             raise RunError(f"{name}: is a link, which could lead out of the run; not followed")
-        if not stat.S_ISREG(found.st_mode):
+        if not stat.S_ISREG(stats.st_mode):
             raise RunError(f"{name}: is not a file")
-        if found.st_size > limit:
-            raise RunError(f"{name}: has {found.st_size} bytes, more than the {limit} that are read")
+        if stats.st_size > limit:
+            raise RunError(f"{name}: has {stats.st_size} bytes, more than the {limit} that are read")
         with path.open("rb") as file:
-            return file.read(found.st_size)  # a file that grows is read as it was
+            return file.read(stats.st_size)  # a file that grows is read as it was
     except OSError as error:
         raise RunError(f"{name}: cannot be read: {reason_of(error)}") from None
 

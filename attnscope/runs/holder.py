@@ -75,8 +75,8 @@ def holder_of(folder: Path) -> Holder | None:
 
 def writer_of(folder: Path) -> Holder | None:
     """Who writes into a folder now, as far as can be told from here."""
-    found = holder_of(folder)
-    return found if found is not None and found.is_alive else None
+    holder = holder_of(folder)
+    return holder if holder is not None and holder.is_alive else None
 
 
 def hold(folder: Path, *, run: Path) -> int:
@@ -96,9 +96,9 @@ def hold(folder: Path, *, run: Path) -> int:
         OSError: the folder cannot be written.
     """
     numbers = _numbers(folder)
-    found = _read(folder, numbers[-1]) if numbers else None
-    if found is not None and found.is_alive and not found.is_me:
-        _refuse(found, folder, run)
+    holder = _read(folder, numbers[-1]) if numbers else None
+    if holder is not None and holder.is_alive and not holder.is_me:
+        _refuse(holder, folder, run)
     number = numbers[-1] + 1 if numbers else 0
     mine = Holder(
         host=_here(),
@@ -129,7 +129,7 @@ def hold(folder: Path, *, run: Path) -> int:
 
 def release(folder: Path, number: int) -> None:
     """Stop being the one who writes there; those before are dead and go, too."""
-    for old in [each for each in _numbers(folder) if each <= number]:
+    for old in [old for old in _numbers(folder) if old <= number]:
         with contextlib.suppress(OSError):
             (folder / _file(old)).unlink()
 
@@ -147,9 +147,9 @@ def holding(run: Path) -> Iterator[None]:
         RunError: somebody else does, or still writes one of its parts.
     """
     for folder in [run, *sorted(run.glob("part-*"))]:
-        found = writer_of(folder)
-        if found is not None and not found.is_me:
-            _refuse(found, folder, run)
+        holder = writer_of(folder)
+        if holder is not None and not holder.is_me:
+            _refuse(holder, folder, run)
     try:
         number = hold(run, run=run)
     except OSError as error:
@@ -160,28 +160,28 @@ def holding(run: Path) -> Iterator[None]:
         release(run, number)
 
 
-def in_words(found: Holder, changed: float) -> str:
+def in_words(holder: Holder, changed: float) -> str:
     """Who writes on another machine, as far as it can be told; empty for one of this machine.
 
     Args:
-        found: the holder.
+        holder: who it may be.
         changed: when the last record was written, in seconds since the epoch; 0 = none was.
     """
-    if found.is_here:
+    if holder.is_here:
         return ""
-    return f"written by process {found.pid} on {found.machine}, {_age(changed)}"
+    return f"written by process {holder.pid} on {holder.machine}, {_age(changed)}"
 
 
-def _refuse(found: Holder, folder: Path, run: Path) -> NoReturn:
+def _refuse(holder: Holder, folder: Path, run: Path) -> NoReturn:
     shown = printable(run, 400)
-    if found.is_here:
+    if holder.is_here:
         raise RunError(
-            f"{shown}: process {found.pid} of this machine is still writing it, since {found.since}. Wait until it ends, or "
-            f"stop it (kill {found.pid}), and try again."
+            f"{shown}: process {holder.pid} of this machine is still writing it, since {holder.since}. Wait until it ends, or "
+            f"stop it (kill {holder.pid}), and try again."
         )
     file = printable(folder / _file(_numbers(folder)[-1]), 400)
     raise RunError(
-        f"{shown}: process {found.pid} on {found.machine} has been writing it since {found.since}, "
+        f"{shown}: process {holder.pid} on {holder.machine} has been writing it since {holder.since}, "
         f"{_age(_changed(run))}. If it no longer runs there, delete {file} and try again."
     )
 
@@ -213,10 +213,10 @@ def _file(number: int) -> str:
 def _numbers(folder: Path) -> list[int]:
     """Of the files that name a holder, ascending."""
     try:
-        found = [WRITER_FILE.fullmatch(entry.name) for entry in folder.iterdir()]
+        matches = [WRITER_FILE.fullmatch(entry.name) for entry in folder.iterdir()]
     except OSError:
         return []
-    return sorted(int(match["number"]) for match in found if match)
+    return sorted(int(match["number"]) for match in matches if match)
 
 
 def _read(folder: Path, number: int) -> Holder | None:

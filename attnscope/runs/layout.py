@@ -63,8 +63,8 @@ def table_file(table: str, segment: int) -> str:
 
 def segment_of(name: str) -> int:
     """The segment that a file belongs to; -1 for what is neither a table nor events."""
-    found = TABLE_FILE.fullmatch(name) or EVENTS_FILE.fullmatch(name)
-    return int(found["segment"]) if found else -1
+    match = TABLE_FILE.fullmatch(name) or EVENTS_FILE.fullmatch(name)
+    return int(match["segment"]) if match else -1
 
 
 def checkpoint_file(step: int, kind: str) -> str:

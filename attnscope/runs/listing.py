@@ -60,7 +60,7 @@ def list_runs(folder: str | Path) -> list[RunSummary]:
 def runs_in(folder: Path) -> list[Path]:
     """The run directories in a folder by name; none where it cannot be read."""
     try:
-        found = sorted(path.parent for path in folder.glob(f"*/{RUN_FILE}"))
+        paths = sorted(path.parent for path in folder.glob(f"*/{RUN_FILE}"))
     except OSError:
         return []
-    return [path for path in found if not path.name.startswith(".")]  # one that is being made
+    return [path for path in paths if not path.name.startswith(".")]  # one that is being made

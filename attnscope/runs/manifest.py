@@ -42,9 +42,9 @@ def read_manifest(run: Path, *, as_written: bool = False) -> Manifest:
     name = printable(run / RUN_FILE, 400)
     raw = read_json(run / RUN_FILE, name=name, limit=MAX_JSON_BYTES, as_written=False)
 
-    def damaged(place: str, value: object, allowed: str) -> NoReturn:
+    def damaged(what: str, value: object, allowed: str) -> NoReturn:
         raise RunError(
-            f"{name} is damaged: {place} is {printable(repr(value), 60)}, but must be {allowed}. "
+            f"{name} is damaged: {what} is {printable(repr(value), 60)}, but must be {allowed}. "
             "Restore the file, or leave this run out."
         )
 

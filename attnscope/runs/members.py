@@ -3,37 +3,85 @@
 Shape key: S steps of the member.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from attnscope.runs.events import Event
 from attnscope.runs.layout import MemberEntry
-from attnscope.runs.outcome import outcome
+from attnscope.runs.outcome import Outcome, outcome
 from attnscope.runs.parts import NEVER, PartFiles
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemberRecord:
-    """One member of a run and how it ended (`attnscope.runs.outcome.Outcome` says what the words mean)."""
+    """One member of a run and how it ended; what both say is here by its own name, too.
 
-    name: str
-    part: int
-    index: int
-    settings: dict[str, object]
-    status: str
-    error: str | None
-    diverged_at: int | None
-    limit: float | None
-    nonfinite_at: int | None
-    first_loss: float | None
-    best_loss: float | None
-    final_loss: float | None
-    last_step: int | None
-    is_falling: bool | None
+    Attributes:
+        entry: the member as run.json names it.
+        outcome: how it ended.
+    """
+
+    entry: MemberEntry
+    outcome: Outcome
+
+    @property
+    def name(self) -> str:
+        return self.entry.name
+
+    @property
+    def part(self) -> int:
+        return self.entry.part
+
+    @property
+    def index(self) -> int:
+        return self.entry.index
+
+    @property
+    def settings(self) -> dict[str, object]:
+        return self.entry.settings
+
+    @property
+    def status(self) -> str:
+        return self.outcome.status
+
+    @property
+    def error(self) -> str | None:
+        return self.outcome.error
+
+    @property
+    def diverged_at(self) -> int | None:
+        return self.outcome.diverged_at
+
+    @property
+    def limit(self) -> float | None:
+        return self.outcome.limit
+
+    @property
+    def nonfinite_at(self) -> int | None:
+        return self.outcome.nonfinite_at
+
+    @property
+    def first_loss(self) -> float | None:
+        return self.outcome.first_loss
+
+    @property
+    def best_loss(self) -> float | None:
+        return self.outcome.best_loss
+
+    @property
+    def final_loss(self) -> float | None:
+        return self.outcome.final_loss
+
+    @property
+    def last_step(self) -> int | None:
+        return self.outcome.last_step
+
+    @property
+    def is_falling(self) -> bool | None:
+        return self.outcome.is_falling
 
 
 def member_record(
@@ -44,7 +92,7 @@ def member_record(
     error: str | None,
     config: Mapping[str, object],
     unigram: float | None,
-    seen_events: Sequence[Event] | None,
+    seen: NDArray[np.bool_] | None,
 ) -> MemberRecord:
     """How a member ended.
 
@@ -55,9 +103,9 @@ def member_record(
         error: what its part died of.
         config: of run.json, as a table.
         unigram: loss of what it was trained on, nats per token; None = unknown.
-        seen_events: of its part, where losses that were not seen are NaN; None where all were seen.
+        seen: whether each loss was seen, (S,); None = all were.
     """
-    end = outcome(
+    ended = outcome(
         steps["step"],
         steps["loss"],
         grad_norms=steps["grad_norm"],
@@ -66,9 +114,9 @@ def member_record(
         error=error,
         planned_steps=_planned_steps(config, entry.settings),
         unigram=unigram,
-        seen=None if seen_events is None else _losses_seen(entry, steps, seen_events),
+        seen=seen,
     )
-    return MemberRecord(name=entry.name, part=entry.part, index=entry.index, settings=entry.settings, **asdict(end))
+    return MemberRecord(entry=entry, outcome=ended)
 
 
 def end_status_of(part: PartFiles, *, run_status: str, is_held: bool) -> str | None:
@@ -86,17 +134,6 @@ def end_status_of(part: PartFiles, *, run_status: str, is_held: bool) -> str | N
     if part.segments:
         return None
     return {"killed": None, "running": None, "failed": "interrupted"}.get(run_status, run_status)
-
-
-def _losses_seen(entry: MemberEntry, steps: Mapping[str, NDArray[Any]], events: Sequence[Event]) -> NDArray[Any]:
-    """Of watched code, whose loss may not be seen: a loss that is NaN, and that the recorder saw, is in the events."""
-    broken = [
-        event.step
-        for event in events
-        if event.kind == "nonfinite"
-        if event.member in (None, entry.index) and event.fields.get("tensor") == "loss"
-    ]
-    return ~np.isnan(steps["loss"]) | (steps["step"] >= min(broken, default=NEVER))
 
 
 def _planned_steps(config: Mapping[str, object], settings: Mapping[str, object]) -> int:

@@ -21,6 +21,8 @@ from numpy.typing import ArrayLike
 from attnscope.errors import RunWriteError
 from attnscope.runs.atomic import reason_of, remedy_of, replace_file
 from attnscope.runs.checksums import hexadecimal, sealed
+from attnscope.runs.event_lines import event_as_json
+from attnscope.runs.events import Event, Started
 from attnscope.runs.foreign import is_folder
 from attnscope.runs.holder import hold, release
 from attnscope.runs.layout import END_FILE, END_STATUSES, TABLE_FILE, part_folder, segment_of, table_file, to_json
@@ -65,13 +67,8 @@ class PartWriter:
             self.segment = 1 + max((segment_of(entry.name) for entry in path.iterdir()), default=-1)
             # Where end.json goes, nobody else knows it any more.
             self._before = files_as_found(find_part(run, index))
-            self.event(
-                "start",
-                step=first_step,
-                segment=self.segment,
-                threads=threads,
-                files=files_as_json(self._before),
-            )
+            started = Started(segment=self.segment, threads=threads, files=files_as_json(self._before))
+            self.event(Event(step=first_step, what=started))
             (path / END_FILE).unlink(missing_ok=True)
         except OSError as error:
             self._fail(path, error)
@@ -96,19 +93,13 @@ class PartWriter:
         if table == "steps":
             self._last_step = int(steps.max())
 
-    def event(self, kind: str, *, step: int, member: int | None = None, **fields: object) -> None:
+    def event(self, event: Event) -> None:
         """Write one line of what happened once.
-
-        Args:
-            kind: one word.
-            step: updates done when it happened.
-            member: index within the part; None if it concerns all.
-            **fields: anything JSON understands; numbers that are not finite are fine.
 
         Raises:
             RunWriteError: the disk did not take it.
         """
-        line = to_json({"kind": kind, "step": step, "member": member, "fields": fields})
+        line = to_json(event_as_json(event))
         self._write(table_file("events", self.segment), sealed(line).encode() + b"\n")
 
     def finish(self, status: str, **fields: object) -> None:

@@ -11,7 +11,8 @@ from zlib import crc32
 from attnscope.errors import RunError
 from attnscope.runs.atomic import reason_of
 from attnscope.runs.checksums import KEY, has_seal, hexadecimal, is_as_sealed
-from attnscope.runs.events import Event
+from attnscope.runs.event_lines import event_in_json
+from attnscope.runs.events import Event, Started
 from attnscope.runs.foreign import is_folder, is_regular_file, printable, read_file
 from attnscope.runs.holder import Holder, in_words, writer_of
 from attnscope.runs.layout import (
@@ -19,7 +20,6 @@ from attnscope.runs.layout import (
     END_STATUSES,
     EVENTS_FILE,
     MAX_EVENTS_BYTES,
-    MAX_INDEX,
     MAX_JSON_BYTES,
     MAX_TABLE_BYTES,
     PART,
@@ -36,7 +36,7 @@ CHANGED = "was changed after it was written: its checksum is another"
 
 MOST_START_BYTES = 1 << 20  # of the first line of an events file
 MOST_ERROR = 300  # characters
-NEVER = 2**62  # a step that no later segment replaces
+NEVER = 2**62  # later than any step: of what did not happen, or what no later segment replaces
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,14 +85,14 @@ def find_part(run: Path, index: int) -> PartFiles:
             return PartFiles(index=index, path=path, lost=(f"{name}: is a link or no folder; not followed",))
         entries = {entry.name: entry.lstat() for entry in path.iterdir()}
         # An empty file is one whose first write failed: nothing was begun.
-        entries = {entry: found for entry, found in entries.items() if found.st_size or not stat.S_ISREG(found.st_mode)}
+        entries = {entry: stats for entry, stats in entries.items() if stats.st_size or not stat.S_ISREG(stats.st_mode)}
     except FileNotFoundError:
         return PartFiles(index=index, path=path)
     except OSError as error:
         return PartFiles(index=index, path=path, lost=(f"{name}: cannot be read: {reason_of(error)}",))
-    found = [TABLE_FILE.fullmatch(entry) or EVENTS_FILE.fullmatch(entry) for entry in entries]
-    segments = sorted({int(match["segment"]) for match in found if match})
-    times = [entries[match.string].st_mtime for match in found if match]
+    matches = [TABLE_FILE.fullmatch(entry) or EVENTS_FILE.fullmatch(entry) for entry in entries]
+    segments = sorted({int(match["segment"]) for match in matches if match})
+    times = [entries[match.string].st_mtime for match in matches if match]
     end: dict[str, Any] | None = None
     lost: tuple[str, ...] = ()
     if END_FILE in entries:
@@ -102,9 +102,10 @@ def find_part(run: Path, index: int) -> PartFiles:
             lost = (str(error),)
     if end and segments and end.get("segment") != segments[-1]:
         end = None
-    written = files_in(end) if end else {}
+    written = files_in(end.get("files")) if end else {}
     if not end and segments and segments[-1] > 0:
-        written = files_in(start_of(path / table_file("events", segments[-1])))
+        started = start_of(path / table_file("events", segments[-1]))
+        written = {} if started is None else files_in(started.files)
     lost += tuple(
         f"{name}/{entry}: is gone or empty; {said.bytes} bytes were written"
         for entry, said in sorted(written.items())
@@ -113,7 +114,7 @@ def find_part(run: Path, index: int) -> PartFiles:
     return PartFiles(
         index=index,
         path=path,
-        files=frozenset(match.string for match in found if match),
+        files=frozenset(match.string for match in matches if match),
         segments=tuple(segments),
         end=end,
         changed=max(times, default=0),
@@ -135,44 +136,44 @@ def error_of(part: PartFiles) -> str | None:
     return printable(part.end.get("error") or "an error that it did not name", MOST_ERROR)
 
 
-def files_in(table: Mapping[str, Any]) -> dict[str, Written]:
+def files_in(files: object) -> dict[str, Written]:
     """The files that end.json or the event `start` lists."""
-    files = table.get("files")
-    found: dict[str, Written] = {}
+    written: dict[str, Written] = {}
     for name, said in files.items() if isinstance(files, dict) else ():
         if isinstance(said, dict) and (TABLE_FILE.fullmatch(name) or EVENTS_FILE.fullmatch(name)):
             size, crc = said.get("bytes"), said.get(KEY)
             if is_whole(size, 0, 2**62) and isinstance(crc, str):
-                found[name] = Written(bytes=size, crc32=crc)
-    return found
+                written[name] = Written(bytes=size, crc32=crc)
+    return written
 
 
 def files_as_json(files: Mapping[str, Written]) -> dict[str, object]:
     """As end.json and the event `start` list files."""
-    return {name: {"bytes": each.bytes, KEY: each.crc32} for name, each in files.items()}
+    return {name: {"bytes": written.bytes, KEY: written.crc32} for name, written in files.items()}
 
 
 def files_as_found(part: PartFiles) -> dict[str, Written]:
     """The files of a part that is gone on with: as they were written where that is known, else as they are now."""
-    found = dict(part.written)
-    for name in sorted(part.files - found.keys()):
+    files = dict(part.written)
+    for name in sorted(part.files - files.keys()):
         try:
             data = read_file(part.path / name, name=name, limit=MAX_TABLE_BYTES)
         except RunError:
             continue
-        found[name] = Written(bytes=len(data), crc32=hexadecimal(crc32(data)))
-    return found
+        files[name] = Written(bytes=len(data), crc32=hexadecimal(crc32(data)))
+    return files
 
 
-def start_of(events: Path) -> dict[str, Any]:
-    """What the first line of a segment's events says of how the segment began."""
+def start_of(events: Path) -> Started | None:
+    """How a segment began, as the first line of its events says; None where it says nothing of it."""
     try:
         if is_regular_file(events):
             with events.open("rb") as file:
-                return _event_in(file.readline(MOST_START_BYTES).rstrip(b"\n")).fields
+                what = _event_in(file.readline(MOST_START_BYTES).rstrip(b"\n")).what
+                return what if isinstance(what, Started) else None
     except (OSError, ValueError, RecursionError):
-        pass  # said where the events are read
-    return {}
+        pass  # no reason to stop here: `read_events` reads the same file and says what is wrong with it
+    return None
 
 
 def _with_what_was_written(part: PartFiles, file: str, data: bytes, lost: list[str]) -> list[str]:
@@ -190,10 +191,10 @@ def strangers(run: Path, known: Iterable[int]) -> tuple[str, ...]:
     """One line per part folder that no member is in."""
     expected = {part_folder(index) for index in known}
     try:
-        found = sorted(entry.name for entry in run.iterdir() if PART.fullmatch(entry.name))
+        names = sorted(entry.name for entry in run.iterdir() if PART.fullmatch(entry.name))
     except OSError as error:
         return (f"the folder cannot be listed: {reason_of(error)}",)
-    return tuple(f"{name}: no member of run.json is in it; left out" for name in found if name not in expected)
+    return tuple(f"{name}: no member of run.json is in it; left out" for name in names if name not in expected)
 
 
 def status_of(parts: Sequence[PartFiles], writer: Holder | None) -> str:
@@ -209,8 +210,8 @@ def status_of(parts: Sequence[PartFiles], writer: Holder | None) -> str:
 def written_elsewhere(parts: Sequence[PartFiles], writer: Holder | None) -> str:
     """Who writes a run on another machine, in words; empty if nobody does."""
     changed = max((part.changed for part in parts), default=0)
-    found = [each for each in (writer, *(part.writer for part in parts)) if each is not None]
-    return next((said for each in found if (said := in_words(each, changed))), "")
+    writers = [holder for holder in (writer, *(part.writer for part in parts)) if holder is not None]
+    return next((said for holder in writers if (said := in_words(holder, changed))), "")
 
 
 def read_events(part: PartFiles, segment: int) -> tuple[list[Event], list[str]]:
@@ -252,18 +253,18 @@ def read_table(part: PartFiles, segment: int, table: str) -> TableData:
         data = read_file(part.path / file, name=name, limit=MAX_TABLE_BYTES)
     except RunError as error:
         return replace(decode_table(b"", table), lost=(str(error),))
-    found = decode_table(data, table)
-    notes = _with_what_was_written(part, file, data, list(found.lost))
-    return replace(found, lost=tuple(f"{name}: {note}" for note in notes))
+    decoded = decode_table(data, table)
+    notes = _with_what_was_written(part, file, data, list(decoded.lost))
+    return replace(decoded, lost=tuple(f"{name}: {note}" for note in notes))
 
 
-def started_with(parts: Sequence[PartFiles], index: int) -> dict[str, Any]:
-    """How a part began, or another one where it did not: what the event `start` says besides its step."""
+def started_with(parts: Sequence[PartFiles], index: int) -> Started | None:
+    """How a part began, or another one where it did not; None where none says."""
     for part in sorted(parts, key=lambda part: (part.index != index, part.index)):
         for segment in part.segments:
             if said := start_of(part.path / table_file("events", segment)):
                 return said
-    return {}
+    return None
 
 
 def gaps_in(
@@ -295,12 +296,12 @@ def gaps_in(
 
 
 def without_steps(
-    part: PartFiles, table: str, found: Mapping[int, TableData], steps: Mapping[int, TableData]
+    part: PartFiles, table: str, decoded: Mapping[int, TableData], steps: Mapping[int, TableData]
 ) -> list[str]:
     """One line for each segment in which another table goes further than the steps, which are written first."""
     notes = []
-    for segment, each in found.items():
-        last, later = (int(x.columns["step"].max(initial=-1)) for x in (steps[segment], each))
+    for segment, records in decoded.items():
+        last, later = (int(x.columns["step"].max(initial=-1)) for x in (steps[segment], records))
         file = table_file("steps", segment)
         if later > last and file not in part.written:  # else it was said already
             until = f"at {last}" if last >= 0 else "before the first"
@@ -309,19 +310,10 @@ def without_steps(
 
 
 def _event_in(line: bytes) -> Event:
-    value = json.loads(line.decode())
-    if not isinstance(value, dict) or not is_as_sealed(line):
+    event = event_in_json(json.loads(line.decode()))
+    if event is None or not is_as_sealed(line):
         raise ValueError
-    kind, step, member, fields = (value.get(key) for key in ("kind", "step", "member", "fields"))
-    if (
-        not isinstance(kind, str)
-        or not is_whole(step, 0, 2**31 - 1)
-        or not (member is None or is_whole(member, 0, MAX_INDEX))
-        or not isinstance(fields, dict)
-    ):
-        raise ValueError
-    special = {key: with_special(item) for key, item in fields.items()}
-    return Event(kind=printable(kind, 40), step=step, member=member, fields=special)
+    return event
 
 
 def _end_in(path: Path, *, name: str) -> dict[str, Any]:

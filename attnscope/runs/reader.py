@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,8 @@ from attnscope.config import Config, nearest, parse_table
 from attnscope.errors import ConfigError, RunError
 from attnscope.runs.atomic import reason_of, remedy_of
 from attnscope.runs.divergence import FED
-from attnscope.runs.events import Event
+from attnscope.runs.event_lines import fields_of
+from attnscope.runs.events import Event, Nonfinite, Started
 from attnscope.runs.foreign import printable
 from attnscope.runs.holder import writer_of
 from attnscope.runs.layout import RUN_FILE, Manifest, table_file
@@ -46,6 +47,8 @@ from attnscope.runs.streams import TableData, decode_table
 
 if TYPE_CHECKING:
     import pandas as pd
+
+_What = TypeVar("_What")
 
 
 class Run:
@@ -88,7 +91,7 @@ class Run:
         self._notes += [note for note in [change_of(path)] if note]
         self._notes += strangers(path, [part.index for part in self._parts])
         self._steps_tables: dict[tuple[int, int], TableData] = {}
-        self._numbers: dict[int, dict[int, int]] = {}  # part, index -> place in run.json
+        self._numbers: dict[int, dict[int, int]] = {}  # part, index in it -> index in run.json
         for number, entry in enumerate(manifest.members):
             self._numbers.setdefault(entry.part, {})[entry.index] = number
 
@@ -151,15 +154,8 @@ class Run:
         """
         import pandas as pd
 
-        rows = [
-            (part.index, segment, event)
-            for part in self._parts
-            for segment, end in self._replaced_from(part, {}).items()
-            for event in self._events_in[part.index, segment]
-            if event.step < end
-        ]
-        rows.sort(key=lambda row: row[:2])
-        codes = [-1 if event.member is None else self._numbers[part].get(event.member, -1) for part, _, event in rows]
+        rows = self._events_kept
+        codes = [self._number_of(part, event) for part, _, event in rows]
         return pd.DataFrame(
             {
                 "part": np.array([part for part, _, _ in rows], dtype=np.int32),
@@ -169,9 +165,21 @@ class Run:
                     np.array(codes, dtype=np.int32), categories=pd.Index(self._names, dtype=object)
                 ),
                 "kind": pd.Series([event.kind for _, _, event in rows], dtype=object),
-                "fields": pd.Series([event.fields for _, _, event in rows], dtype=object),
+                "fields": pd.Series([fields_of(event) for _, _, event in rows], dtype=object),
             }
         )
+
+    @cached_property
+    def happenings(self) -> tuple[tuple[str | None, Event], ...]:
+        """The rows of `events`, typed: the name of the member, None if it concerns all, and what happened."""
+        return tuple(
+            (None if (m := self._number_of(part, event)) < 0 else self._names[m], event)
+            for part, _, event in self._events_kept
+        )
+
+    def happened(self, kind: type[_What]) -> list[tuple[int, str | None, _What]]:
+        """Step, name of the member and what happened, of the events of one kind."""
+        return [(event.step, member, event.what) for member, event in self.happenings if isinstance(event.what, kind)]
 
     @cached_property
     def members(self) -> tuple[MemberRecord, ...]:
@@ -180,6 +188,7 @@ class Run:
         order_N = np.argsort(codes_N, kind="stable")
         bounds = np.searchsorted(codes_N[order_N], np.arange(len(self._names) + 1))
         columns = {name: self.steps[name].to_numpy()[order_N] for name in FED}
+        seen_N = self.loss_seen[order_N] if self.kind == "watch" else None
         ends = {part.index: end_status_of(part, run_status=self.status, is_held=self._is_held) for part in self._parts}
         errors = {part.index: error_of(part) for part in self._parts}
         return tuple(
@@ -190,11 +199,29 @@ class Run:
                 error=errors[entry.part],
                 config=self._manifest.config,
                 unigram=self.unigram_of(entry.part),
-                # The loss of watched code may not be seen.
-                seen_events=self._events_of(entry.part) if self.kind == "watch" else None,
+                seen=None if seen_N is None else seen_N[low:high],
             )
             for entry, (low, high) in zip(self.entries, pairwise(bounds), strict=True)
         )
+
+    @cached_property
+    def loss_seen(self) -> NDArray[np.bool_]:
+        """Whether the loss of each row of `steps` was seen, (N,).
+
+        In watched code NaN also stands for a loss that was not; after the first event of a loss that is not finite it is one.
+        """
+        loss_N = self.steps["loss"].to_numpy()
+        if self.kind == "train":
+            return np.ones(len(loss_N), dtype=bool)
+        first_M = np.full(len(self.entries), NEVER)
+        for part, _, event in self._events_kept:
+            if isinstance(event.what, Nonfinite) and event.what.tensor == "loss":
+                for index, m in self._numbers[part].items():
+                    if event.member in (None, index):
+                        first_M[m] = min(first_M[m], event.step)
+        codes_N = self.steps["member"].cat.codes.to_numpy()
+        seen_N: NDArray[np.bool_] = ~np.isnan(loss_N) | (self.steps["step"].to_numpy() >= first_M[codes_N])
+        return seen_N
 
     @property
     def lost(self) -> tuple[str, ...]:
@@ -209,9 +236,9 @@ class Run:
 
     def threads_of(self, part: int) -> int | None:
         """Threads that a part was trained with, or one that did begin where it did not; None = nobody knows."""
-        said = started_with(self._parts, part).get("threads")
-        if is_whole(said, 1, 2**15):
-            return said
+        started = started_with(self._parts, part)
+        if started is not None and is_whole(started.threads, 1, 2**15):
+            return started.threads
         # Before parts said it, the process that made the run did, which trained all but sweeps.
         made_with = self.environment.get("threads")
         began = any(part.segments for part in self._parts) and "sweep" not in self._manifest.config
@@ -235,16 +262,16 @@ class Run:
 
         chunks = [self._chunk(decode_table(b"", table), np.empty(0, dtype=np.int32))]
         for part in self._parts:
-            found = {segment: self._table(part, segment, table) for segment in part.segments}
-            ends = self._replaced_from(part, found)
-            steps = {segment: self._table(part, segment, "steps") for segment in found}
+            decoded = {segment: self._table(part, segment, table) for segment in part.segments}
+            ends = self._replaced_from(part, decoded)
+            steps = {segment: self._table(part, segment, "steps") for segment in decoded}
             if table != "steps":
-                self._notes += without_steps(part, table, found, steps)
+                self._notes += without_steps(part, table, decoded, steps)
             elif self.kind == "train":
-                starts = {segment: self._starts_in(part, segment) for segment in found}
+                starts = {segment: self._starts_in(part, segment) for segment in decoded}
                 self._notes += gaps_in(part, steps, starts, ends)
-            for segment, each in found.items():
-                steps_N, members_N = each.columns["step"], each.columns["member"]
+            for segment, records in decoded.items():
+                steps_N, members_N = records.columns["step"], records.columns["member"]
                 code_of = np.full(1 << 16, -1, dtype=np.int32)  # of every int16; negative ones at the end
                 for index, number in self._numbers[part.index].items():
                     if 0 <= index < 1 << 15:
@@ -254,12 +281,12 @@ class Run:
                     name = f"{part.path.name}/{table_file(table, segment)}"
                     self._notes.append(f"{name}: {strange} rows belong to no member of run.json")
                 keep_N = (codes_N >= 0) & (steps_N < ends[segment])
-                chunk = self._chunk(each, codes_N)
+                chunk = self._chunk(records, codes_N)
                 if not keep_N.all():  # a copy, which a long run has no room for
                     chunk = {name: x[keep_N] for name, x in chunk.items()}
                 chunks.append(chunk)
-                del each, chunk
-            found.clear()
+                del records, chunk
+            decoded.clear()
         filled = [chunk for chunk in chunks if len(chunk["step"])]
         if len(filled) == 1:
             return pd.DataFrame(filled[0], copy=False)
@@ -288,13 +315,13 @@ class Run:
         key = (part.index, segment)
         if table == "steps" and key in self._steps_tables:
             return self._steps_tables[key]
-        found = read_table(part, segment, table)
-        self._notes += found.lost
+        decoded = read_table(part, segment, table)
+        self._notes += decoded.lost
         if table == "steps":
-            self._steps_tables[key] = found
-        return found
+            self._steps_tables[key] = decoded
+        return decoded
 
-    def _replaced_from(self, part: PartFiles, found: Mapping[int, TableData]) -> dict[int, int]:
+    def _replaced_from(self, part: PartFiles, decoded: Mapping[int, TableData]) -> dict[int, int]:
         """The step from which later segments replace the records of each segment.
 
         A segment begins at the step it says or at its first record, but replaces nothing until it has one.
@@ -303,7 +330,7 @@ class Run:
         limit = NEVER
         for segment in reversed(part.segments):
             ends[segment] = limit
-            tables = [self._table(part, segment, "steps"), *filter(None, [found.get(segment)])]
+            tables = [self._table(part, segment, "steps"), *filter(None, [decoded.get(segment)])]
             firsts = [int(x.columns["step"].min()) for x in tables if len(x.columns["step"])]
             if firsts:
                 limit = min(limit, *firsts, *self._starts_in(part, segment))
@@ -312,19 +339,32 @@ class Run:
     def _starts_in(self, part: PartFiles, segment: int) -> list[int]:
         """Where a segment says that it begins."""
         events = self._events_in[part.index, segment]
-        return [event.step for event in events if event.kind == "start"]
+        return [event.step for event in events if isinstance(event.what, Started)]
 
-    def _events_of(self, part: int) -> list[Event]:
-        return [event for (of, _), found in self._events_in.items() if of == part for event in found]
+    def _number_of(self, part: int, event: Event) -> int:
+        """Place in run.json of the member that an event concerns; -1 if there is no such one."""
+        return -1 if event.member is None else self._numbers[part].get(event.member, -1)
+
+    @cached_property
+    def _events_kept(self) -> list[tuple[int, int, Event]]:
+        """Part, segment and event, of what no later segment replaces."""
+        rows = [
+            (part.index, segment, event)
+            for part in self._parts
+            for segment, end in self._replaced_from(part, {}).items()
+            for event in self._events_in[part.index, segment]
+            if event.step < end
+        ]
+        return sorted(rows, key=lambda row: row[:2])
 
     @cached_property
     def _events_in(self) -> dict[tuple[int, int], list[Event]]:
-        found = {}
+        events = {}
         for part in self._parts:
             for segment in part.segments:
-                found[part.index, segment], lost = read_events(part, segment)
+                events[part.index, segment], lost = read_events(part, segment)
                 self._notes += lost
-        return found
+        return events
 
 
 def open_run(path: str | Path, *, part: int | None = None) -> Run:

@@ -22,8 +22,8 @@ def report_dir(run: Run) -> Path:
         if not is_folder(folder):
             folder.mkdir()
         for entry in sorted(folder.rglob("*")):
-            found = entry.lstat()
-            if not (is_folder(entry) or (stat.S_ISREG(found.st_mode) and found.st_nlink == 1)):
+            stats = entry.lstat()
+            if not (is_folder(entry) or (stat.S_ISREG(stats.st_mode) and stats.st_nlink == 1)):
                 raise RunError(
                     f"{printable(entry, 400)} could lead out of the run. Delete {printable(folder, 400)} and try again."
                 )

@@ -106,7 +106,7 @@ def load_snapshot(path: str | Path) -> Snapshot:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         plain = with_special(json.loads(metadata["batches"]))
         left_out = json.loads(metadata["left_out"])
-        batches: list[dict[str, Argument]] = [dict(each) for each in plain]  # type: ignore[attr-defined]
+        batches: list[dict[str, Argument]] = [dict(batch) for batch in plain]  # type: ignore[attr-defined]
         rng = [tensors[f"rng/{number}"] for number in range(len(batches))]
         weights = {}
         for name, x in tensors.items():
@@ -121,7 +121,7 @@ def load_snapshot(path: str | Path) -> Snapshot:
             weights=weights,
             batches=batches,
             rng=rng,
-            left_out=[str(each) for each in left_out],
+            left_out=[str(line) for line in left_out],
         )
     except RunError:
         raise

@@ -76,9 +76,9 @@ def encode_batch(table: str, columns: Mapping[str, ArrayLike], *, number: int = 
 def sealed_message(message: "pa.Buffer | bytes") -> bytes:
     """The bytes of a batch that has a seal, with the checksum that it should have."""
     made = bytearray(message)
-    found = _seal_in(bytes(made[PREFIX:]))
-    assert found is not None
-    at = PREFIX + found + DIGITS + 1
+    seal_at = _seal_in(bytes(made[PREFIX:]))
+    assert seal_at is not None
+    at = PREFIX + seal_at + DIGITS + 1
     made[at : at + DIGITS] = hexadecimal(0).encode()
     made[at : at + DIGITS] = hexadecimal(crc32(made[PREFIX:])).encode()
     return bytes(made)
@@ -92,8 +92,8 @@ def _array(values: ArrayLike, kind: "pa.DataType") -> "pa.Array":
         texts = [str(text).encode() for text in np.asarray(values)]
         ends = np.cumsum([0, *map(len, texts)], dtype=np.int32)
         return pa.StringArray.from_buffers(len(texts), pa.py_buffer(ends), pa.py_buffer(b"".join(texts)))
-    found = np.ascontiguousarray(np.asarray(values).astype(kind.to_pandas_dtype()))
-    return pa.Array.from_buffers(kind, len(found), [None, pa.py_buffer(found)])
+    values_N = np.ascontiguousarray(np.asarray(values).astype(kind.to_pandas_dtype()))
+    return pa.Array.from_buffers(kind, len(values_N), [None, pa.py_buffer(values_N)])
 
 
 def decode_table(data: bytes, table: str) -> TableData:
@@ -162,23 +162,23 @@ def _schema_in(message: "pa.Message", table: str, lost: list[str]) -> tuple["pa.
 
     if message.type != "schema":  # pyarrow takes our word for it, and crashes
         raise RunError("does not begin with a schema")
-    found = [(field.name, field.type) for field in pa.ipc.read_schema(message)]
-    for name, kind in found:
+    columns = [(field.name, field.type) for field in pa.ipc.read_schema(message)]
+    for name, kind in columns:
         if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or kind == pa.string()):
             raise RunError(f"column {printable(name)} is of type {printable(kind)}")
     usable: list[int] = []
     for field in schema_of(table):
-        places = [at for at, (name, _) in enumerate(found) if name == field.name]
-        if len(places) == 1 and found[places[0]][1] == field.type:
-            usable += places
+        indices = [at for at, (name, _) in enumerate(columns) if name == field.name]
+        if len(indices) == 1 and columns[indices[0]][1] == field.type:
+            usable += indices
             continue
-        problem = f"has {len(places)} columns {field.name}"
-        if len(places) == 1:
-            problem = f"column {field.name} is {found[places[0]][1]}, not {field.type}"
+        problem = f"has {len(indices)} columns {field.name}"
+        if len(indices) == 1:
+            problem = f"column {field.name} is {columns[indices[0]][1]}, not {field.type}"
         if field.name in KEYS[table]:
             raise RunError(problem)
         lost.append(problem)
-    return pa.schema([pa.field(name, kind) for name, kind in found]), usable
+    return pa.schema([pa.field(name, kind) for name, kind in columns]), usable
 
 
 def _batch_in(message: "pa.Message", schema: "pa.Schema", usable: Sequence[int]) -> "pa.RecordBatch":

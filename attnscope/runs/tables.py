@@ -6,7 +6,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-class Tables(Protocol):
+class RunTables(Protocol):
     """What was recorded: of one run, or of several that are compared."""
 
     @property

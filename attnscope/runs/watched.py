@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from attnscope.runs.events import AttentionSeen, OptimizerSeen, Unmeasured
 from attnscope.runs.foreign import printable
 from attnscope.runs.manifest import is_whole
 from attnscope.runs.reader import Run
@@ -48,52 +49,38 @@ class NotMeasured:
 
 def attention_layers(run: Run) -> tuple[AttentionLayer, ...]:
     """The attention layers that were seen, in the order in which they were."""
-    found = []
-    for member, fields in _events(run, "attention"):
-        layer, n_heads, d_head = (fields.get(key) for key in ("layer", "n_heads", "d_head"))
-        scale = fields.get("scale")
-        if not (is_whole(layer, 0, 2**15) and is_whole(n_heads, 1, 2**20) and is_whole(d_head, 1, 2**20)):  # fmt: skip
-            continue
-        good = isinstance(scale, int | float) and not isinstance(scale, bool)
-        found.append(
-            AttentionLayer(
-                member=member,
-                layer=layer,
-                name=printable(fields.get("name"), 120),
-                n_heads=n_heads,
-                d_head=d_head,
-                scale=float(scale) if good and math.isfinite(scale) else None,  # type: ignore[arg-type]
-                mask=printable(fields.get("mask"), 40),
-                dtype=printable(fields.get("dtype"), 40),
-                backend=printable(fields.get("backend"), 40),
-            )
+    return tuple(
+        AttentionLayer(
+            member=member or "",
+            layer=seen.layer,
+            name=printable(seen.name, 120),
+            n_heads=seen.n_heads,
+            d_head=seen.d_head,
+            scale=seen.scale if seen.scale is not None and math.isfinite(seen.scale) else None,
+            mask=printable(seen.mask, 40),
+            dtype=printable(seen.dtype, 40),
+            backend=printable(seen.backend, 40),
         )
-    return tuple(found[:MOST_LAYERS])
+        for _, member, seen in run.happened(AttentionSeen)
+        if is_whole(seen.layer, 0, 2**15) and is_whole(seen.n_heads, 1, 2**20) and is_whole(seen.d_head, 1, 2**20)
+    )[:MOST_LAYERS]
 
 
 def not_measured(run: Run) -> tuple[NotMeasured, ...]:
     """Calls that were seen and could not be measured."""
     return tuple(
         NotMeasured(
-            name=printable(fields.get("name"), 120),
-            backend=printable(fields.get("backend"), 40),
-            reason=printable(fields.get("reason"), 200),
+            name=printable(unmeasured.name, 120),
+            backend=printable(unmeasured.backend, 40),
+            reason=printable(unmeasured.reason, 200),
         )
-        for _, fields in _events(run, "not_measured")
+        for _, _, unmeasured in run.happened(Unmeasured)
     )
 
 
 def optimizers_of(run: Run) -> dict[str, set[str]]:
     """Member to the names of its optimizers' classes."""
-    found: dict[str, set[str]] = {}
-    for member, fields in _events(run, "optimizer"):
-        found.setdefault(member, set()).add(printable(fields.get("name"), 60))
-    return found
-
-
-def _events(run: Run, kind: str) -> list[tuple[str, dict[str, object]]]:
-    events = run.events[run.events["kind"] == kind]
-    return [
-        ("" if member != member else str(member), fields)
-        for member, fields in zip(events["member"].astype(object), events["fields"], strict=True)
-    ]
+    names_of: dict[str, set[str]] = {}
+    for _, member, optimizer in run.happened(OptimizerSeen):
+        names_of.setdefault(member or "", set()).add(printable(optimizer.name, 60))
+    return names_of

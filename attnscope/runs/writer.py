@@ -129,10 +129,10 @@ class RunWriter:
         if len(mine) < 2 or new + 1 > MAX_PART:
             raise RunError(f"{self.path}: {part_folder(index)} cannot be divided further.")
         half = -(-len(mine) // 2)
-        place = {entry.index: at for at, entry in enumerate(mine)}
+        at_of = {entry.index: at for at, entry in enumerate(mine)}
         members = tuple(
             replace(entry, part=new + (at >= half), index=at - half * (at >= half))
-            if entry.part == index and (at := place[entry.index]) >= 0
+            if entry.part == index and (at := at_of[entry.index]) >= 0
             else entry
             for entry in manifest.members
         )

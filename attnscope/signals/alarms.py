@@ -3,23 +3,29 @@
 Shape key: N rows of a table, S steps.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
 from attnscope.runs.divergence import FED, LossWatch
-from attnscope.runs.events import Event
+from attnscope.runs.events import Diverged, Event, Nonfinite, Place
 from attnscope.signals.nonfinite import TENSORS, Array, Looked, Tables, looked_at
 
 MOST_TIMES = 20  # that a tensor of a member is told to break
 MOST_PLACES = 20  # that an event names
 
 
-def place_of(layer: int, group: str | None) -> str:
-    """A place as events name it: "layer 2 q", "layer 0" or "embedding"."""
-    if layer < 0:
-        return group or "outside of layers"
-    return f"layer {layer}" if group is None else f"layer {layer} {group}"
+def place_of(layer: int, group: str | None) -> Place:
+    """The place of a row of a table, in which what belongs to no layer has a negative one."""
+    return Place(layer=None if layer < 0 else layer, group=group)
+
+
+def first_places(places: Iterable[Place]) -> tuple[Place, ...]:
+    """As many as an event names, of those that read alike the first."""
+    by_words: dict[str, Place] = {}
+    for place in places:
+        by_words.setdefault(place.words, place)
+    return tuple(by_words.values())[:MOST_PLACES]
 
 
 class Alarms:
@@ -28,13 +34,18 @@ class Alarms:
     Invariants: blocks arrive in the order of their steps; the events do not depend on where steps are cut into blocks.
     """
 
-    def __init__(self, place: Callable[[int, str | None], str] = place_of) -> None:
-        """`place` names a layer and group in events."""
+    def __init__(self, place: Callable[[int, str | None], Place] = place_of) -> None:
+        """`place` says where the layer and group of a row are."""
         self._place = place
         self._watches: dict[int, LossWatch] = {}
-        self._diverged: set[int] = set()
+        self._diverged: dict[int, Event] = {}
         self._is_broken: dict[tuple[int, str], bool] = {}
         self._times: dict[tuple[int, str], int] = {}
+
+    @property
+    def diverged(self) -> Event | None:
+        """The first divergence of those that have been seen so far."""
+        return min(self._diverged.values(), key=lambda event: event.step, default=None)
 
     def look(self, tables: Tables, more: Sequence[Looked] = ()) -> list[Event]:
         """The events of a block, in the order of their steps, and of one step in the order in which it computes the tensors.
@@ -45,8 +56,8 @@ class Alarms:
         """
         better = {looked.tensor for looked in more}
         every = [*more, *(looked for looked in looked_at(tables) if looked.tensor not in better)]
+        every.sort(key=lambda looked: list(TENSORS).index(looked.tensor))
         found = [event for looked in every for event in self._breaks(looked)]
-        found.sort(key=lambda event: list(TENSORS).index(str(event.fields["tensor"])))
         steps = tables.get("steps") or {}
         if steps:
             for member in np.unique(steps["member"]).tolist():
@@ -72,8 +83,9 @@ class Alarms:
     def _new_verdict(self, member: int, watch: LossWatch) -> list[Event]:
         if watch.diverged_at is None or member in self._diverged:
             return []
-        self._diverged.add(member)
-        return [Event(kind="diverged", step=watch.diverged_at, member=member, fields={"why": watch.why})]
+        event = Event(step=watch.diverged_at, member=member, what=Diverged(why=watch.why or ""))
+        self._diverged[member] = event
+        return [event]
 
     def _breaks(self, looked: Looked) -> list[Event]:
         """The steps at which a tensor of a member is broken that was sound before."""
@@ -97,15 +109,13 @@ class Alarms:
         return events
 
     def _event(self, looked: Looked, rows: Array, *, step: int, member: int) -> Event:
-        fields: dict[str, object] = {
-            "tensor": looked.tensor,
-            "direction": "backward" if looked.tensor == "gradient" else "forward",
-        }
+        where = None
         if looked.where_N is not None:
-            fields["where"] = list(dict.fromkeys(looked.where_N[rows].tolist()))[:MOST_PLACES]
+            where = first_places(looked.where_N[rows])
         elif looked.layer_N is not None:
             layers = looked.layer_N[rows].tolist()
             groups = [None] * len(layers) if looked.group_N is None else looked.group_N[rows]
-            places = (self._place(layer, group) for layer, group in zip(layers, groups, strict=True))
-            fields["where"] = list(dict.fromkeys(places))[:MOST_PLACES]
-        return Event(kind="nonfinite", step=step, member=member, fields=fields)
+            where = first_places(self._place(layer, group) for layer, group in zip(layers, groups, strict=True))
+        direction = "backward" if looked.tensor == "gradient" else "forward"
+        what = Nonfinite(tensor=looked.tensor, direction=direction, where=where)
+        return Event(step=step, member=member, what=what)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from attnscope.errors import ConfigError
-from attnscope.runs.divergence import FED, LossWatch
+from attnscope.runs.events import Diverged, Event
 from attnscope.runs.layout import COLUMNS, KEYS
 from attnscope.signals.nonfinite import TENSORS, Looked, Tables, looked_at, norms_looked_at
 
@@ -68,42 +68,45 @@ def parse_condition(text: str) -> Condition:
     return Condition(text=text, column=match["column"], sign=match["sign"], threshold=threshold)
 
 
-class Stopper:
-    """Asks all conditions of each block of tables."""
+def first_met(conditions: Sequence[Condition], tables: Tables, diverged: Event | None) -> tuple[Condition, str] | None:
+    """The first condition that the newest records meet, and what met it; None if none does.
 
-    def __init__(self, conditions: Sequence[Condition]) -> None:
-        self._conditions = tuple(conditions)
-        self._watch = LossWatch()
-
-    def met(self, tables: Tables) -> tuple[Condition, str] | None:
-        """The first condition that the newest records meet, and what met it; None if none does."""
-        losses = tables.get("losses") or {}
-        if losses:
-            self._watch.feed(*(losses[name] for name in FED))
-        for condition in self._conditions:
-            found = self._one(condition, tables)
-            if found is not None:
-                return condition, found
-        return None
-
-    def _one(self, condition: Condition, tables: Tables) -> str | None:
+    Args:
+        conditions: in the order in which they are asked.
+        tables: the newest records, and as `losses` those of the steps table that were seen.
+        diverged: what the alarms say of the losses up to here; None = none has diverged.
+    """
+    for condition in conditions:
         if condition.text == "explosion":
-            at = self._watch.diverged_at
-            return None if at is None else f"the loss diverged at step {at}: {self._watch.why}"
-        if condition.text == "nonfinite":
-            return _nonfinite(tables)
-        column = condition.column
-        assert column is not None
-        table = tables.get(TABLE_OF[column]) or {}
-        if not table:
-            return None
-        values = table[column].astype(np.float64)
-        bad = values > condition.threshold if condition.sign == ">" else values < condition.threshold
-        if not bad.any():
-            return None
-        worst = np.flatnonzero(bad)[0]
-        place = ", ".join(f"{key} {table[key][worst]}" for key in KEYS[TABLE_OF[column]] if key != "member")
-        return f"{column} {values[worst]:.4g} at {place}"
+            said = _explosion(diverged)
+        elif condition.text == "nonfinite":
+            said = _nonfinite(tables)
+        else:
+            said = _beyond(condition, tables)
+        if said is not None:
+            return condition, said
+    return None
+
+
+def _beyond(condition: Condition, tables: Tables) -> str | None:
+    column = condition.column
+    assert column is not None
+    table = tables.get(TABLE_OF[column]) or {}
+    if not table:
+        return None
+    values = table[column].astype(np.float64)
+    bad = values > condition.threshold if condition.sign == ">" else values < condition.threshold
+    if not bad.any():
+        return None
+    worst = np.flatnonzero(bad)[0]
+    place = ", ".join(f"{key} {table[key][worst]}" for key in KEYS[TABLE_OF[column]] if key != "member")
+    return f"{column} {values[worst]:.4g} at {place}"
+
+
+def _explosion(diverged: Event | None) -> str | None:
+    if diverged is None or not isinstance(diverged.what, Diverged):
+        return None
+    return f"the loss diverged at step {diverged.step}: {diverged.what.why}"
 
 
 def _nonfinite(tables: Tables) -> str | None:

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from attnscope.runs.events import Event
 from attnscope.runs.part_writer import PartWriter
 from attnscope.signals.alarms import Alarms
+from attnscope.signals.conditions import Condition, first_met
 from attnscope.signals.nonfinite import Looked, Tables
 
 FLUSH_SECONDS = 0.75  # between blocks: a killed process loses at most this and the step it was in
@@ -57,6 +58,10 @@ class Journal:
         self.note(events)
         return events
 
+    def met(self, conditions: Sequence[Condition], tables: Tables) -> tuple[Condition, str] | None:
+        """The first condition that the block last added meets, and what met it; see `conditions.first_met`."""
+        return first_met(conditions, tables, self._alarms.diverged)
+
     def end(self, members: Sequence[int]) -> list[Event]:
         """These members record nothing more; what that decides is written and returned."""
         events = self._alarms.end(members)
@@ -67,4 +72,4 @@ class Journal:
         """Write events that others have seen."""
         if self._writer is not None:
             for event in events:
-                self._writer.event(event.kind, step=event.step, member=event.member, **event.fields)
+                self._writer.event(event)

@@ -32,7 +32,7 @@ class Looked:
         member_N: index within the part, (N,).
         layer_N: (N,); None where the tensor has no place.
         group_N: (N,); None where there are none.
-        where_N: places in words, (N,); None = layers and groups tell.
+        where_N: a Place each, None where it is not broken, (N,); None = layers and groups tell.
         broken_N: whether it has NaN or Inf, (N,).
     """
 

@@ -155,8 +155,8 @@ def peak_bytes(trials: Sequence[Trial], n_members: int) -> int:
     if last.n_members == first.n_members:
         # Unknown how much of it is the member's: take all of it.
         return first.peak_bytes * n_members
-    each = (last.peak_bytes - first.peak_bytes) / (last.n_members - first.n_members)
-    return int(first.peak_bytes + max(each, 0.0) * (n_members - first.n_members))
+    bytes_per_member = (last.peak_bytes - first.peak_bytes) / (last.n_members - first.n_members)
+    return int(first.peak_bytes + max(bytes_per_member, 0.0) * (n_members - first.n_members))
 
 
 def step_seconds(trials: Sequence[Trial], n_members: int) -> float:
@@ -175,25 +175,25 @@ def measure(configs: Sequence[Config], *, threads: int) -> list[Trial]:
         ConfigError: even one member alone is more than the machine can take.
         AttnscopeError: the config cannot be trained here.
     """
-    found: list[Trial] = []
+    trials: list[Trial] = []
     sizes = [size for size in SIZES if size < len(configs)] + [min(len(configs), SIZES[-1])]
     with ProcessPoolExecutor(max_workers=1, mp_context=fresh_processes(), initializer=end_with_parent) as pool:
         for size in sizes:
-            if found and found[-1].step_s * size / found[-1].n_members > LONGEST_STEP_S:
+            if trials and trials[-1].step_s * size / trials[-1].n_members > LONGEST_STEP_S:
                 break
             try:
-                found.append(pool.submit(_try, list(configs[:size]), threads).result())
+                trials.append(pool.submit(_try, list(configs[:size]), threads).result())
             except AttnscopeError:
                 raise
             except (BrokenProcessPool, MemoryError, RuntimeError) as error:
-                if found:
+                if trials:
                     break  # so many are too many
                 raise ConfigError(
                     f"one member cannot be trained here: {str(error).splitlines()[0]}. Use a smaller model or batch."
                 ) from None
-            if found[-1].step_s / size > AS_FAST * min(each.step_s / each.n_members for each in found):
+            if trials[-1].step_s / size > AS_FAST * min(trial.step_s / trial.n_members for trial in trials):
                 break  # larger ones are no faster
-    return found
+    return trials
 
 
 def fresh_processes() -> "multiprocessing.context.BaseContext":
@@ -213,15 +213,15 @@ def threads_for(jobs: int) -> int:
 
 def free_memory() -> int:
     """Bytes that new processes can have: what the system says is available, and what a container leaves."""
-    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2]
+    available = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2]
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
-        found = [int(lines["MemAvailable"].split()[0]) * 1024]
+        available = [int(lines["MemAvailable"].split()[0]) * 1024]
     limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
     if limit.exists() and limit.read_text().strip().isdigit():
-        found.append(int(limit.read_text()) - int(used.read_text()))
-    return min(found)
+        available.append(int(limit.read_text()) - int(used.read_text()))
+    return min(available)
 
 
 def gib(size: float) -> str:

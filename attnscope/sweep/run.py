@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from attnscope.config import Config
-from attnscope.errors import AttnscopeError, RunError, RunWriteError
+from attnscope.errors import AttnscopeError, RunError, RunWriteError, error_in_a_line
 from attnscope.runs.holder import declare_dead, holding
 from attnscope.runs.layout import part_folder
 from attnscope.runs.reader import open_run
@@ -233,5 +233,4 @@ def _in_words(error: BaseException) -> str:
         return "its process was killed"
     if _is_death(error) and "emory" in f"{type(error).__name__} {error}":
         return "ran out of memory"
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return error_in_a_line(error)

@@ -59,16 +59,16 @@ class LocalWorkers:
 
     def submit(self, path: Path, part: int) -> "Future[str] | None":
         """Begin with a part in the first process that is free."""
-        for place, work in enumerate(self._work):
+        for index, work in enumerate(self._work):
             if work is not None and not work.done():
                 continue
             if work is not None and work.exception() is not None:
                 # It may be dead, and what is left of a failure in memory is not wanted either.
-                self._pools[place].shutdown(wait=False, cancel_futures=True)
-                self._pools[place] = self._pool()
-            found = self._pools[place].submit(train_here, path, part, threads=self._threads)
-            self._work[place] = found
-            return found
+                self._pools[index].shutdown(wait=False, cancel_futures=True)
+                self._pools[index] = self._pool()
+            future = self._pools[index].submit(train_here, path, part, threads=self._threads)
+            self._work[index] = future
+            return future
         return None
 
     def stop(self) -> None:

@@ -5,12 +5,10 @@ Shape key: S steps of a block, M member, L layer, H head, G group.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[Any]
+from attnscope.runs.streams import Array
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

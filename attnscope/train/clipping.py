@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from attnscope.train.broadcast import fit
+
 ZCLIP_ALPHA = 0.97  # ZClip (Kumar et al. 2025): smoothing of the norm's mean and variance
 ZCLIP_WARMUP = 25  # steps that only fill mean and variance
 
@@ -39,7 +41,7 @@ def clip_gradients(
     """
     if mode == "value":
         clipped = {
-            name: torch.clamp(gradient, -_fit(threshold_M, gradient), _fit(threshold_M, gradient))
+            name: torch.clamp(gradient, -fit(threshold_M, gradient), fit(threshold_M, gradient))
             for name, gradient in gradients.items()
         }
         squares_M = [gradient.flatten(1).square().sum(dim=-1) for gradient in clipped.values()]
@@ -52,7 +54,7 @@ def clip_gradients(
     else:
         factor_M = (threshold_M / (grad_norm_M + 1e-6)).clamp(max=1)
         factor_M = factor_M.where(threshold_M.isfinite(), 1.0)
-    clipped = {name: gradient * _fit(factor_M, gradient) for name, gradient in gradients.items()}
+    clipped = {name: gradient * fit(factor_M, gradient) for name, gradient in gradients.items()}
     return clipped, factor_M
 
 
@@ -72,7 +74,3 @@ def _zclip(threshold_M: Tensor, grad_norm_M: Tensor, state: Mapping[str, Tensor]
     mean_M.lerp_(target_M, 1 - ZCLIP_ALPHA)
     variance_M.lerp_((target_M - mean_M).square(), 1 - ZCLIP_ALPHA)
     return (target_M / grad_norm_M).where(z_M > threshold_M, 1.0)
-
-
-def _fit(x_M: Tensor, like: Tensor) -> Tensor:
-    return x_M.view(-1, *[1] * (like.dim() - 1))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attnscope.data import IGNORE, Batch, Corpus
 from attnscope.metrics.loss import token_losses
-from attnscope.model import geometry
+from attnscope.model import geometry_of
 from attnscope.train.step import Setup
 
 BATCHES = 8  # of held-out data per evaluation
@@ -52,8 +52,8 @@ def loss_from_prefixes(setup: Setup, parameters: Mapping[str, Tensor], data: Cor
     """
     seq_len = setup.config.model.seq_len
     batches = data.val_batches(seq_len=seq_len, count=BATCHES)
-    tokens_BT = torch.cat([each.tokens_BT for each in batches])[:PREFIX_SEQUENCES].to(setup.device)
-    targets_BT = torch.cat([each.targets_BT for each in batches])[:PREFIX_SEQUENCES].to(setup.device)
+    tokens_BT = torch.cat([batch.tokens_BT for batch in batches])[:PREFIX_SEQUENCES].to(setup.device)
+    targets_BT = torch.cat([batch.targets_BT for batch in batches])[:PREFIX_SEQUENCES].to(setup.device)
     last_logits_MBV = []
     for length in range(1, seq_len + 1):
         logits_MNV = _forward(setup, parameters, tokens_BT[:, :length], None)
@@ -73,7 +73,7 @@ def generate(setup: Setup, parameters: Mapping[str, Tensor], prompt_T: Tensor, *
         Token ids (M, n_tokens) on the CPU, without the prompt.
     """
     n_members = len(setup.configs)
-    generators = [torch.Generator().manual_seed(each.train.seed) for each in setup.configs]
+    generators = [torch.Generator().manual_seed(config.train.seed) for config in setup.configs]
     tokens_M1T = prompt_T.to(setup.device).expand(n_members, 1, -1)
     for _ in range(n_tokens):
         seen_M1T = tokens_M1T[..., -setup.config.model.seq_len :]
@@ -104,13 +104,15 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 def _forward(setup: Setup, parameters: Mapping[str, Tensor], tokens: Tensor, real_BS: Tensor | None) -> Tensor:
     seq_len = tokens.shape[-1]
-    place = (
-        setup.place if seq_len == setup.place.seq_len else geometry(setup.config, seq_len=seq_len, device=setup.device)
+    geometry = (
+        setup.geometry
+        if seq_len == setup.geometry.seq_len
+        else geometry_of(setup.config, seq_len=seq_len, device=setup.device)
     )
     return setup.forward(
         {name: value.to(setup.dtype) for name, value in parameters.items()},
         setup.config,
-        place,
+        geometry,
         tokens,
         attn_scale_ML=setup.attn_scale_ML,
         real_BS=real_BS,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from attnscope.data import Corpus
 from attnscope.errors import AttnscopeError
-from attnscope.runs.events import Event
+from attnscope.runs.events import Dropped, Evaluated, Event, Generated
 from attnscope.runs.part_writer import PartWriter
 from attnscope.signals.alarms import Alarms
 from attnscope.signals.journal import FLUSH_SECONDS, Journal
@@ -80,7 +80,7 @@ def train_part(
                 dropped = [part.alive[position] for position in lost]
                 part.drop(lost)
                 # Dated to the last step they took, so that a run resumed from here keeps the event.
-                gone = [Event(kind="dropped", step=part.step - 1, member=m) for m in dropped]
+                gone = [Event(step=part.step - 1, member=m, what=Dropped()) for m in dropped]
                 ended = journal.end(dropped)
                 journal.note(gone)
                 hand_over(*ended, *gone)
@@ -131,7 +131,7 @@ def last_look(part: Part, setup: Setup, data: Corpus) -> list[Event]:
     for seq_len in evaluation.reachable_lengths(setup):
         val_loss_M = evaluation.held_out_loss(setup, part.parameters, data, seq_len=seq_len)
         events += [
-            Event(kind="evaluation", step=part.step, member=member, fields={"seq_len": seq_len, "val_loss": val_loss})
+            Event(step=part.step, member=member, what=Evaluated(seq_len=seq_len, val_loss=val_loss))
             for member, val_loss in zip(part.alive, val_loss_M.tolist(), strict=True)
         ]
     if config.train.sample_tokens:
@@ -140,14 +140,11 @@ def last_look(part: Part, setup: Setup, data: Corpus) -> list[Event]:
         tokens_MT = evaluation.generate(setup, part.parameters, prompt_T, n_tokens=config.train.sample_tokens)
         events += [
             Event(
-                kind="generation",
                 step=part.step,
                 member=member,
-                fields={
-                    "prompt": data.decode(prompt_T),
-                    "text": data.decode(tokens_T),
-                    "loss_from_prefixes": prefix_loss,
-                },
+                what=Generated(
+                    prompt=data.decode(prompt_T), text=data.decode(tokens_T), loss_from_prefixes=prefix_loss
+                ),
             )
             for member, prefix_loss, tokens_T in zip(part.alive, prefix_loss_M, tokens_MT, strict=True)
         ]

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attnscope.train.broadcast import fit
+
 # (M, L, fan_in, fan_out); qkv (M, L, fan_in, 3, fan_out)
 MATRICES = ("qkv", "o", "mlp_in", "mlp_out")
 DECAYED = (*MATRICES, "head")  # weight decay leaves embeddings, gains and scales alone
@@ -45,9 +47,9 @@ def sgd(gradients: Tensors, state: State, hyper: Hyper, updates: Tensors) -> Ite
     down_M = -hyper.lr_M
     for name, gradient in gradients.items():
         momentum = state[f"momentum.{name}"]
-        factor = _fit(hyper.momentum_M, momentum)
+        factor = fit(hyper.momentum_M, momentum)
         torch.addcmul(gradient, momentum, factor, out=momentum)
-        torch.mul(momentum, _fit(down_M, momentum), out=updates[name])
+        torch.mul(momentum, fit(down_M, momentum), out=updates[name])
         yield name
 
 
@@ -58,14 +60,14 @@ def adamw(gradients: Tensors, state: State, hyper: Hyper, updates: Tensors) -> I
     correction2_M = 1 - hyper.beta2_M ** state["count"]
     for name, gradient in gradients.items():
         mean, square, update = state[f"mean.{name}"], state[f"square.{name}"], updates[name]
-        mean.lerp_(gradient, _fit(1 - hyper.beta1_M, mean))
-        square.mul_(_fit(hyper.beta2_M, square))
+        mean.lerp_(gradient, fit(1 - hyper.beta1_M, mean))
+        square.mul_(fit(hyper.beta2_M, square))
         torch.mul(gradient, gradient, out=update)
-        square.addcmul_(update, _fit(1 - hyper.beta2_M, square))
-        torch.div(square, _fit(correction2_M, square), out=update)
-        update.sqrt_().add_(_fit(hyper.eps_M, square))
+        square.addcmul_(update, fit(1 - hyper.beta2_M, square))
+        torch.div(square, fit(correction2_M, square), out=update)
+        update.sqrt_().add_(fit(hyper.eps_M, square))
         torch.div(mean, update, out=update)
-        update.mul_(_fit(-hyper.lr_M / correction1_M, mean))
+        update.mul_(fit(-hyper.lr_M / correction1_M, mean))
         yield name
 
 
@@ -75,12 +77,12 @@ def muon(gradients: Tensors, state: State, hyper: Hyper, updates: Tensors) -> It
     yield from adamw(rest, state, hyper, updates)
     for name in MATRICES:
         gradient, momentum = gradients[name], state[f"momentum.{name}"]
-        rate = _fit(hyper.momentum_M, momentum)
+        rate = fit(hyper.momentum_M, momentum)
         momentum.mul_(rate).add_(gradient)
         direction = orthogonalize(_matrices(gradient + momentum * rate))  # Nesterov
         size = MUON_RMS * max(direction.shape[-2:]) ** 0.5
         update = _matrices(updates[name])
-        update.copy_(direction).mul_(_fit(-hyper.lr_M * size, update))
+        update.copy_(direction).mul_(fit(-hyper.lr_M * size, update))
         yield name
 
 
@@ -120,8 +122,4 @@ def optimizer_state(name: str, parameters: Tensors) -> State:
 def add_decay(name: str, update: Tensor, parameter: Tensor, hyper: Hyper) -> None:
     """Add -lr x weight_decay x weight to the update of a weight matrix, in place."""
     if name in DECAYED:
-        update.addcmul_(parameter, _fit(-hyper.lr_M * hyper.weight_decay_M, parameter))
-
-
-def _fit(x_M: Tensor, like: Tensor) -> Tensor:
-    return x_M.view(-1, *[1] * (like.dim() - 1))
+        update.addcmul_(parameter, fit(-hyper.lr_M * hyper.weight_decay_M, parameter))

@@ -104,11 +104,11 @@ class Part:
         assert isinstance(alive, list) and isinstance(names, list)
         self.alive = [int(index) for index in alive]
         self.step = checkpoint.step
-        found = {name: value.to(self.device) for name, value in checkpoint.tensors.items()}
-        self.parameters = {name: found[f"parameters/{name}"] for name in names}
+        tensors = {name: value.to(self.device) for name, value in checkpoint.tensors.items()}
+        self.parameters = {name: tensors[f"parameters/{name}"] for name in names}
         self.state = self._all_well() | {
             name.removeprefix("state/"): value
-            for name, value in found.items()
+            for name, value in tensors.items()
             if name.startswith("state/") and name != "state/finite"  # of versions before
         }
 

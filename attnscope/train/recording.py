@@ -31,7 +31,8 @@ from attnscope.metrics.loss import TokenLosses, output_logit_max
 from attnscope.metrics.rows import SAMPLES, Rows, Shelf, sample_rows
 from attnscope.metrics.totals import HEAD_COLUMNS
 from attnscope.model import AttentionInputs
-from attnscope.train.block import Array, Block, tables_of
+from attnscope.runs.streams import Array
+from attnscope.train.block import Block, tables_of
 from attnscope.train.step import Clipped, attention_call
 
 # The columns of the steps table that come from the device, in the order of `Recorder._on_host`.
@@ -208,7 +209,7 @@ class Recorder:
     @torch.no_grad()
     def _on_host(self, seen: Sequence[StepSeen], members: Sequence[int]) -> Block:
         """Compute what follows from the reductions and bring it to the host, one copy per table."""
-        measured = [each for each in seen if each.measures]
+        measured = [step for step in seen if step.measures]
         heads, layers, params = {}, {}, {}
         if measured:
             stats = self._heads(measured)
@@ -216,18 +217,18 @@ class Recorder:
             heads = dict(zip(HEAD_COLUMNS, heads_CSMLH, strict=True))
             layers_CSML = torch.stack(self._layers(measured)).cpu().numpy()
             layers = dict(zip(LAYER_COLUMNS, layers_CSML, strict=True))
-            found = parameter_stats(self._parameters(measured), self._grouping)
-            for each, grad_norm_M in zip(measured, global_norm(found["grad_norm"]), strict=True):
-                each.grad_norm_M = grad_norm_M
-            params_CSMG = torch.stack([found[name] for name in PARAMETER_STATISTICS]).cpu().numpy()
+            stats_of_groups = parameter_stats(self._parameters(measured), self._grouping)
+            for step, grad_norm_M in zip(measured, global_norm(stats_of_groups["grad_norm"]), strict=True):
+                step.grad_norm_M = grad_norm_M
+            params_CSMG = torch.stack([stats_of_groups[name] for name in PARAMETER_STATISTICS]).cpu().numpy()
             params = dict(zip(PARAMETER_STATISTICS, params_CSMG, strict=True))
         columns_CSM = torch.stack(self._steps(seen)).cpu().numpy()
         return Block(
             members=tuple(members),
-            steps=np.array([each.step for each in seen]),
-            step_ms=np.array([each.step_ms for each in seen]),
+            steps=np.array([step.step for step in seen]),
+            step_ms=np.array([step.step_ms for step in seen]),
             columns=dict(zip(STEP_COLUMNS, columns_CSM, strict=True)),
-            head_steps=np.array([each.step for each in measured], dtype=np.int64),
+            head_steps=np.array([step.step for step in measured], dtype=np.int64),
             heads=heads,
             layers=layers,
             params=params,
@@ -236,29 +237,29 @@ class Recorder:
 
     def _steps(self, seen: Sequence[StepSeen]) -> list[Tensor]:
         """STEP_COLUMNS, each (S, M)."""
-        forward_CSM = _stacked(*(each.forward_M for each in seen))
+        forward_CSM = _stacked(*(step.forward_M for step in seen))
         rms_LSM = self._activation_rms(seen)
-        total_SMBD = torch.stack([_there(each.token_total_LMBD)[-1] for each in seen])
-        clips = [_there(each.clip) for each in seen]
+        total_SMBD = torch.stack([_there(step.token_total_LMBD)[-1] for step in seen])
+        clips = [_there(step.clip) for step in seen]
         unknown_M = torch.full_like(forward_CSM[0, 0], float("nan"))
-        val_losses = [each.val_loss_M for each in seen]
+        val_losses = [step.val_loss_M for step in seen]
         return [
             *forward_CSM,
             token_cosine(total_SMBD, seq_len=self._seq_len),
             rms_LSM.amax(dim=0),
-            torch.stack([_there(each.grad_norm_M) for each in seen]),
+            torch.stack([_there(step.grad_norm_M) for step in seen]),
             *_stacked(*([clip.factor_M, clip.lr_M, clip.loss_scale_M] for clip in clips)),
             torch.stack([unknown_M if x is None else x for x in val_losses]),
         ]
 
     def _activation_rms(self, seen: Sequence[StepSeen]) -> Tensor:
         """(L, S, M)."""
-        norm_LSMN = _stacked(*(each.token_norm_MN for each in seen))
+        norm_LSMN = _stacked(*(step.token_norm_MN for step in seen))
         return activation_rms(norm_LSMN, d_model=self._d_model)
 
     def _layers(self, measured: Sequence[StepSeen]) -> list[Tensor]:
         """LAYER_COLUMNS, each (S, M, L)."""
-        total_SLMBD = torch.stack([_there(each.token_total_LMBD) for each in measured])
+        total_SLMBD = torch.stack([_there(step.token_total_LMBD) for step in measured])
         found_LSM = (self._activation_rms(measured), token_cosine(total_SLMBD, seq_len=self._seq_len).transpose(0, 1))
         return [x_LSM.permute(1, 2, 0) for x_LSM in found_LSM]
 
@@ -276,12 +277,12 @@ class Recorder:
         """Column to (S, M, L, H)."""
         if measured[0].sample is None:
             each_layer = [stats for seen in measured for stats in seen.stats]
-            found = {name: torch.stack([x[name] for x in each_layer]) for name in HEAD_COLUMNS}
+            columns = {name: torch.stack([x[name] for x in each_layer]) for name in HEAD_COLUMNS}
         else:
             pieces = [statistics_of(rows) for rows in self._shelf.pieces(len(measured) * self._n_layers)]
             self._shelf.clear()
-            found = {name: torch.cat([piece[name] for piece in pieces]) for name in HEAD_COLUMNS}
-        return {name: x.unflatten(0, (len(measured), self._n_layers)).transpose(1, 2) for name, x in found.items()}
+            columns = {name: torch.cat([piece[name] for piece in pieces]) for name in HEAD_COLUMNS}
+        return {name: x.unflatten(0, (len(measured), self._n_layers)).transpose(1, 2) for name, x in columns.items()}
 
 
 def _stacked(*rows: Sequence[Tensor]) -> Tensor:

@@ -10,11 +10,12 @@ import torch
 
 from attnscope.config import Config, DataConfig, Member, members_of
 from attnscope.data import Corpus, data_of
-from attnscope.errors import RunError
+from attnscope.errors import RunError, error_in_words
 from attnscope.model import QKV
 from attnscope.runs.checkpoint import Checkpoint, load_checkpoint
 from attnscope.runs.divergence import FED
 from attnscope.runs.environment import environment
+from attnscope.runs.events import CheckpointLeftOut, Event
 from attnscope.runs.foreign import printable
 from attnscope.runs.holder import holding
 from attnscope.runs.layout import part_folder
@@ -157,7 +158,7 @@ def train_part_of(
         writer = RunWriter.resume(run.path).part(index, first_step=part.step, threads=threads)
         with _said_how_it_ended(writer):
             for note in notes:
-                writer.event("checkpoint_left_out", step=part.step, why=note)
+                writer.event(Event(step=part.step, what=CheckpointLeftOut(why=note)))
             status = train_part(part, data, writer=writer, alarms=alarms, on_progress=report, should_stop=should_stop)
             writer.finish(status)
             return status
@@ -220,7 +221,7 @@ def _said_how_it_ended(writer: PartWriter) -> Iterator[None]:
         raise
     except BaseException as error:
         with contextlib.suppress(RunError):
-            writer.finish("failed", error=f"{type(error).__name__}: {error}")
+            writer.finish("failed", error=error_in_words(error))
         raise
 
 
@@ -230,7 +231,7 @@ def _describe(corpora: Mapping[int, Corpus]) -> dict[str, object]:
         index: {"fingerprint": data.fingerprint, "reference": asdict(data.reference)} for index, data in corpora.items()
     }
     first = described[min(described)]
-    others = {str(index): each for index, each in described.items() if each != first}
+    others = {str(index): data for index, data in described.items() if data != first}
     return {**first, "parts": others}
 
 

@@ -16,7 +16,8 @@ from attnscope.metrics.attention import max_attn_logit
 from attnscope.metrics.gradients import Grouping, global_norm, group_norms, group_parameters
 from attnscope.metrics.loss import TokenLosses, token_losses
 from attnscope.metrics.rows import Call
-from attnscope.model import QKV, AttentionInputs, Geometry, Observer, apart, attn_scales, geometry
+from attnscope.model import QKV, AttentionInputs, Geometry, Observer, apart, attn_scales, geometry_of
+from attnscope.train.broadcast import fit
 from attnscope.train.clipping import clip_gradients
 from attnscope.train.optimizer import OPTIMIZERS, Hyper, State, add_decay
 from attnscope.train.schedule import lr_at
@@ -55,7 +56,7 @@ class Setup:
     device: torch.device
     dtype: torch.dtype
     forward: Callable[..., Tensor]
-    place: Geometry
+    geometry: Geometry
     grouping: Grouping
     attn_scale_ML: Tensor
     peak: Hyper
@@ -83,8 +84,8 @@ def set_up(
     def numbers(values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=device)
 
-    optimizers = [each.optimizer for each in configs]
-    thresholds = [each.clip.threshold for each in configs]
+    optimizers = [config.optimizer for config in configs]
+    thresholds = [config.clip.threshold for config in configs]
     limits = [float("inf") if isinstance(t, str) else t for t in thresholds]
     return Setup(
         config=config,
@@ -92,7 +93,7 @@ def set_up(
         device=device,
         dtype=DTYPES[config.precision.dtype],
         forward=forward,
-        place=geometry(config, seq_len=config.model.seq_len, device=device),
+        geometry=geometry_of(config, seq_len=config.model.seq_len, device=device),
         grouping=group_parameters(
             {name: _groups_of(name) for name in parameters},
             layered=frozenset(parameters) - frozenset(_NOT_LAYERED),
@@ -168,7 +169,7 @@ def run_step(
     output_logits_MNV = setup.forward(
         {name: value.to(setup.dtype) for name, value in parameters.items()},
         config,
-        setup.place,
+        setup.geometry,
         batch.tokens_BT,
         attn_scale_ML=setup.attn_scale_ML,
         real_BS=batch.visible_BS,
@@ -189,11 +190,11 @@ def run_step(
     loss_scale_M = state["loss_scale"].clone() if "loss_scale" in state else None
     if loss_scale_M is not None:
         objective_M = objective_M * loss_scale_M
-    found = torch.autograd.grad(objective_M.sum(), list(parameters.values()))
+    in_order = torch.autograd.grad(objective_M.sum(), list(parameters.values()))
     with torch.no_grad():
-        gradients = dict(zip(parameters, found, strict=True))
+        gradients = dict(zip(parameters, in_order, strict=True))
         if loss_scale_M is not None:
-            gradients = {name: g / _fit(loss_scale_M, g) for name, g in gradients.items()}
+            gradients = {name: g / fit(loss_scale_M, g) for name, g in gradients.items()}
         _update(setup, parameters, state, gradients, loss_scale_M, step=step, observer=observer)
         if heads is not None:
             heads.shrink(parameters, d_head=config.d_head)
@@ -245,7 +246,7 @@ def _update(
         if setup.decays:
             add_decay(name, update, parameter, hyper)
         if sound_M is not None:
-            update.masked_fill_(~_fit(sound_M, update), 0.0)
+            update.masked_fill_(~fit(sound_M, update), 0.0)
         if observer is not None:
             observer.parameter(name, gradients[name], parameter, update)
         parameter.add_(update)
@@ -324,7 +325,7 @@ def all_finite(tensors: Mapping[str, Tensor]) -> Tensor:
 def _after_scaling(state: State, before: Mapping[str, Tensor], sound_M: Tensor) -> None:
     """Members whose gradients overflowed forget the step; their scale is halved, the others' grows now and then."""
     for name, old in before.items():
-        state[name].copy_(state[name].where(_fit(sound_M, old), old))
+        state[name].copy_(state[name].where(fit(sound_M, old), old))
     age_M = (before["loss_scale_age"] + 1).where(sound_M, 0)
     ripe_M = age_M >= LOSS_SCALE_INTERVAL
     grown_M = before["loss_scale"].where(~ripe_M, before["loss_scale"] * LOSS_SCALE_GROWTH)
@@ -345,12 +346,10 @@ def _dropout_seeds(setup: Setup, step: int) -> list[list[int]] | None:
     if not config.attention.dropout:
         return None
     n_layers = config.model.n_layers
-    return [[hash((each.train.seed, step, layer)) & (2**63 - 1) for each in setup.configs] for layer in range(n_layers)]
+    return [
+        [hash((config.train.seed, step, layer)) & (2**63 - 1) for config in setup.configs] for layer in range(n_layers)
+    ]
 
 
 def _groups_of(name: str) -> tuple[str, ...]:
     return ("norm",) if name.startswith("norm_") else _GROUPS_OF.get(name, (name,))
-
-
-def _fit(x_M: Tensor, like: Tensor) -> Tensor:
-    return x_M.view(-1, *[1] * (like.dim() - 1))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from attnscope.capture.dispatch import Unobserved
 from attnscope.errors import RunWriteError
+from attnscope.runs.events import INTERNAL, Unmeasured, What, kind_of
 from attnscope.watch.numbers import UnreadableError
 
 if TYPE_CHECKING:
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 
 MOST_TEXT = 500  # characters of an exception
 MOST_KINDS = 100  # of failures that are described
-INTERNAL = "internal"  # what stands for the backend of a measurement that failed in our own code
 
 _T = TypeVar("_T")
 
@@ -53,11 +53,11 @@ class Guard:
         """A context for one measurement; where it fails, that is said."""
         return _Measuring(self, what, step)
 
-    def event(self, kind: str, *, step: int, **fields: object) -> None:
+    def event(self, what: What, *, step: int) -> None:
         """Record what happened once, unless nothing can be written any more."""
         if self.failure is None:
-            with self.measuring(f"event {kind}", step):
-                self._recorder.event(kind, step=step, **fields)
+            with self.measuring(f"event {kind_of(what)}", step):
+                self._recorder.event(what, step=step)
 
     def write(self, what: str, step: int, write: Callable[[], _T]) -> _T | None:
         """Write to the run directory, unless that failed before."""
@@ -73,7 +73,7 @@ class Guard:
         count = self._counts[what, reason] = self._counts.get((what, reason), 0) + 1
         if count == 1 and self.failure is None:
             try:
-                self._recorder.event("not_measured", step=step, name=what, backend=INTERNAL, shapes=[], reason=reason)
+                self._recorder.event(Unmeasured(name=what, backend=INTERNAL, reason=reason), step=step)
             except RunWriteError as error:
                 self.fail(error)
 

@@ -17,6 +17,7 @@ from attnscope.capture.names import Modules
 from attnscope.capture.seen import Seen, measure
 from attnscope.metrics.rows import SAMPLES
 from attnscope.metrics.totals import TOTALS
+from attnscope.runs.events import Unmeasured
 from attnscope.watch.guard import one_line
 from attnscope.watch.recording import Layer
 from attnscope.watch.step import Step
@@ -42,14 +43,14 @@ class Layers:
         rows: int | str,
         patterns: Sequence[str],
         on_layer: Callable[[int, Layer], None],
-        on_event: Callable[..., None],
+        on_unmeasured: Callable[[Unmeasured, int], None],
     ) -> None:
         """Look only at layers whose name matches one of `patterns`, as in a shell; at all of them where there is none."""
         self._modules = modules
         self._rows = rows
         self._patterns = tuple(patterns)
         self._on_layer = on_layer
-        self._on_event = on_event
+        self._on_unmeasured = on_unmeasured
         # Module to number of heads to name, once that is given; None where nobody asked for it. By identity: modules may call
         # themselves equal.
         self._names_of = WeakIdKeyDictionary()
@@ -146,7 +147,8 @@ class Layers:
         if module is not None and not self._wants(name):
             return
         self._unmeasured[key] = None
-        self._on_event("not_measured", step=step.number, name=name, backend=backend, shapes=shapes, reason=reason)
+        sizes = tuple(map(tuple, shapes))
+        self._on_unmeasured(Unmeasured(name=name, backend=backend, shapes=sizes, reason=reason), step.number)
 
     def _path_of(self, module: nn.Module | None) -> str:
         return OUTSIDE if module is None else self._modules.name_of(module)

@@ -13,7 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from attnscope.capture.names import Modules, places
 from attnscope.watch.guard import one_line
 from attnscope.watch.numbers import UnreadableError, why_without_numbers
-from attnscope.watch.step import Step
+from attnscope.watch.step import ParameterPlace, Step
 from attnscope.watch.tables import PARAMETER_COLUMNS
 
 # Copies of weights, which updates are measured against, hold at most so many numbers; of more, every n-th is copied.
@@ -91,7 +91,7 @@ class Parameters:
             for name in ("grad_norm", "grad_max", "nonfinite")
         }
         sizes |= {"weight_norm": weight_norm_P, "update_norm": update_norm_P}
-        step.parameters += self.places_of(parameters)
+        step.parameters += [(place.layer, place.group) for place in self.places_of(parameters)]
         for name in PARAMETER_COLUMNS:
             step.sizes.setdefault(name, []).append(sizes[name])
 
@@ -139,15 +139,15 @@ class Parameters:
         (found,) = self._modules.names_of_parameters([parameter])
         return f"parameter {found}" if not found.startswith("parameter ") else found
 
-    def places_of(self, parameters: Sequence[Tensor]) -> list[tuple[int, str]]:
-        """Layer and group of each, see `places`."""
+    def places_of(self, parameters: Sequence[Tensor]) -> list[ParameterPlace]:
+        """Layer and group of each, see `places`, and its path."""
         found = [self._places.get(p) for p in parameters]
         if None in found:
             for p, name in zip(parameters, self._modules.names_of_parameters(parameters), strict=True):
                 self._names[p] = name
             at = places({id(p): name for p, name in self._names.items()})
-            for p in self._names:
-                self._places[p] = at[id(p)]
+            for p, name in self._names.items():
+                self._places[p] = ParameterPlace(*at[id(p)], path=name)
             found = [self._places[p] for p in parameters]
         return found
 

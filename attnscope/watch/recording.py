@@ -1,9 +1,9 @@
 """What was seen of foreign steps goes to the disk, a block of steps at a time, with what went wrong in it."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +11,23 @@ from torch import Tensor
 
 from attnscope.capture.names import Modules
 from attnscope.capture.seen import scale_of
-from attnscope.runs.events import Event
+from attnscope.runs.event_lines import as_plain
+from attnscope.runs.events import (
+    AttentionSeen,
+    Event,
+    Nonfinite,
+    NotRecorded,
+    Place,
+    TrackerFailed,
+    What,
+)
 from attnscope.runs.part_writer import PartWriter
 from attnscope.signals.alarms import Alarms, place_of
+from attnscope.signals.conditions import Condition
 from attnscope.signals.journal import Journal
 from attnscope.signals.nonfinite import Looked
 from attnscope.watch.step import Step
 from attnscope.watch.tables import Array, heads_of, params_of, seen_losses, steps_of
-
-MOST_PLACES = 20  # that an event names
-MOST_DEEP = 4  # levels of lists and dictionaries in an event
-MOST_TEXT = 500  # characters of what is no plain value in an event
 
 # Why a column or a table may be empty at the end of a watched run.
 WHY_EMPTY = {
@@ -75,22 +81,22 @@ class Layer:
     factor: float | None
     fit: Tensor | None
 
-    def described(self) -> dict[str, object]:
-        """As the events file has it; waits for the device where the scale was fitted."""
+    def described(self) -> AttentionSeen:
+        """As an event; waits for the device where the scale was fitted."""
         scale = self.scale
         if self.fit is not None:
             scale = scale_of(tuple(self.fit.tolist()))
         applied = None if scale is None or self.factor is None else scale * self.factor
-        return {
-            "layer": self.number,
-            "name": self.name,
-            "n_heads": self.n_heads,
-            "d_head": self.d_head,
-            "scale": applied,
-            "mask": self.mask,
-            "dtype": self.dtype,
-            "backend": self.backend,
-        }
+        return AttentionSeen(
+            layer=self.number,
+            name=self.name,
+            n_heads=self.n_heads,
+            d_head=self.d_head,
+            scale=applied,
+            mask=self.mask,
+            dtype=self.dtype,
+            backend=self.backend,
+        )
 
 
 class WatchRecorder:
@@ -131,10 +137,9 @@ class WatchRecorder:
         """Whether the block has waited this long."""
         return time.perf_counter() - self._since >= seconds
 
-    def event(self, kind: str, *, step: int, **fields: object) -> None:
-        """Something happened once; what JSON does not know is written as text."""
-        plain = {name: as_plain(value) for name, value in fields.items()}
-        self._writer.event(kind, step=step, member=0, **plain)
+    def event(self, what: What, *, step: int) -> None:
+        """Something happened once."""
+        self._writer.event(Event(step=step, member=0, what=what))
 
     def flush(self, measuring: Measuring) -> Tables:
         """Write the block and forget it.
@@ -147,7 +152,7 @@ class WatchRecorder:
         undescribed, self._undescribed = self._undescribed, []
         for step, layer in undescribed:
             with measuring(f"layer {layer.name}", step):
-                self.event("attention", step=step, **layer.described())
+                self.event(layer.described(), step=step)
         block, self._block = self._block, []
         if not block:
             return {}
@@ -181,8 +186,12 @@ class WatchRecorder:
                 steps = tables["steps"] | {"loss_seen": is_seen} if tables["steps"] else {}
                 failure = self._on_block(steps, tables["heads"])
                 if failure is not None:
-                    self.event("tracker_failed", step=last, reason=failure)
+                    self.event(TrackerFailed(reason=failure), step=last)
         return {**tables, "losses": seen}
+
+    def met(self, conditions: Sequence[Condition], tables: Tables) -> tuple[Condition, str] | None:
+        """The first condition that the block last flushed meets, and what met it; None if none does."""
+        return self._journal.met(conditions, tables)
 
     def finish(self, status: str, measuring: Measuring, *, step: int, **fields: object) -> None:
         """Write what is left and say how it ended, and what stayed empty."""
@@ -191,7 +200,7 @@ class WatchRecorder:
         with measuring("event not_recorded", step):
             empty = {name: why for name, why in WHY_EMPTY.items() if name not in self._filled}
             if empty:
-                self.event("not_recorded", step=step, **empty)
+                self.event(NotRecorded(why_empty=empty), step=step)
         plain = {name: as_plain(value) for name, value in fields.items()}
         self._writer.finish(status, **plain)
 
@@ -205,9 +214,9 @@ class WatchRecorder:
         self._filled |= {"loss"} if any(step.losses for step in block) else set()
         self._filled |= {"tokens"} if self._tokens else set()
 
-    def _place(self, layer: int, group: str | None) -> str:
-        """An attention layer by its module, a parameter by the layer and group that its name tells."""
-        return self._layers.get(layer, "") if group is None else place_of(layer, group)
+    def _place(self, layer: int, group: str | None) -> Place:
+        """An attention layer with its module, a parameter by the layer and group that its name tells."""
+        return Place(layer=layer, path=self._layers.get(layer)) if group is None else place_of(layer, group)
 
     def _outputs_in(self, block: Sequence[Step]) -> Looked:
         """Whether outputs were finite, and which module's was the first that was not: the rest of its pass is broken, too."""
@@ -215,7 +224,7 @@ class WatchRecorder:
         for step in block:
             broken = [] if step.outputs is None else step.outputs.broken()
             first = ("outside of modules" if module is None else self._modules.name_of(module) for module in broken[:1])
-            where.append(list(first))
+            where.append([Place(path=path) for path in first])
         return _looked("activation", block, where)
 
 
@@ -223,43 +232,33 @@ def _gradients_in(block: Sequence[Step]) -> Looked:
     return _looked("gradient", block, [broken_gradients(step) for step in block])
 
 
-def _looked(tensor: str, block: Sequence[Step], where: Sequence[Sequence[str]]) -> Looked:
+def _looked(tensor: str, block: Sequence[Step], where: Sequence[Sequence[Place]]) -> Looked:
     """One row for each place of a step at which a tensor is broken, and one for a step at which it is sound."""
-    rows = [(step.number, place) for step, places in zip(block, where, strict=True) for place in (places or [""])]
+    rows = [
+        (step.number, place) for step, places in zip(block, where, strict=True) for place in (tuple(places) or (None,))
+    ]
     return Looked(
         tensor=tensor,
         step_N=np.array([step for step, _ in rows]),
         member_N=np.zeros(len(rows), dtype=np.int64),
         where_N=np.array([place for _, place in rows], dtype=object),
-        broken_N=np.array([place != "" for _, place in rows]),
+        broken_N=np.array([place is not None for _, place in rows]),
     )
 
 
 def _in_words(event: Event) -> str:
-    said = "loss diverged" if event.kind == "diverged" else f"{event.fields['tensor']} not finite"
+    said = f"{event.what.tensor} not finite" if isinstance(event.what, Nonfinite) else "loss diverged"
     return f"{said} at step {event.step}"
 
 
-def as_plain(value: object, deep: int = MOST_DEEP) -> object:
-    """What JSON understands; anything else, a symbolic size among them, as text."""
-    if value is None or isinstance(value, bool | int | float | str | np.ndarray | np.generic):
-        return value
-    if deep and isinstance(value, Mapping):
-        return {str(key): as_plain(each, deep - 1) for key, each in value.items()}
-    if deep and isinstance(value, list | tuple | set | frozenset):
-        return [as_plain(each, deep - 1) for each in value]
-    try:
-        return str(value)[:MOST_TEXT]
-    except Exception:
-        return type(value).__name__
-
-
-def broken_gradients(step: Step) -> list[str]:
-    """The parameters whose gradient is not finite, as they are named in texts; waits for the device."""
+def broken_gradients(step: Step) -> list[Place]:
+    """The parameters whose gradient is not finite; waits for the device."""
     found = []
-    for places, norm_P in step.gradients:
+    for parameters, norm_P in step.gradients:
         broken_P = (~norm_P.isfinite()).cpu().tolist()
-        for (layer, group), broken in zip(places, broken_P, strict=True):
-            if broken:
-                found.append(place_of(layer, group))
-    return list(dict.fromkeys(found))
+        found += [
+            replace(place_of(parameter.layer, parameter.group), path=parameter.path)
+            for parameter, broken in zip(parameters, broken_P, strict=True)
+            if broken
+        ]
+    return found

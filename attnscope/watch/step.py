@@ -5,11 +5,20 @@ Shape key: C total, H head, P parameter.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor
 
 from attnscope.watch.finite import Outputs
 from attnscope.watch.output import Output
+
+
+class ParameterPlace(NamedTuple):
+    """Where a parameter is: layer and group as in the params table, and its path."""
+
+    layer: int
+    group: str
+    path: str
 
 
 @dataclass(slots=True, kw_only=True)
@@ -27,7 +36,7 @@ class Step:
         purposes: layer to what those calls are for (`layers.TRAINS`).
         parameters: (layer, group) along P.
         sizes: PARAMETER_COLUMNS, (P,) each.
-        gradients: (layer, group) and norm before clipping of what has a gradient, (P,) each; at every step.
+        gradients: what has a gradient along P, and its norm before clipping, (P,); at every step.
         outputs: sums over the outputs of modules.
         output: what cross-entropy was given.
         lrs: of all parameter groups that were updated.
@@ -43,7 +52,7 @@ class Step:
     purposes: dict[int, int] = field(default_factory=dict)
     parameters: list[tuple[int, str]] = field(default_factory=list)
     sizes: dict[str, list[Tensor]] = field(default_factory=dict)
-    gradients: list[tuple[list[tuple[int, str]], Tensor]] = field(default_factory=list)
+    gradients: list[tuple[list[ParameterPlace], Tensor]] = field(default_factory=list)
     outputs: Outputs | None = None
     output: Output = field(default_factory=Output)
     grad_norm: Tensor | None = None

@@ -19,13 +19,15 @@ from torch import Tensor, nn
 
 from attnscope.capture.names import Modules, any_alive
 from attnscope.capture.seen import Seen
+from attnscope.runs.events import LossNotSeen, OptimizerSeen, SkippedUpdate, StepWithoutGradient
+from attnscope.signals.alarms import first_places
 from attnscope.watch.finite import Outputs
 from attnscope.watch.guard import Guard
 from attnscope.watch.layers import Layers
 from attnscope.watch.numbers import UnreadableError, copy_of_scalar, device_name, why_without_numbers
 from attnscope.watch.output import see_cross_entropy
 from attnscope.watch.parameters import Parameters, parameters_of
-from attnscope.watch.recording import MOST_PLACES, WatchRecorder, broken_gradients
+from attnscope.watch.recording import WatchRecorder, broken_gradients
 from attnscope.watch.step import Step
 from attnscope.watch.turns import Turns
 
@@ -207,12 +209,9 @@ class Steps:
         if not self._turns.is_mine(optimizer, trains=True):
             return
         self._parameters.see_gradients(now, parameters)
-        self._guard.event(
-            "skipped_update",
-            step=now.number,
-            why="GradScaler found NaN or Inf in the gradient",
-            where=broken_gradients(now)[:MOST_PLACES],
-        )
+        where = first_places(broken_gradients(now))
+        what = SkippedUpdate(why="GradScaler found NaN or Inf in the gradient", where=where)
+        self._guard.event(what, step=now.number)
         self._parameters.skip(now)
         now.drop(parameters)
         now.grad_norm = now.clip_factor = None
@@ -237,13 +236,12 @@ class Steps:
         now.count_losses_of(parameters)
         if optimizer not in self._optimizers:
             self._optimizers.add(optimizer)
-            self._guard.event(
-                "optimizer",
-                step=now.number,
+            what = OptimizerSeen(
                 name=type(optimizer).__name__,
                 parameters=sum(p.numel() for p in parameters),
-                devices=sorted({device_name(p.device) for p in parameters}),
+                devices=tuple(sorted({device_name(p.device) for p in parameters})),
             )
+            self._guard.event(what, step=now.number)
         self._see_lrs(optimizer)
         with self._guard.measuring("gradients and weights", now.number):
             self._parameters.before_update(now, optimizer)
@@ -290,7 +288,7 @@ class Steps:
             self._lacks_loss(now)
         if self._moved_nothing and not now.updated and not self._lacks_gradient:
             self._lacks_gradient = True
-            self._guard.event("step_without_gradient", step=now.number, optimizer=self._moved_nothing)
+            self._guard.event(StepWithoutGradient(optimizer=self._moved_nothing), step=now.number)
         self._moved_nothing = ""
         self._recorder.add(now)
         self.stepped = False
@@ -302,11 +300,8 @@ class Steps:
     def _lacks_loss(self, now: Step) -> None:
         self._recorder.losses_not_seen += 1
         if self._recorder.losses_not_seen == 1:
-            self._guard.event(
-                "loss_not_seen",
-                step=now.number,
-                why="its gradients were there without a scalar that was given to backward()",
-            )
+            why = "its gradients were there without a scalar that was given to backward()"
+            self._guard.event(LossNotSeen(why=why), step=now.number)
 
     def _steps_without_gradient(self, optimizer: torch.optim.Optimizer) -> None:
         """No update, and no step where nothing was differentiated: a schedule is drawn with a dummy, perhaps."""

@@ -21,7 +21,7 @@ from attnscope.capture.names import Modules, called_by_torch
 from attnscope.capture.patches import Patches
 from attnscope.capture.seen import Seen
 from attnscope.errors import RunError, RunWriteError
-from attnscope.signals.conditions import Stopper
+from attnscope.runs.events import SnapshotFailed, SnapshotTaken, Stopped
 from attnscope.signals.journal import FLUSH_SECONDS
 from attnscope.watch.finite import Finite, Outputs
 from attnscope.watch.guard import MOST_TEXT, Guard, one_line
@@ -51,8 +51,7 @@ class Watcher:
         """Use `watch_model` or `watch_script`."""
         self.path = path
         self._recorder = recorder
-        conditions = settings.checked()
-        self._stopper = Stopper(conditions) if conditions else None
+        self._conditions = tuple(settings.checked())
         self._process = os.getpid()
         self._modules = modules
         self._guard = Guard(recorder, on_failure=self.mute)
@@ -61,7 +60,7 @@ class Watcher:
             rows=settings.rows,
             patterns=settings.layers,
             on_layer=recorder.add_layer,
-            on_event=self._guard.event,
+            on_unmeasured=lambda what, step: self._guard.event(what, step=step),
         )
         self._steps = Steps(
             recorder=recorder,
@@ -312,20 +311,20 @@ class Watcher:
     def _step_over(self) -> None:
         """A step is over, as the next one begins; here the script may be stopped."""
         step = self._steps.now.number
-        if self._stopper is None and self._snapshots is None:
+        if not self._conditions and self._snapshots is None:
             if self._recorder.due(FLUSH_SECONDS):
                 self._flush(step)
             return
         tables = self._flush(step)
         met = None
-        if tables is not None and self._stopper is not None:
+        if tables is not None and self._conditions:
             with self._guard.measuring("stop-on", step):
-                met = self._stopper.met(tables)
+                met = self._recorder.met(self._conditions, tables)
         self._snapshot(self._recorder.broken if met is None else met[1])
         if met is not None:
             condition, found = met
-            self._guard.event("stopped", step=step, on=condition.text, found=found)
-            self._stopper = None
+            self._guard.event(Stopped(on=condition.text, found=found), step=step)
+            self._conditions = ()
             stop(condition, found)
 
     def _flush(self, step: int) -> Tables | None:
@@ -341,12 +340,12 @@ class Watcher:
         try:
             paths = snapshots.write(self._recorder.folder)
         except Exception as error:
-            self._guard.event("snapshot_failed", step=step, reason=str(error)[:MOST_TEXT])
+            self._guard.event(SnapshotFailed(reason=str(error)[:MOST_TEXT]), step=step)
         else:
             self._written = tuple(paths)
             if paths:
-                names = [path.name for path in paths]
-                self._guard.event("snapshot", step=step, why=why, files=names)
+                names = tuple(path.name for path in paths)
+                self._guard.event(SnapshotTaken(why=why, files=names), step=step)
         finally:
             snapshots.remove()
 

@@ -211,12 +211,12 @@ def test_lines_of_a_softmax_over_the_queries():
 
 
 def test_a_softmax_over_the_queries_is_a_failed_check_that_says_where():
-    from attnscope.check.attention import Looked
+    from attnscope.check.attention import Observed
     from attnscope.check.case import open_case
     from attnscope.check.masks import softmax_axis
 
     line = "layers.0.attn (eager, [[3, 4, 12, 12]]): softmax over the queries' axis"
-    found = softmax_axis(open_case(model_of(), TOKENS), Looked(calls=(), why=line, unseen=(line,), reacts={}))
+    found = softmax_axis(open_case(model_of(), TOKENS), Observed(calls=(), why=line, unseen=(line,), reacts={}))
     assert found.status == "failed"
     assert found.finding == (
         "1 of 1 attention call takes the softmax over the axis of the queries instead of the keys: layers.0.attn."

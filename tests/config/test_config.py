@@ -25,7 +25,7 @@ from attnscope.config import (
     with_control,
     without_control,
 )
-from attnscope.config.checks import Choice, Flag, Number, Several, Text, Whole
+from attnscope.config.checks import Choice, Flag, Number, OneLine, Several, Whole
 
 
 def values_of(check):
@@ -34,7 +34,7 @@ def values_of(check):
         return st.sampled_from(check.options)
     if isinstance(check, Flag):
         return st.booleans()
-    if isinstance(check, Text):
+    if isinstance(check, OneLine):
         return st.text(min_size=1, max_size=20).filter(lambda x: x.strip() and x.isprintable())
     if isinstance(check, Whole):
         numbers = st.integers(check.low, check.high)
@@ -53,8 +53,8 @@ def values_of(check):
         return numbers | st.sampled_from(check.words) if check.words else numbers
     assert isinstance(check, Several)
     size = {"min_size": check.length or 1, "max_size": check.length or 5}
-    several = st.lists(values_of(check.each), **size).map(tuple)
-    return several | values_of(check.each) if check.or_one else several
+    several = st.lists(values_of(check.entry), **size).map(tuple)
+    return several | values_of(check.entry) if check.or_one else several
 
 
 changes = st.sampled_from(sorted(SETTINGS)).flatmap(

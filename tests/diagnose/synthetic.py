@@ -8,6 +8,7 @@ from attnscope.config import members_of, parse_table
 from attnscope.runs.layout import COLUMNS
 from attnscope.runs.reader import Run, open_run
 from attnscope.runs.writer import RunWriter
+from tests.runs.made_up import event
 
 HEALTHY = {"entropy_ratio": 0.5, "max_logit": 10.0, "logit_std": 1.0}
 
@@ -79,6 +80,6 @@ def run_of(
         if columns is not None:
             part.append(table, columns)
     for kind, step, member, fields in events:
-        part.event(kind, step=step, member=member, **fields)
+        part.event(event(kind, step=step, member=member, **fields))
     part.finish(end, **({} if error is None else {"error": error}))
     return open_run(path)

@@ -21,6 +21,7 @@ from attnscope.runs.layout import MemberEntry
 from attnscope.runs.reader import open_run
 from attnscope.runs.writer import RunWriter
 from tests.diagnose.synthetic import heads_table, params_table, run_of, steps_table
+from tests.runs.made_up import event
 
 ARMS = {"arm": [{"name": n, "init": {"gain": g}} for n, g in (("a", 1.0), ("b", 1.1))]}
 LAYER = {"layer": 0, "name": "attn", "n_heads": 1, "d_head": 16, "mask": "causal", "dtype": "float32", "backend": "sdpa"}  # fmt: skip
@@ -41,7 +42,7 @@ def watched(path, *, steps=None, heads=None, events=(), at=0, end="finished"):
         if columns is not None:
             part.append(table, columns)
     for kind, fields in events:
-        part.event(kind, step=at, member=0, **fields)
+        part.event(event(kind, step=at, member=0, **fields))
     part.finish(end)
     return open_run(path)
 

@@ -64,6 +64,17 @@ def test_within_a_step_logits_come_before_the_loss_and_an_earlier_step_before_bo
     assert (second.member, second.step, second.layer, second.group) == ("b", 8, 1, "mlp_in")
 
 
+def test_the_place_is_what_the_event_says_and_not_what_its_words_look_like(tmp_path):
+    attention = {
+        "tensor": "attention logits",
+        "where": ["layer 9 of mine"],
+        "places": [{"layer": 2, "path": "layer 9 of mine"}],
+    }
+    run = run_of(tmp_path / "r", steps=steps_table([4.0, np.nan]), events=[("nonfinite", 1, 0, attention)])
+    (evidence,) = nonfinite(run).evidence
+    assert (evidence.layer, evidence.group) == (2, "layer 9 of mine")
+
+
 def test_a_real_explosion_is_told_with_the_attention_before(twins):
     finding = loss_explosion(twins)
     member = twins.members[0]

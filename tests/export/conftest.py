@@ -28,8 +28,8 @@ def run_path(tmp_path):
             columns["grad_norm"][(step == INF_AT) & (member == 0)] = -np.inf
             columns["val_loss"][step > 0] = np.nan
         part.append(table, columns)
-    part.event("nonfinite", step=NAN_AT, member=0, tensor="loss", worst=float("inf"))
-    part.event("resumed", step=3)
+    part.event(made_up.event("nonfinite", step=NAN_AT, member=0, tensor="loss", worst=float("inf")))
+    part.event(made_up.event("resumed", step=3))
     part.finish("finished")
     return writer.path
 
@@ -42,7 +42,7 @@ def two_parts(tmp_path):
     for number in (0, 1):
         part = writer.part(number)
         made_up.fill(part, range(3), members=(0,), seed=number)
-        part.event("evaluation", step=3, member=0, val_loss=1.5 + number)
+        part.event(made_up.event("evaluation", step=3, member=0, val_loss=1.5 + number))
         part.finish("finished")
     return writer.path
 
@@ -78,6 +78,6 @@ def events_only(tmp_path):
     """A run that failed at its first step."""
     writer = made_up.new_run(tmp_path / "events")
     part = writer.part(0)
-    part.event("nonfinite", step=0, member=1, tensor="loss")
+    part.event(made_up.event("nonfinite", step=0, member=1, tensor="loss"))
     part.finish("failed")
     return writer.path

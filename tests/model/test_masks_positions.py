@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from attnscope.config import parse_table
-from attnscope.model import geometry, initial_parameters
+from attnscope.model import geometry_of, initial_parameters
 from attnscope.model.masks import visible_keys, with_padding
 from attnscope.model.position import alibi_bias, alibi_slopes, rope_angles, rotate, sinusoids
 
@@ -67,9 +67,9 @@ def test_a_padded_query_without_a_real_key_in_its_window_sees_itself():
 
 def test_geometry_has_one_mask_per_layer():
     config = parse_table({"model": {"n_layers": 3}, "attention": {"window": [0, 2, 0]}})
-    place = geometry(config, seq_len=4, device=CPU)
-    assert [rows(visible)[3] for visible in place.visible_TS] == ["1111", "0011", "1111"]
-    for visible, added in zip(place.visible_TS, place.mask_TS, strict=True):
+    geometry = geometry_of(config, seq_len=4, device=CPU)
+    assert [rows(visible)[3] for visible in geometry.visible_TS] == ["1111", "0011", "1111"]
+    for visible, added in zip(geometry.visible_TS, geometry.mask_TS, strict=True):
         assert torch.equal(added == 0, visible)
         assert (added[~visible] == -math.inf).all()
 
@@ -129,9 +129,9 @@ def test_sinusoids_follow_the_formula():
 @pytest.mark.parametrize("position", ["learned", "sinusoidal", "rope", "alibi", "none"])
 def test_a_model_has_its_own_position_encoding_and_no_other(position):
     config = parse_table({"model": {"d_model": 8, "n_layers": 1, "position": position}})
-    place = geometry(config, seq_len=4, device=CPU)
+    geometry = geometry_of(config, seq_len=4, device=CPU)
     parameters = initial_parameters([config], vocab_size=5)
     assert ("position_embedding" in parameters) == (position == "learned")
-    assert (place.positions_TD is not None) == (position == "sinusoidal")
-    assert (place.rope_TK is not None) == (position == "rope")
-    assert (place.bias_HTS is not None) == (position == "alibi")
+    assert (geometry.positions_TD is not None) == (position == "sinusoidal")
+    assert (geometry.rope_TK is not None) == (position == "rope")
+    assert (geometry.bias_HTS is not None) == (position == "alibi")

@@ -9,7 +9,7 @@ import torch
 from attnscope.config import apply_changes, parse_table
 from attnscope.data import open_data
 from attnscope.metrics.attention import attention_stats
-from attnscope.model import attn_scales, forward, geometry, initial_parameters
+from attnscope.model import attn_scales, forward, geometry_of, initial_parameters
 from tests import reference
 
 CPU = torch.device("cpu")
@@ -42,17 +42,17 @@ def weights(config, *, n_members=2):
 
 def place_in_double(config):
     """The geometry with its sines and cosines in float64, so that float32 rounding does not hide mistakes."""
-    place = geometry(config, seq_len=T, device=CPU)
-    if place.rope_TK is not None:
+    geometry = geometry_of(config, seq_len=T, device=CPU)
+    if geometry.rope_TK is not None:
         angles = reference.positions_angles(T, config.d_head)
-        torch.testing.assert_close(place.rope_TK, (angles.cos().float(), angles.sin().float()))
-        return replace(place, rope_TK=(angles.cos(), angles.sin()))
-    if place.positions_TD is not None:
+        torch.testing.assert_close(geometry.rope_TK, (angles.cos().float(), angles.sin().float()))
+        return replace(geometry, rope_TK=(angles.cos(), angles.sin()))
+    if geometry.positions_TD is not None:
         angles = reference.positions_angles(T, config.model.d_model)
         table = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)
-        torch.testing.assert_close(place.positions_TD, table.float())
-        return replace(place, positions_TD=table)
-    return place
+        torch.testing.assert_close(geometry.positions_TD, table.float())
+        return replace(geometry, positions_TD=table)
+    return geometry
 
 
 SCALE_ML = torch.tensor([[0.5, 0.25], [1.0, 0.75]], dtype=torch.float64)
@@ -213,11 +213,11 @@ class Everything:
 def test_an_observer_sees_every_layer_once_and_changes_nothing():
     config = small(model__norm="pre", model__n_layers=3)
     parameters = weights(config)
-    place = geometry(config, seq_len=T, device=CPU)
+    geometry = geometry_of(config, seq_len=T, device=CPU)
     scale_ML = torch.full((2, 3), 0.5)
     observer = Everything()
-    seen = forward(parameters, config, place, TOKENS_BT, attn_scale_ML=scale_ML, observer=observer)
-    alone = forward(parameters, config, place, TOKENS_BT, attn_scale_ML=scale_ML)
+    seen = forward(parameters, config, geometry, TOKENS_BT, attn_scale_ML=scale_ML, observer=observer)
+    alone = forward(parameters, config, geometry, TOKENS_BT, attn_scale_ML=scale_ML)
     assert torch.equal(seen, alone)
     assert [call[:2] for call in observer.calls] == [
         (what, layer) for layer in range(3) for what in ("attention", "residual")
@@ -241,8 +241,8 @@ def test_members_may_read_different_tokens():
 def test_shorter_sequences_than_configured_are_the_beginning_of_longer_ones():
     config = small()
     parameters = weights(config)
-    place = geometry(config, seq_len=3, device=CPU)
-    short = forward(parameters, config, place, TOKENS_BT[:, :3], attn_scale_ML=SCALE_ML)
+    geometry = geometry_of(config, seq_len=3, device=CPU)
+    short = forward(parameters, config, geometry, TOKENS_BT[:, :3], attn_scale_ML=SCALE_ML)
     whole = run(config, parameters).view(2, B, T, VOCAB)[:, :, :3]
     torch.testing.assert_close(short.view(2, B, 3, VOCAB), whole, rtol=0, atol=1e-12)
 
@@ -257,10 +257,10 @@ def test_half_precision_follows_the_compute_dtype_and_stays_close(dtype, norm_ki
         attention__qk_norm=True,
     )
     parameters = weights(config)
-    place = geometry(config, seq_len=T, device=CPU)
+    geometry = geometry_of(config, seq_len=T, device=CPU)
     half = forward(
         {name: value.to(dtype) for name, value in parameters.items()},
-        config, place, TOKENS_BT, attn_scale_ML=SCALE_ML,
+        config, geometry, TOKENS_BT, attn_scale_ML=SCALE_ML,
     )  # fmt: skip
     assert half.dtype == dtype
     exact = run(config, parameters)
@@ -290,7 +290,7 @@ def logit_std_at_step_0(norm, d_head):
     forward(
         initial_parameters(members, vocab_size=data.vocab_size),
         scaled,
-        geometry(scaled, seq_len=scaled.model.seq_len, device=CPU),
+        geometry_of(scaled, seq_len=scaled.model.seq_len, device=CPU),
         data.train_batch(0).tokens_BT,
         attn_scale_ML=attn_scales(members),
         observer=observer,

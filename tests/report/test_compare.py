@@ -7,7 +7,6 @@ import pytest
 
 import attnscope
 from attnscope.comparison.cells import compare
-from attnscope.comparison.member import MemberRow, Softmax
 from attnscope.comparison.subjects import Subject, outcome_text, subjects_of
 from attnscope.errors import RunError
 from attnscope.report.comparison import (
@@ -18,27 +17,18 @@ from attnscope.report.comparison import (
     steps_text,
     with_interval,
 )
-from attnscope.report.contents import contents
+from attnscope.report.contents import contents_of
 from attnscope.report.side_by_side import Chosen, side_by_side
 from attnscope.runs.reader import open_run
-
-ROW = MemberRow(
-    name="a", status="trained", step=99, nonfinite_at=None, first_loss=6.0, best_loss=2.0, final_loss=2.0,
-    val_loss=None, prefix_loss=None, unigram=3.0, theory_std=1.0, start=Softmax(), end=Softmax(), settings={},
-)  # fmt: skip
+from tests.report.rows import row_of
 
 
 def subject(status="trained", final=2.0, *, seed=0, step=99, data="d", first=6.0, **settings):
     shown = {key.replace("__", "."): value for key, value in settings.items()}
     return Subject(
         run="r",
-        row=replace(
-            ROW,
-            name=str((seed, shown)),
-            status=status,
-            final_loss=final,
-            step=step,
-            first_loss=first,
+        row=row_of(
+            str((seed, shown)), status, final_loss=final, step=step, first_loss=first, unigram=3.0, theory_std=1.0
         ),
         settings={key: f"{value:g}" if isinstance(value, float) else value for key, value in shown.items()}
         | {"train.seed": str(seed)},
@@ -292,10 +282,10 @@ def test_a_member_that_is_not_there_and_one_alone(runs):
 
 
 def test_the_contents_of_a_sweep_have_its_comparison(runs):
-    found = contents(runs["swept"])
+    found = contents_of(runs["swept"])
     assert [each.name for each in found.comparison.cells] == ["scale=inverse_sqrt", "scale=none"]
     assert found.comparison.baseline.name == "scale=inverse_sqrt"
-    assert contents(runs["slow"]).comparison is None
+    assert contents_of(runs["slow"]).comparison is None
 
 
 def test_a_half_finished_sweep_is_compared_as_far_as_it_is(runs, tmp_path):
@@ -309,7 +299,7 @@ def test_a_half_finished_sweep_is_compared_as_far_as_it_is(runs, tmp_path):
         os.truncate(path, path.stat().st_size * 2 // 3) if path.suffix == ".arrow" else None
         os.utime(path, (1, 1))
     run = open_run(tmp_path / "r")
-    found = contents(run)
+    found = contents_of(run)
     assert {member.status for member in found.members} == {"killed"}
     assert {change.effect for change in found.comparison.changes} == {"unknown"}
     subjects = subjects_of(run, found.members)

@@ -11,7 +11,7 @@ import pytest
 
 from attnscope.config import parse_table
 from attnscope.report import write_report
-from attnscope.report.contents import contents
+from attnscope.report.contents import contents_of
 from attnscope.report.curves import NUMBERS, PER_HEAD, PER_STEP, curves_of
 from attnscope.runs.layout import COLUMNS
 from attnscope.runs.reader import open_run
@@ -122,7 +122,7 @@ def test_500_members_fit_and_what_is_left_out_is_said(tmp_path):
 
 def test_curves_keep_to_their_budget_and_say_what_is_not_finite(tmp_path):
     run = big(tmp_path / "r", 3, 3000, n_layers=8, n_heads=8)
-    data = json.loads(curves_of(run, contents(run)).json)
+    data = json.loads(curves_of(run, contents_of(run)).json)
     sizes = [
         len(curve) if name in PER_STEP else sum(map(len, curve))
         for name, members in zip((*PER_STEP, *PER_HEAD), data["curves"], strict=True)
@@ -143,5 +143,5 @@ def test_a_member_of_nothing_but_nan_has_gaps(tmp_path):
     part.append("steps", broken)
     part.finish("finished")
     run = open_run(tmp_path / "r")
-    data = json.loads(curves_of(run, contents(run)).json)
+    data = json.loads(curves_of(run, contents_of(run)).json)
     assert data["curves"][0][0] == [None] * 4 and None not in data["curves"][0][1]

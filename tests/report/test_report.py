@@ -15,12 +15,13 @@ import attnscope
 from attnscope.diagnose import diagnose
 from attnscope.errors import RunError, RunWriteError
 from attnscope.report import write_report
-from attnscope.report.contents import MOST_EVENTS, contents
+from attnscope.report.contents import MOST_EVENTS, contents_of
 from attnscope.report.figures import draw_figures
 from attnscope.report.figures.attention import MOST_MAPS
 from attnscope.report.markdown import escaped
+from attnscope.runs.events import Event, Place, SkippedUpdate
 from attnscope.runs.reader import open_run
-from tests.runs.made_up import columns, fill, new_run
+from tests.runs.made_up import columns, event, fill, new_run
 
 TINY = {
     "model": {"d_model": 16, "n_layers": 2, "seq_len": 8},
@@ -62,7 +63,7 @@ def markdown(run):
 
 
 def test_members_of_an_exploded_run(exploded):
-    hot, cold = contents(exploded).members
+    hot, cold = contents_of(exploded).members
     assert (hot.status, hot.nonfinite_at) == ("diverged", exploded.members[0].nonfinite_at)
     assert hot.step == exploded.members[0].diverged_at
     assert cold.val_loss == pytest.approx(next(f["val_loss"] for f in exploded.events["fields"] if "seq_len" in f))
@@ -92,7 +93,7 @@ def test_the_report_has_what_a_reader_looks_for(exploded):
     assert "| hot | none | 3 |" in text
     assert "loss not finite" in text and "unigram loss | " in text
     assert r"| entropy\_ratio | mean of entropy / ln n" in text
-    assert "### Cause: Attention logits are not scaled" in text
+    assert "### Cause (error): Attention logits are not scaled" in text
     for name in re.findall(r"\]\((.*?\.png)\)", text):
         picture = imread(place.parent / name)
         assert picture.shape[1] > 800 and picture.std() > 0.05, f"{name} is empty"
@@ -150,7 +151,7 @@ def test_a_run_of_nothing_but_nan_is_reported(tmp_path):
         )
     part.finish("finished")
     run = open_run(tmp_path / "r")
-    assert [m.status for m in contents(run).members] == ["diverged", "diverged"]
+    assert [m.status for m in contents_of(run).members] == ["diverged", "diverged"]
     assert "became non-finite at step 0" in markdown(run)
 
 
@@ -171,7 +172,7 @@ def test_names_and_values_of_strangers_stay_text(tmp_path):
     }
     raw["config"] = {HOSTILE: 1}
     place.write_text(json.dumps(raw))
-    event = {"kind": HOSTILE, "step": 1, "member": 0, "fields": {HOSTILE: HOSTILE}}
+    strange = {"kind": HOSTILE, "step": 1, "member": 0, "fields": {HOSTILE: HOSTILE}}
     generation = {
         "prompt": HOSTILE,
         "text": f"{HOSTILE}\n# title\n```\n" * 500,
@@ -185,7 +186,7 @@ def test_names_and_values_of_strangers_stay_text(tmp_path):
     }
     with (tmp_path / "r" / "part-0000" / "events-0000.jsonl").open("a") as file:
         for each in (
-            event,
+            strange,
             odd,
             {"kind": "generation", "step": 1, "member": 0, "fields": generation},
         ):
@@ -211,12 +212,22 @@ def test_events_are_limited_and_counted(tmp_path):
     part = writer.part(0)
     fill(part, np.arange(2))
     for step in range(MOST_EVENTS + 7):
-        part.event("strange", step=step, member=None, what=step)
+        part.event(event("strange", step=step, what=step))
     part.finish("finished")
-    found = contents(open_run(tmp_path / "r"))
+    found = contents_of(open_run(tmp_path / "r"))
     assert (len(found.events), found.events_left_out) == (MOST_EVENTS, 7)
     assert found.events[3].what == "what: 3" and found.events[3].member == ""
     assert "7 more events" in markdown(open_run(tmp_path / "r"))
+
+
+def test_an_event_with_places_tells_them_once(tmp_path):
+    part = new_run(tmp_path / "r").part(0)
+    fill(part, np.arange(2))
+    where = (Place(layer=0, group="qkv", path="h.0.qkv.weight"), Place(path="head"))
+    part.event(Event(step=1, member=0, what=SkippedUpdate(why="it overflowed", where=where)))
+    part.finish("finished")
+    (told,) = contents_of(open_run(tmp_path / "r")).events
+    assert told.what == "why: it overflowed; where: layer 0 qkv, head"
 
 
 def test_many_members_are_reported_and_figures_say_which(tmp_path):
@@ -263,7 +274,7 @@ def test_a_full_disk_leaves_the_old_report(tmp_path, monkeypatch):
 def test_a_long_run_is_drawn_from_few_points(tmp_path):
     made(tmp_path / "r", steps=range(20_000))
     run = open_run(tmp_path / "r")
-    for figure in draw_figures(run, contents(run)):
+    for figure in draw_figures(run, contents_of(run)):
         assert imread(io.BytesIO(figure.png)).size > 0
         assert len(figure.png) < 300_000
 

@@ -5,32 +5,26 @@ from dataclasses import replace
 
 import pytest
 
-from attnscope.comparison.member import MemberRow, Softmax
+from attnscope.comparison.member import Softmax
 from attnscope.report.numbers import number
 from attnscope.report.verdict import verdict_of
+from tests.report.rows import row_of
 
 SHARP = Softmax(step=0, entropy=0.1, entropy_ratio=0.03, max_prob=0.96, logit_std=80, max_logit=986)
 FLAT = Softmax(step=0, entropy=0.9, entropy_ratio=0.4, max_prob=0.68, logit_std=10, max_logit=123)
 
 
 def member(name="a", status="trained", **changes):
-    row = MemberRow(
-        name=name,
-        status=status,
-        step=299,
-        nonfinite_at=None,
-        first_loss=18.0,
-        best_loss=2.5,
-        final_loss=3.04,
-        val_loss=3.1,
-        prefix_loss=None,
-        unigram=None,
-        theory_std=None,
-        start=FLAT,
-        end=replace(FLAT, step=299, max_prob=0.6, max_logit=34),
-        settings={},
-    )
-    return replace(row, **changes)
+    healthy = {
+        "step": 299,
+        "first_loss": 18.0,
+        "best_loss": 2.5,
+        "final_loss": 3.04,
+        "val_loss": 3.1,
+        "start": FLAT,
+        "end": replace(FLAT, step=299, max_prob=0.6, max_logit=34),
+    }
+    return row_of(name, status, **(healthy | changes))
 
 
 def verdict(rows, differing, *, unigram):

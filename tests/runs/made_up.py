@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from attnscope.config import Config, members_of, with_control
+from attnscope.runs.events import Event, Untyped
 from attnscope.runs.layout import COLUMNS
 from attnscope.runs.part_writer import PartWriter
 from attnscope.runs.writer import RunWriter
@@ -18,6 +19,11 @@ def unsealed(path: Path) -> dict:
     raw = json.loads(path.read_text())
     raw.pop("crc32", None)
     return raw
+
+
+def event(kind: str, *, step: int, member: int | None = None, **fields: object) -> Event:
+    """Of any kind, with any fields, as they stand in a line."""
+    return Event(step=step, member=member, what=Untyped(kind=kind, fields=fields))
 
 
 def new_run(path: Path, *, twins: bool = True, unigram: object = 3.0, config: Config | None = None) -> RunWriter:

@@ -40,7 +40,7 @@ def run_path(tmp_path):
     writer = made_up.new_run(tmp_path / "a")
     part = writer.part(0)
     made_up.fill(part, range(3))
-    part.event("diverged", step=1, member=0)
+    part.event(made_up.event("diverged", step=1, member=0))
     part.finish("finished")
     return writer.path
 

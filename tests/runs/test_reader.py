@@ -104,7 +104,7 @@ def test_parts_are_joined(tmp_path):
     for index in (0, 1):
         part = writer.part(index)
         made_up.fill(part, range(3), members=(0,), value=10.0 * index)
-        part.event("diverged", step=1, member=0)
+        part.event(made_up.event("diverged", step=1, member=0))
         part.finish("finished")
     run = open_run(writer.path)
     assert run.lost == () and set(run.ends) == {0, 1}
@@ -120,7 +120,7 @@ def test_a_resumed_run_replaces_what_it_recorded_anew(tmp_path):
         part = writer.part(0, first_step=first)
         made_up.fill(part, range(first, last), members=(0,), value=value)
         for step in range(first, last):
-            part.event("tick", step=step, value=value)
+            part.event(made_up.event("tick", step=step, value=value))
         part.close()
     run = open_run(writer.path)
     expected = [0] * 6 + [100] * 2 + [200]
@@ -180,8 +180,8 @@ def test_rows_are_there_once_even_if_the_steps_of_the_later_segment_are_gone(tmp
 
 def test_events_come_back_with_numbers_that_are_not_finite(tmp_path):
     part = made_up.new_run(tmp_path / "a").part(0)
-    part.event("diverged", step=3, member=1, why="not finite", values=[np.float32("nan"), -math.inf, 2])
-    part.event("note", step=np.int64(4), nested={"best": math.inf}, text="NaN\n\u2028é")
+    part.event(made_up.event("diverged", step=3, member=1, why="not finite", values=[np.float32("nan"), -math.inf, 2]))
+    part.event(made_up.event("note", step=np.int64(4), nested={"best": math.inf}, text="NaN\n\u2028é"))
     part.close()
     lines = (part.path / "events-0000.jsonl").read_text().splitlines()
     assert json.loads(lines[1], parse_constant=pytest.fail)["fields"]["values"][1] == "-Infinity"
@@ -197,7 +197,7 @@ def test_events_come_back_with_numbers_that_are_not_finite(tmp_path):
 def test_events_cut_at_every_byte_are_the_prefix_of_their_lines(tmp_path):
     part = made_up.new_run(tmp_path / "a").part(0)
     for step in range(3):
-        part.event("tick", step=step)
+        part.event(made_up.event("tick", step=step))
     part.close()
     path = part.path / "events-0000.jsonl"
     data = path.read_bytes()

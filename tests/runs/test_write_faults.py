@@ -36,7 +36,7 @@ try:
         print(step, flush=True)
 except RunWriteError as error:
     first = str(error)
-    for again in (lambda: made_up.fill(part, [step]), lambda: part.event("x", step=step)):
+    for again in (lambda: made_up.fill(part, [step]), lambda: part.event(made_up.event("x", step=step))):
         try:
             again()
             print("wrote on after an error")
@@ -159,7 +159,7 @@ def test_every_error_of_the_disk_is_repeated_and_never_success(tmp_path, number,
             part.append("heads", made_up.columns("heads", [3]))
         messages.add(str(error.value))
     with pytest.raises(RunWriteError) as error:
-        part.event("tick", step=3)
+        part.event(made_up.event("tick", step=3))
     messages.add(str(error.value))
     (message,) = messages
     assert "\n" not in message and message.endswith(

@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attnscope.runs.event_lines import fields_of
+from attnscope.runs.events import Place
 from attnscope.runs.outcome import outcome
-from attnscope.signals.alarms import MOST_PLACES, MOST_TIMES, Alarms
+from attnscope.signals.alarms import MOST_PLACES, MOST_TIMES, Alarms, first_places
 from attnscope.signals.nonfinite import TENSORS
 
 NAN, INF = np.nan, np.inf
@@ -40,7 +42,7 @@ def tables(losses_SM, *, start=0, logits_SM=None, gradients_SM=None, grad_norms_
 
 
 def said(events):
-    return [(e.step, e.member, e.fields.get("tensor", e.kind), e.fields.get("where")) for e in events]
+    return [(e.step, e.member, fields_of(e).get("tensor", e.kind), fields_of(e).get("where")) for e in events]
 
 
 def test_what_breaks_is_said_with_its_place_in_the_order_of_the_step():
@@ -50,7 +52,7 @@ def test_what_breaks_is_said_with_its_place_in_the_order_of_the_step():
         (1, 0, "loss", None),
         (1, 0, "gradient", ["layer 1 q"]),
     ]
-    assert [e.fields["direction"] for e in found] == ["forward", "forward", "backward"]
+    assert [e.what.direction for e in found] == ["forward", "forward", "backward"]
 
 
 def test_a_tensor_that_breaks_again_after_it_was_sound_is_said_again():
@@ -64,8 +66,19 @@ def test_numbers_that_break_every_other_step_do_not_fill_the_disk():
 
 
 def test_places_may_be_named_by_whoever_knows_them():
-    found = Alarms(place=lambda layer, group: f"blocks.{layer}.{group}").look(tables([[4.0]], gradients_SM=[[1]]))
-    assert found[0].fields["where"] == ["blocks.1.q"] and MOST_PLACES > 1
+    named = Alarms(place=lambda layer, group: Place(path=f"blocks.{layer}.{group}"))
+    (broken,) = named.look(tables([[4.0]], gradients_SM=[[1]]))
+    assert broken.what.where == (Place(path="blocks.1.q"),) and MOST_PLACES > 1
+
+
+def test_places_that_read_alike_are_named_once():
+    weight, bias, other = (
+        Place(layer=0, group="q", path="q.weight"),
+        Place(layer=0, group="q", path="q.bias"),
+        Place(layer=1),
+    )
+    assert first_places([weight, bias, other]) == (weight, other)
+    assert len(first_places(Place(layer=layer) for layer in range(2 * MOST_PLACES))) == MOST_PLACES
 
 
 def test_a_bound_that_is_unknown_is_not_broken():
@@ -79,7 +92,9 @@ def test_a_bound_that_is_unknown_is_not_broken():
 def test_the_end_decides_on_losses_that_are_not_finite():
     alarms = Alarms()
     assert [e.kind for e in alarms.look(tables([[4.0, 4.0], [4.0, NAN]]))] == ["nonfinite"]
+    assert alarms.diverged is None
     assert said(alarms.end([0, 1])) == [(1, 1, "diverged", None)]
+    assert (alarms.diverged.step, alarms.diverged.member) == (1, 1)
     assert alarms.end([0, 1]) == []
 
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from attnscope.errors import ConfigError
-from attnscope.signals.conditions import Stopper, parse_condition
+from attnscope.runs.events import Diverged, Event
+from attnscope.signals.conditions import first_met, parse_condition
 
 
 @pytest.mark.parametrize(
@@ -25,15 +26,22 @@ def test_conditions_that_cannot_be_understood(text, message):
 
 
 def test_a_threshold_names_the_first_place_that_passes_it():
-    stopper = Stopper([parse_condition("entropy_ratio<0.1"), parse_condition("max_logit > 1e4")])
+    conditions = [parse_condition("entropy_ratio<0.1"), parse_condition("max_logit > 1e4")]
     heads = {
         "step": np.array([3, 3]), "layer": np.array([0, 1]), "head": np.array([0, 2]),
         "entropy_ratio": np.array([0.5, 0.2]), "max_logit": np.array([9e3, 2e4]),
     }  # fmt: skip
-    condition, found = stopper.met({"heads": heads})
+    condition, found = first_met(conditions, {"heads": heads}, None)
     assert condition.text == "max_logit > 1e4"
     assert found == "max_logit 2e+04 at step 3, layer 1, head 2"
-    assert stopper.met({}) is None and stopper.met({"heads": {}}) is None
+    assert first_met(conditions, {}, None) is None and first_met(conditions, {"heads": {}}, None) is None
+
+
+def test_an_explosion_is_what_the_alarms_say():
+    conditions = [parse_condition("nonfinite"), parse_condition("explosion")]
+    assert first_met(conditions, {}, None) is None
+    diverged = Event(step=7, member=0, what=Diverged(why="far above what it was"))
+    assert first_met(conditions, {}, diverged) == (conditions[1], "the loss diverged at step 7: far above what it was")
 
 
 def block(*, loss=2.0, is_seen=True, grad_norm=1.0, logit=3.0, bound=4.0, nonfinite=0):
@@ -71,5 +79,5 @@ def block(*, loss=2.0, is_seen=True, grad_norm=1.0, logit=3.0, bound=4.0, nonfin
     ],
 )
 def test_what_is_not_finite_is_named(what, found):
-    met = Stopper([parse_condition("nonfinite")]).met(block(**what))
+    met = first_met([parse_condition("nonfinite")], block(**what), None)
     assert (None if met is None else met[1]) == found

@@ -76,7 +76,7 @@ class Training:
             return forward(
                 {name: value.to(self.setup.dtype) for name, value in self.parameters.items()},
                 self.setup.config,
-                self.setup.place,
+                self.setup.geometry,
                 batch.tokens_BT,
                 attn_scale_ML=self.setup.attn_scale_ML,
                 observer=observer,
@@ -345,7 +345,7 @@ def test_a_learned_scale_receives_the_gradient_of_the_loss(backend):
 
     def loss(scale):
         logits = forward(
-            {**exact, "scale": scale}, config, training.setup.place, batch.tokens_BT,
+            {**exact, "scale": scale}, config, training.setup.geometry, batch.tokens_BT,
             attn_scale_ML=training.setup.attn_scale_ML,
         )  # fmt: skip
         return torch.nn.functional.cross_entropy(logits[0], batch.targets_BT.flatten()).item()

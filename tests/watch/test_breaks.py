@@ -148,6 +148,7 @@ def test_an_update_that_grad_scaler_skips_says_why_and_the_next_one_is_measured(
     run = train(tmp_path / "run", step, model=model)
     (fields,) = run.events[run.events["kind"] == "skipped_update"]["fields"]
     assert fields["where"] == ["qkv", "out"]
+    assert fields["places"][0] == {"group": "qkv", "path": "qkv.weight"}
     assert not any(tensor == "gradient" for _, tensor, _, _ in nonfinite_of(run))
     assert run.params["step"].unique().tolist() == [0, 1]
     assert run.steps["grad_norm"].notna().all()

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from attnscope.cli.app import app
 from attnscope.diagnose import diagnose
-from attnscope.report.contents import contents
+from attnscope.report.contents import contents_of
 from attnscope.runs.listing import list_runs
 from attnscope.runs.reader import open_run
 from attnscope.watch.attach import watch_model
@@ -44,7 +44,7 @@ def test_a_script_that_dies_of_an_error_is_said_to_have_failed_and_of_what(tmp_p
     assert (run.status, member.status) == ("failed", "failed")
     assert member.error == "ValueError: the data is broken"
     told = "failed after step 1"
-    assert contents(run).verdict[0].startswith(f"{member.name} {told}")
+    assert contents_of(run).verdict[0].startswith(f"{member.name} {told}")
     for words in (("diagnose",), ("report",)):
         said = said_by(run.path, *words)
         assert told in said and "ValueError: the data is broken" in said

@@ -1,7 +1,6 @@
 """What goes wrong in watching costs one measurement, is said once, and keeps nothing of the script alive."""
 
 import gc
-import json
 import shutil
 import subprocess
 import sys
@@ -17,7 +16,6 @@ from torch.optim import SGD
 from attnscope.errors import RunWriteError
 from attnscope.runs.reader import open_run
 from attnscope.watch.attach import watch_model
-from attnscope.watch.recording import as_plain
 from tests.watch.test_training import Small, X, loss_of, plain_step, train
 
 
@@ -250,24 +248,6 @@ def test_a_default_device_and_modes_of_the_script_do_not_reach_what_is_computed(
 
 
 # -- what is written --
-
-
-class Unprintable:
-    def __str__(self):
-        raise ValueError
-
-
-@pytest.mark.parametrize(
-    ("value", "plain"),
-    [
-        (3, 3), (True, True), (None, None), ("x", "x"), ((1, {"a": {2}}), [1, {"a": [2]}]),
-        (torch.float32, "torch.float32"), ({torch.device("cpu"): 1}, {"cpu": 1}), (Unprintable(), "Unprintable"),
-        ([[[[[[1]]]]]], [[[["[[1]]"]]]]),
-    ],
-)  # fmt: skip
-def test_values_that_json_does_not_know_are_written_as_text(value, plain):
-    assert as_plain(value) == plain
-    json.dumps(as_plain(value))
 
 
 def test_a_size_that_is_a_symbol_is_written_as_text(tmp_path):

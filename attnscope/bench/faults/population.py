@@ -181,13 +181,13 @@ def read_list(folder: Path) -> list[Done]:
         lines = (folder / LIST).read_text().splitlines()
     except FileNotFoundError:
         return []
-    found = []
+    done = []
     for line in lines:
         try:
-            found.append(Done(**json.loads(line)))
+            done.append(Done(**json.loads(line)))
         except (ValueError, TypeError):
             continue
-    return found
+    return done
 
 
 def worth(done: Done) -> float:

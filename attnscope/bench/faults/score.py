@@ -99,15 +99,15 @@ def answers(population: Sequence[Done], folder: Path) -> list[Answer]:
     twins: dict[tuple[str, int], float] = {(d.base, d.seed): worth(d) for d in population if d.fault == TWIN}
     noise = {base: _noise(base, population) for base in {done.base for done in population}}
     structural = {fault.name for fault in FAULTS if fault.is_structural}
-    found = []
+    answered = []
     for done in population:
         is_worse = worth(done) > twins.get((done.base, done.seed), math.inf) + noise[done.base]
         if done.fault in (TWIN, HEALTHY):
             if done.error is None and math.isfinite(worth(done)):
-                found.append(_answer(done, folder, is_harmful=False))
+                answered.append(_answer(done, folder, is_harmful=False))
         else:
-            found.append(_answer(done, folder, is_harmful=is_worse or done.fault in structural))
-    return found
+            answered.append(_answer(done, folder, is_harmful=is_worse or done.fault in structural))
+    return answered
 
 
 def score(said: Sequence[Answer], half: str = REPORTED) -> Score:

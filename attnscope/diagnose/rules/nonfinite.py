@@ -4,26 +4,22 @@ Shape key: N rows, M member in the order of run.json.
 """
 
 import math
-import re
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from attnscope.diagnose.blindness import answer, without_loss, without_optimizer, without_steps
 from attnscope.findings import Evidence, Finding, NotLooked, of_several, worst_first
-from attnscope.runs.by_member import NEVER, members_of_rows, sorted_by_member
+from attnscope.runs.by_member import members_of_rows, sorted_by_member
 from attnscope.runs.divergence import IN_A_ROW
+from attnscope.runs.events import Nonfinite, Place, SkippedUpdate
 from attnscope.runs.foreign import printable
 from attnscope.runs.reader import Run
 from attnscope.signals.nonfinite import TENSORS
 
 MOST_HALVINGS = 16  # from the first scale of GradScaler, 2**16, to 1
-
-_PLACE = re.compile(r"layer (\d{1,4})(?: (.+))?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,8 +29,20 @@ class Break:
     step: int
     member: str
     tensor: str
-    layer: int | None = None
-    group: str | None = None
+    where: tuple[Place, ...] = ()
+
+    @property
+    def layer(self) -> int | None:
+        """Of the first place."""
+        return self.where[0].layer if self.where else None
+
+    @property
+    def group(self) -> str | None:
+        """Of the first place, or the path of its module."""
+        if not self.where:
+            return None
+        name = self.where[0].path if self.where[0].group is None else self.where[0].group
+        return None if name is None else printable(name, 40)
 
     @property
     def evidence(self) -> Evidence:
@@ -120,7 +128,7 @@ def nonfinite_loss_passed(run: Run) -> Finding | NotLooked | None:
     Source: the definition.
     """
     codes_N, step_N, loss_N, norm_N = sorted_by_member(run.steps, ("step", "loss", "grad_norm"))
-    is_bad_N = ~np.isfinite(loss_N) & _is_seen(run, codes_N, step_N, loss_N)
+    is_bad_N = ~np.isfinite(loss_N) & _is_seen(run)
     passed_K = np.flatnonzero(is_bad_N & (step_N <= _last_sound(run)[codes_N]))
     blind = without_loss(run)
     if not len(passed_K):
@@ -183,24 +191,19 @@ def updates_skipped(run: Run) -> Finding | NotLooked | None:
     scale than 2**16 needs more halvings or fewer.
     Source: torch.amp.GradScaler begins at 2**16.
     """
-    table = run.events[run.events["kind"] == "skipped_update"]
-    first: dict[tuple[int, int], Break] = {}
-    counts: Counter[tuple[int, int]] = Counter()
-    for step, code, fields in zip(table["step"], members_of_rows(table), table["fields"], strict=True):
-        if code < 0:
-            continue
-        layer, group = _place(fields)
-        name = run.entries[code].name
-        key = int(code), int(step)
-        counts[key] += 1
-        first.setdefault(key, Break(step=int(step), member=name, tensor="gradient", layer=layer, group=group))
+    first: dict[tuple[str, int], Break] = {}
+    counts: Counter[tuple[str, int]] = Counter()
+    for step, member, skipped in run.happened(SkippedUpdate):
+        if member is not None:
+            counts[member, step] += 1
+            first.setdefault((member, step), Break(step=step, member=member, tensor="gradient", where=skipped.where))
     endless = [key for key, count in counts.items() if count > MOST_HALVINGS]
-    skipping = {run.entries[code].name for code, _ in counts}
+    skipping = {member for member, _ in counts}
     blind = {name: why for name, why in _unseen_skips(run).items() if name not in skipping}
     if not endless:
         return answer(run, "updates_skipped", None, blind)
-    members = {code for code, _ in endless}
-    names = [entry.name for m, entry in enumerate(run.entries) if m in members]
+    members = {member for member, _ in endless}
+    names = [entry.name for entry in run.entries if entry.name in members]
     most = max(endless, key=lambda key: counts[key])
     worst = first[most]
     evidence, left_out = worst_first(endless, lambda key: first[key].evidence, order=lambda key: -counts[key])
@@ -257,7 +260,7 @@ def _last_sound(run: Run) -> NDArray[np.int64]:
     n_members = len(run.entries)
     finite_N, norm_finite_N = np.isfinite(loss_N), np.isfinite(norm_N)
     is_known_M = np.bincount(codes_N[norm_finite_N], minlength=n_members) > 0
-    seen_N = _is_seen(run, codes_N, step_N, loss_N)
+    seen_N = _is_seen(run)
     sound_N = np.where(seen_N, finite_N & (norm_finite_N | ~is_known_M[codes_N]), norm_finite_N)
     sound_M = np.full(n_members, -1, dtype=np.int64)
     np.maximum.at(sound_M, codes_N[sound_N].astype(np.int64), step_N[sound_N].astype(np.int64))
@@ -272,44 +275,17 @@ def _last_sound(run: Run) -> NDArray[np.int64]:
     return sound_M
 
 
-def _is_seen(run: Run, codes_N: NDArray[Any], step_N: NDArray[Any], loss_N: NDArray[Any]) -> NDArray[np.bool_]:
-    """Whether each loss was seen, (N,): in watched runs NaN also stands for one that was not.
-
-    As `Run.members` has it: from the first event of a loss that is not finite on, NaN is what was seen.
-    """
-    seen_N: NDArray[np.bool_] = np.ones(len(loss_N), dtype=bool)
-    if run.kind == "watch":
-        number = {entry.name: m for m, entry in enumerate(run.entries)}
-        first_M = np.full(len(run.entries), NEVER)
-        for each in _breaks(run):
-            if each.tensor == "loss":
-                m = number[each.member]
-                first_M[m] = min(first_M[m], each.step)
-        seen_N = ~np.isnan(loss_N) | (step_N >= first_M[codes_N])
-    return seen_N
+def _is_seen(run: Run) -> NDArray[np.bool_]:
+    """Whether each loss was seen, (N,), in the order of `sorted_by_member`."""
+    return run.loss_seen[np.argsort(members_of_rows(run.steps), kind="stable")]
 
 
 def _breaks(run: Run) -> list[Break]:
     """The nonfinite events, in the order in which a step computes the tensors."""
-    table = run.events[run.events["kind"] == "nonfinite"]
-    found = []
-    for step, code, fields in zip(table["step"], members_of_rows(table), table["fields"], strict=True):
-        tensor = fields.get("tensor")
-        if code >= 0 and isinstance(tensor, str):
-            layer, group = _place(fields)
-            name = run.entries[code].name
-            found.append(Break(step=int(step), member=name, tensor=tensor, layer=layer, group=group))
+    breaks = [
+        Break(step=step, member=member, tensor=broken.tensor, where=broken.where or ())
+        for step, member, broken in run.happened(Nonfinite)
+        if member is not None
+    ]
     order = {tensor: at for at, tensor in enumerate(TENSORS)}
-    return sorted(found, key=lambda each: order.get(each.tensor, len(order)))
-
-
-def _place(fields: Mapping[str, Any]) -> tuple[int | None, str | None]:
-    """Layer and group of the first place that an event names: "layer 2 q", "layer 0" or "embedding"."""
-    where = fields.get("where")
-    first = where[0] if isinstance(where, list) and where else None
-    if not isinstance(first, str):
-        return None, None
-    match = _PLACE.fullmatch(first)
-    if match is None:
-        return None, printable(first, 40)
-    return int(match[1]), None if match[2] is None else printable(match[2], 40)
+    return sorted(breaks, key=lambda broken: order.get(broken.tensor, len(order)))

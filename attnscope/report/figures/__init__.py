@@ -14,21 +14,21 @@ from attnscope.report.figures.gradients import draw_gradients, draw_group_gradie
 from attnscope.report.figures.logits import draw_logit_std, draw_max_logit
 from attnscope.report.figures.loss import draw_loss
 from attnscope.report.figures.sweeps import draw_loss_by_lr, draw_matrix, draw_phase
-from attnscope.runs.tables import Tables
+from attnscope.runs.tables import RunTables
 
 __all__ = ["draw_figures"]
 
 
-def draw_figures(tables: Tables, found: Contents) -> list[Figure]:
+def draw_figures(tables: RunTables, contents: Contents) -> list[Figure]:
     """Draw every figure for which something was recorded."""
     from matplotlib import rc_context
 
     with rc_context(STYLE), warnings.catch_warnings():
         # A member may be called anything: letters that the font lacks become boxes.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        drawn = [draw(found) for draw in (draw_phase, draw_matrix, draw_loss_by_lr)]
+        drawn = [draw(contents) for draw in (draw_phase, draw_matrix, draw_loss_by_lr)]
         drawn += [
-            draw(tables, found)
+            draw(tables, contents)
             for draw in (
                 draw_loss,
                 draw_attention,

@@ -18,35 +18,34 @@ from attnscope.report.figures.canvas import (
     outcome_style,
     over_steps,
     plain_ticks,
+    points_of_curves,
     save,
 )
-from attnscope.report.series import Array, curve_of, finite_steps, thinned
+from attnscope.report.series import Floats, curve_of, finite_steps, thinned
 from attnscope.runs.by_member import rows_of_member
-from attnscope.runs.tables import Tables
+from attnscope.runs.tables import RunTables
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COARSE = 150  # bins of a curve that is one of many
 
-
-def draw_activations(tables: Tables, found: Contents) -> Figure | None:
+def draw_activations(tables: RunTables, contents: Contents) -> Figure | None:
     """Above, activation_rms_max and the last layer's token_cosine over steps; below, both by layer."""
-    points = COARSE if len(found.members) > MOST_NAMED else 1000
+    points = points_of_curves(contents)
 
-    def curve(column: str, member: MemberRow) -> tuple[Array, Array]:
+    def curve(column: str, member: MemberRow) -> tuple[Floats, Floats]:
         return thinned(*curve_of(tables, member.name, column), points=points)
 
     has_layers = bool(len(tables.layers))  # runs of early versions have none
     canvas, grid = canvas_with(5.4 if has_layers else 3.0, rows=1 + has_layers, columns=2)
     left, right = grid[0]
 
-    def rms(member: MemberRow) -> tuple[Array, Array]:
+    def rms(member: MemberRow) -> tuple[Floats, Floats]:
         steps, values = curve("activation_rms_max", member)
         return steps, np.where(values > 0, values, np.nan)
 
-    drawn = draw_members(left, found.members, rms)
-    drawn |= draw_members(right, found.members, lambda member: curve("token_cosine", member))
+    drawn = draw_members(left, contents.members, rms)
+    drawn |= draw_members(right, contents.members, lambda member: curve("token_cosine", member))
     if not drawn:
         return None
     left.set(yscale="log", ylabel="activation_rms_max")
@@ -58,7 +57,7 @@ def draw_activations(tables: Tables, found: Contents) -> Figure | None:
     below = ""
     if has_layers:
         for axes, column in zip(grid[1], ("activation_rms", "token_cosine"), strict=True):
-            _draw_by_layer(axes, tables, found, column)
+            _draw_by_layer(axes, tables, contents, column)
             over_steps(axes)  # layers are whole numbers too
             axes.set(xlabel="layer", ylabel=column)
         grid[1][0].set_yscale("log")
@@ -72,13 +71,13 @@ def draw_activations(tables: Tables, found: Contents) -> Figure | None:
         caption="Left: RMS of the residual stream, the largest over layers. Right: mean cosine similarity between the states "
         "of different tokens, in the last layer; at 1 all tokens look the same (Dong et al. 2021)."
         + below
-        + of_many(found, MOST_LINES),
+        + of_many(contents, MOST_LINES),
     )
 
 
-def _draw_by_layer(axes: "Axes", tables: Tables, found: Contents, column: str) -> None:
-    is_many = len(found.members) > MOST_NAMED
-    for place, member in enumerate(found.members[:MOST_LINES]):
+def _draw_by_layer(axes: "Axes", tables: RunTables, contents: Contents, column: str) -> None:
+    is_many = len(contents.members) > MOST_NAMED
+    for index, member in enumerate(contents.members[:MOST_LINES]):
         rows_N = rows_of_member(tables.layers, member.name)
         steps_N, layers_N, rms_N, values_N = (
             tables.layers[name].to_numpy()[rows_N] for name in ("step", "layer", "activation_rms", column)
@@ -86,7 +85,7 @@ def _draw_by_layer(axes: "Axes", tables: Tables, found: Contents, column: str) -
         whole = finite_steps(steps_N, rms_N)
         if not len(whole):
             continue
-        colour = outcome_style(member.status)[0] if is_many else colour_of(place)
+        colour = outcome_style(member.status)[0] if is_many else colour_of(index)
         for step in dict.fromkeys((whole[0], whole[-1])):
             here_N = steps_N == step
             is_last = step == whole[-1]

@@ -15,7 +15,7 @@ import numpy as np
 from attnscope.comparison.member import MemberRow
 from attnscope.report.blocks import Figure
 from attnscope.report.contents import Contents
-from attnscope.report.series import Array
+from attnscope.report.series import POINTS, Floats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,6 +33,7 @@ OUTCOMES: Mapping[str, tuple[str, str]] = {  # colour and mark
 OTHER_OUTCOME = (GREY, "d")
 MOST_NAMED = len(COLOURS) * len(DASHES)  # members that have a line of their own colour
 MOST_LINES = 300  # members that are drawn at all
+COARSE = 150  # bins of a curve that is one of many
 WIDTH = 7.6  # inches, of every figure
 DPI = 130
 
@@ -104,17 +105,17 @@ def _plain_decades(canvas: "Canvas") -> None:
 
 def without_math(label: str) -> str:
     r"""A label of matplotlib's logarithmic axes, such as $\mathdefault{2\times10^{-3}}$, as plain text."""
-    found = MATH_LABEL.fullmatch(label)
-    if found is None:
+    math = MATH_LABEL.fullmatch(label)
+    if math is None:
         return label
-    inner = found["inner"].replace(r"\times", "×")
+    inner = math["inner"].replace(r"\times", "×")
     return POWER.sub(lambda power: f"10{power['power'].translate(RAISED)}", inner)
 
 
 def draw_members(
     axes: "Axes",
     members: Sequence[MemberRow],
-    curve_of: Callable[[MemberRow], tuple[Array, Array]],
+    curve_of: Callable[[MemberRow], tuple[Floats, Floats]],
     *,
     pale: bool = False,
 ) -> bool:
@@ -134,26 +135,31 @@ def draw_members(
     if len(members) > MOST_NAMED:
         _draw_outcomes(axes, curves, pale=pale)
     else:
-        places = {member.name: place for place, member in enumerate(members)}
+        index_of = {member.name: index for index, member in enumerate(members)}
         for member, steps, values in curves:
-            place = places[member.name]
+            index = index_of[member.name]
             if pale:
-                axes.plot(steps, values, color=colour_of(place), alpha=0.35, linewidth=1, label="_behind")
+                axes.plot(steps, values, color=colour_of(index), alpha=0.35, linewidth=1, label="_behind")
             else:
-                _draw_named(axes, place, member, steps, values)
+                _draw_named(axes, index, member, steps, values)
     return bool(curves)
 
 
-def colour_of(place: int) -> str:
-    """Of the member at this place."""
-    return COLOURS[place % len(COLOURS)]
+def points_of_curves(contents: Contents) -> int:
+    """Bins of the curve of each member."""
+    return COARSE if len(contents.members) > MOST_NAMED else POINTS
 
 
-def legend(axes: "Axes", place: Any = "best") -> None:
+def colour_of(index: int) -> str:
+    """Of the member with this index."""
+    return COLOURS[index % len(COLOURS)]
+
+
+def legend(axes: "Axes", corner: Any = "best") -> None:
     """Who is who; as many columns as it takes not to hide the curves."""
     handles, _ = axes.get_legend_handles_labels()
     if handles:
-        axes.legend(loc=place, ncols=1 + (len(handles) > 7))
+        axes.legend(loc=corner, ncols=1 + (len(handles) > 7))
 
 
 def plain_ticks(axes: "Axes") -> None:
@@ -167,9 +173,9 @@ def plain_ticks(axes: "Axes") -> None:
         axes.yaxis.set_minor_locator(NullLocator())
 
 
-def reference_lines(axes: "Axes", found: Contents) -> None:
+def reference_lines(axes: "Axes", contents: Contents) -> None:
     """What models without context reach; dotted, with the name at the line."""
-    for name, value in found.reference.items():
+    for name, value in contents.reference.items():
         if value > 0:
             axes.axhline(value, color=GREY, linewidth=0.8, linestyle=":", zorder=1)
             axes.annotate(
@@ -184,9 +190,9 @@ def reference_lines(axes: "Axes", found: Contents) -> None:
             )
 
 
-def of_many(found: Contents, most: int) -> str:
+def of_many(contents: Contents, most: int) -> str:
     """A sentence for the caption where not all members are shown."""
-    total = len(found.members)
+    total = len(contents.members)
     return f" The first {most} of {total} members are shown." if total > most else ""
 
 
@@ -206,7 +212,7 @@ def shortened(name: str, most: int) -> str:
     return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
-def _draw_outcomes(axes: "Axes", curves: Sequence[tuple[MemberRow, Array, Array]], *, pale: bool) -> None:
+def _draw_outcomes(axes: "Axes", curves: Sequence[tuple[MemberRow, Floats, Floats]], *, pale: bool) -> None:
     counts = Counter(member.status for member, *_ in curves)
     alpha = max(0.12, min(0.6, 12 / len(curves) ** 0.75)) if curves else 1.0
     named: set[str] = set()
@@ -226,15 +232,15 @@ def _draw_outcomes(axes: "Axes", curves: Sequence[tuple[MemberRow, Array, Array]
             axes.plot([], [], color=outcome_style(status)[0], label=f"{count} {status}")
 
 
-def _draw_named(axes: "Axes", place: int, member: MemberRow, steps: Array, values: Array) -> None:
+def _draw_named(axes: "Axes", index: int, member: MemberRow, steps: Floats, values: Floats) -> None:
     """A curve with gaps where it is not finite, and a cross before the first of them."""
-    colour = colour_of(place)
+    colour = colour_of(index)
     finite = np.isfinite(values)
     axes.plot(
         steps,
         np.where(finite, values, np.nan),
         color=colour,
-        linestyle=DASHES[place // len(COLOURS) % len(DASHES)],
+        linestyle=DASHES[index // len(COLOURS) % len(DASHES)],
         marker="." if finite.sum() < 3 else "",
         label=shown_text(member.name),
     )

@@ -9,45 +9,44 @@ from attnscope.report.figures.attention import chosen_members
 from attnscope.report.figures.canvas import (
     MISSING,
     MOST_LINES,
-    MOST_NAMED,
     canvas_with,
     draw_members,
     legend,
     of_many,
     over_steps,
     plain_ticks,
+    points_of_curves,
     save,
     shortened,
     shown_text,
 )
-from attnscope.report.series import Array, curve_of, heat_of, thinned
+from attnscope.report.series import Floats, curve_of, heat_of, thinned
 from attnscope.runs.by_member import rows_of_member
-from attnscope.runs.tables import Tables
+from attnscope.runs.tables import RunTables
 
-COARSE = 150  # bins of a curve that is one of many
 GROUPS = ("embedding", "q", "k", "v", "o", "mlp_in", "mlp_out", "norm", "head")  # as data flows
 
 
-def draw_gradients(tables: Tables, found: Contents) -> Figure | None:
+def draw_gradients(tables: RunTables, contents: Contents) -> Figure | None:
     """grad_norm over steps, and clip_factor where anything was clipped."""
-    points = COARSE if len(found.members) > MOST_NAMED else 1000
+    points = points_of_curves(contents)
 
-    def curve(column: str, member: MemberRow) -> tuple[Array, Array]:
+    def curve(column: str, member: MemberRow) -> tuple[Floats, Floats]:
         steps, values = thinned(*curve_of(tables, member.name, column), points=points)
         return steps, np.where(values > 0, values, np.nan)
 
-    members = found.members[:MOST_LINES]
+    members = contents.members[:MOST_LINES]
     norms = {member.name: curve("grad_norm", member) for member in members}
     if not any(np.isfinite(values).any() for _, values in norms.values()):
         return None
     factors = {member.name: curve("clip_factor", member) for member in members}
     clipped = any((values < 1).any() for _, values in factors.values())
     canvas, ((*panels,),) = canvas_with(3.0, columns=2 if clipped else 1)
-    draw_members(panels[0], found.members, lambda member: norms[member.name])
+    draw_members(panels[0], contents.members, lambda member: norms[member.name])
     panels[0].set(yscale="log", ylabel="grad_norm, before clipping")
     legend(panels[0])
     if clipped:
-        draw_members(panels[1], found.members, lambda member: factors[member.name])
+        draw_members(panels[1], contents.members, lambda member: factors[member.name])
         panels[1].set(yscale="log", ylabel="clip_factor (1 = did nothing)")
     for axes in panels:
         over_steps(axes)
@@ -60,15 +59,15 @@ def draw_gradients(tables: Tables, found: Contents) -> Figure | None:
         + (", and the factor that clipping multiplied it by" if clipped else ""),
         caption="L2 norm of the whole gradient before clipping"
         + (", and what clipping multiplied it by." if clipped else "; nothing was clipped.")
-        + of_many(found, MOST_LINES),
+        + of_many(contents, MOST_LINES),
     )
 
 
-def draw_group_gradients(tables: Tables, found: Contents) -> Figure | None:
+def draw_group_gradients(tables: RunTables, contents: Contents) -> Figure | None:
     """grad_norm per parameter group and layer over steps, before clipping."""
     return _groups(
         tables,
-        found,
+        contents,
         column="grad_norm",
         name="group_gradients",
         title="Gradients per parameter group",
@@ -77,11 +76,11 @@ def draw_group_gradients(tables: Tables, found: Contents) -> Figure | None:
     )
 
 
-def draw_update_ratios(tables: Tables, found: Contents) -> Figure | None:
+def draw_update_ratios(tables: RunTables, contents: Contents) -> Figure | None:
     """update_ratio per parameter group and layer over steps."""
     return _groups(
         tables,
-        found,
+        contents,
         column="update_ratio",
         name="update_ratio",
         title="Update ratio per parameter group",
@@ -90,14 +89,14 @@ def draw_update_ratios(tables: Tables, found: Contents) -> Figure | None:
     )
 
 
-def _groups(tables: Tables, found: Contents, *, column: str, name: str, title: str, words: str) -> Figure | None:
+def _groups(tables: RunTables, contents: Contents, *, column: str, name: str, title: str, words: str) -> Figure | None:
     recorded = set(tables.params["member"].unique())
-    shown = chosen_members([member for member in found.members if member.name in recorded])
+    shown = chosen_members([member for member in contents.members if member.name in recorded])
     maps = []
     for member in shown:
-        each = _heat_of_groups(tables, member, column)
-        if each is not None:
-            maps.append((member, *each))
+        heat = _heat_of_groups(tables, member, column)
+        if heat is not None:
+            maps.append((member, *heat))
     if not maps:
         return None
     finite = np.concatenate([values[np.isfinite(values)] for *_, values in maps])
@@ -132,30 +131,30 @@ def _groups(tables: Tables, found: Contents, *, column: str, name: str, title: s
         axes.xaxis.get_major_locator().set_params(nbins=5)
     assert mesh is not None
     canvas.colorbar(mesh, ax=axes_RC, shrink=0.8, aspect=30, label=f"log10 {column}")
-    more = len(found.members) - len(maps)
+    more = len(contents.members) - len(maps)
     return save(
         canvas,
         name=name,
         title=title,
         alt=f"Heat maps of {column} per parameter group, layer and step of {len(maps)} members",
         caption=f"{words} Grey is not finite or 0."
-        + (f" {len(maps)} of {len(found.members)} members are shown." if more > 0 else ""),
+        + (f" {len(maps)} of {len(contents.members)} members are shown." if more > 0 else ""),
     )
 
 
-def _heat_of_groups(tables: Tables, member: MemberRow, column: str) -> tuple[list[str], Array, Array] | None:
+def _heat_of_groups(tables: RunTables, member: MemberRow, column: str) -> tuple[list[str], Floats, Floats] | None:
     """Labels, edges of the steps, and log10 of the column, (G, bins)."""
     rows_N = rows_of_member(tables.params, member.name)
     if not len(rows_N):
         return None
     group_N = tables.params["group"].astype("category").cat
     codes_N = group_N.codes.to_numpy()[rows_N].astype(np.int32)
-    names = [str(each) for each in group_N.categories]
+    names = [str(group) for group in group_N.categories]
     layer_N = tables.params["layer"].to_numpy()[rows_N].astype(np.int32)
-    found = heat_of(tables.params, rows_N, column, (layer_N + 1) * len(names) + codes_N)
-    if found is None:
+    heat = heat_of(tables.params, rows_N, column, (layer_N + 1) * len(names) + codes_N)
+    if heat is None:
         return None
-    keys, edges, values = found
+    keys, edges, values = heat
 
     def place(key: int) -> tuple[int, float]:
         layer, group = key // len(names) - 1, names[key % len(names)]

@@ -16,12 +16,13 @@ from attnscope.report.figures.canvas import (
     of_many,
     outcome_style,
     over_steps,
+    points_of_curves,
     save,
     shown_text,
 )
-from attnscope.report.series import Array, largest_per_step, thinned
+from attnscope.report.series import Floats, largest_per_step, thinned
 from attnscope.runs.by_member import rows_of_member
-from attnscope.runs.tables import Tables
+from attnscope.runs.tables import RunTables
 
 # What the field has seen of the largest attention logit.
 THRESHOLDS = (
@@ -30,17 +31,16 @@ THRESHOLDS = (
     (1e4, "1e4: every run above diverged (Wortsman et al.)"),
     (65_504.0, "65 504: largest float16"),
 )
-COARSE = 150  # bins of a curve that is one of many
 MOST_STARTS = 500  # members in the figure of step 0
 
 
-def draw_max_logit(tables: Tables, found: Contents) -> Figure | None:
+def draw_max_logit(tables: RunTables, contents: Contents) -> Figure | None:
     """The largest attention logit over steps, with the bound that no row exceeds."""
     canvas, ((axes,),) = canvas_with(3.3)
-    points = COARSE if len(found.members) > MOST_NAMED else 1000
+    points = points_of_curves(contents)
     top = 0.0
 
-    def curve_of(column: str, member: MemberRow) -> tuple[Array, Array]:
+    def curve_of(column: str, member: MemberRow) -> tuple[Floats, Floats]:
         nonlocal top
         rows_N = rows_of_member(tables.heads, member.name)
         steps_N = tables.heads["step"].to_numpy()[rows_N].astype(np.float64)
@@ -50,19 +50,19 @@ def draw_max_logit(tables: Tables, found: Contents) -> Figure | None:
         top = max(top, float(values[np.isfinite(values)].max(initial=0.0)))
         return steps, values
 
-    few = len(found.members) <= MOST_NAMED
-    drawn = few and draw_members(axes, found.members, lambda member: curve_of("max_logit_bound", member), pale=True)
-    drawn |= draw_members(axes, found.members, lambda member: curve_of("max_logit", member))
+    few = len(contents.members) <= MOST_NAMED
+    drawn = few and draw_members(axes, contents.members, lambda member: curve_of("max_logit_bound", member), pale=True)
+    drawn |= draw_members(axes, contents.members, lambda member: curve_of("max_logit", member))
     if not drawn:
         return None
     axes.set(yscale="log", ylabel="max_logit (nats)")
     over_steps(axes)
-    for place, (value, words) in enumerate(THRESHOLDS):
+    for index, (value, words) in enumerate(THRESHOLDS):
         if value <= 10 * top:
             axes.axhline(value, color=GREY, linewidth=0.8, linestyle=":")
             axes.annotate(
                 words,
-                (1 - 0.4 * (place % 2), value),  # side by side: on a tall axis they are close
+                (1 - 0.4 * (index % 2), value),  # side by side: on a tall axis they are close
                 xycoords=("axes fraction", "data"),
                 xytext=(-2, 1),
                 textcoords="offset points",
@@ -79,27 +79,27 @@ def draw_max_logit(tables: Tables, found: Contents) -> Figure | None:
         title="Attention logits",
         alt="Largest attention logit of every member over steps, logarithmic, with the literature's thresholds",
         caption=f"max_logit: the largest over layers, heads and the rows measured.{bound} Dotted: thresholds from the "
-        "literature." + of_many(found, MOST_LINES),
+        "literature." + of_many(contents, MOST_LINES),
     )
 
 
-def draw_logit_std(tables: Tables, found: Contents) -> Figure | None:
+def draw_logit_std(tables: RunTables, contents: Contents) -> Figure | None:
     """logit_std at step 0, per layer, against scale x sqrt(d_head): what q and k of unit variance give."""
     points = [
-        (place, member, spread)
-        for place, member in enumerate(found.members[:MOST_STARTS])
+        (index, member, spread)
+        for index, member in enumerate(contents.members[:MOST_STARTS])
         if member.theory_std is not None and (spread := _spread_at_start(tables, member)) is not None
     ]
     if not points:
         return None
-    named = len(found.members) <= MOST_NAMED
+    named = len(contents.members) <= MOST_NAMED
     canvas, ((axes,),) = canvas_with(3.3)
-    for place, member, spread in points:
-        colour, mark = (colour_of(place), "o") if named else outcome_style(member.status)
+    for index, member, spread in points:
+        colour, mark = (colour_of(index), "o") if named else outcome_style(member.status)
         x = np.full(len(spread), member.theory_std)
         axes.plot(
             # Members at the same theory stand side by side; the first layer is the one that theory is about.
-            x * 1.04 ** ((place % 5 - 2) if len(points) > 1 else 0),
+            x * 1.04 ** ((index % 5 - 2) if len(points) > 1 else 0),
             spread,
             color=colour,
             marker=mark,
@@ -110,7 +110,7 @@ def draw_logit_std(tables: Tables, found: Contents) -> Figure | None:
             label="_layers",
         )
         axes.plot(
-            x[:1] * 1.04 ** ((place % 5 - 2) if len(points) > 1 else 0),
+            x[:1] * 1.04 ** ((index % 5 - 2) if len(points) > 1 else 0),
             spread[:1],
             color=colour,
             marker=mark,
@@ -140,11 +140,11 @@ def draw_logit_std(tables: Tables, found: Contents) -> Figure | None:
         alt="Standard deviation of the attention logits at step 0 against scale times the square root of d_head",
         caption="logit_std before any training, mean over heads; filled: layer 0, open: deeper layers. Dotted: what q and k "
         "with entries of mean 0 and variance 1 give, scale · √d_head (Vaswani et al. 2017); below 1 the softmax is flat, "
-        "far above it one key takes all." + of_many(found, MOST_STARTS),
+        "far above it one key takes all." + of_many(contents, MOST_STARTS),
     )
 
 
-def _spread_at_start(tables: Tables, member: MemberRow) -> Array | None:
+def _spread_at_start(tables: RunTables, member: MemberRow) -> Floats | None:
     """Mean logit_std over heads of each layer at the first step measured, layer 0 first; None if nothing was finite."""
     rows_N = rows_of_member(tables.heads, member.name)
     if not len(rows_N):
@@ -154,5 +154,5 @@ def _spread_at_start(tables: Tables, member: MemberRow) -> Array | None:
     layer_N = tables.heads["layer"].to_numpy()[first_N]
     value_N = tables.heads["logit_std"].to_numpy()[first_N].astype(np.float64)
     means = [value_N[layer_N == layer].mean() for layer in np.unique(layer_N)]
-    found = np.array(means)
-    return found if np.isfinite(found).all() and (found > 0).all() else None
+    means_L = np.array(means)
+    return means_L if np.isfinite(means_L).all() and (means_L > 0).all() else None

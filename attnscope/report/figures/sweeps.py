@@ -39,7 +39,7 @@ MOST_ARMS = len(COLOURS) * len(DASHES)
 MOST_TITLE_LINES = 3  # of a panel, each a setting
 ROOM_FOR_LOSS = 60  # cells of a panel, up to which each also has its loss in figures
 
-Keys = tuple[str, ...]  # settings that share a side of a grid
+Side = tuple[str, ...]  # settings that share a side of a grid
 Values = tuple[str, ...]  # of such
 
 
@@ -47,19 +47,19 @@ Values = tuple[str, ...]  # of such
 class _Layout:
     """Which settings go across, down and into panels; the others stay as in the baseline."""
 
-    across: Keys
-    down: Keys
-    panels: Keys
+    across: Side
+    down: Side
+    panels: Side
     fixed: Mapping[str, str]
 
 
-def draw_phase(found: Contents) -> Figure | None:
+def draw_phase(contents: Contents) -> Figure | None:
     """Outcome over the two sides of the grid with the most values, a panel for each value of the others."""
-    comparison = found.comparison
+    comparison = contents.comparison
     if comparison is None or not comparison.axes:
         return None
 
-    def rank(keys: Keys) -> tuple[bool, bool, int]:
+    def rank(keys: Side) -> tuple[bool, bool, int]:
         is_numeric = all(_is_numeric(comparison, key) for key in keys)
         return LR not in keys, not is_numeric, -len(_combinations(comparison, keys))
 
@@ -73,9 +73,9 @@ def draw_phase(found: Contents) -> Figure | None:
     )
 
 
-def draw_matrix(found: Contents) -> Figure | None:
+def draw_matrix(contents: Contents) -> Figure | None:
     """Initialization against clipping, where more than one setting of either varies."""
-    comparison = found.comparison
+    comparison = contents.comparison
     if comparison is None:
         return None
     init = tuple(key for key in comparison.axes if key.startswith("init."))
@@ -91,9 +91,9 @@ def draw_matrix(found: Contents) -> Figure | None:
     )
 
 
-def draw_loss_by_lr(found: Contents) -> Figure | None:
+def draw_loss_by_lr(contents: Contents) -> Figure | None:
     """Final loss of every arm against its learning rates, with its LR sensitivity."""
-    comparison = found.comparison
+    comparison = contents.comparison
     if comparison is None or not any(len(arm.cells) > 1 for arm in comparison.lr_arms):
         return None
     arms = [arm for arm in comparison.lr_arms if any(_drawable(cell) for _, cell in arm.cells)]
@@ -102,8 +102,8 @@ def draw_loss_by_lr(found: Contents) -> Figure | None:
     left_out = len(comparison.lr_arms) - len(arms[:MOST_ARMS])
     arms = arms[:MOST_ARMS]
     canvas, ((axes,),) = canvas_with(3.6)
-    for place, arm in enumerate(arms):
-        colour = colour_of(place)
+    for index, arm in enumerate(arms):
+        colour = colour_of(index)
         x, y = [], []
         for lr, cell in arm.cells:
             losses = _drawable(cell)
@@ -126,7 +126,7 @@ def draw_loss_by_lr(found: Contents) -> Figure | None:
             x,
             y,
             color=colour,
-            linestyle=DASHES[place // len(COLOURS) % len(DASHES)],
+            linestyle=DASHES[index // len(COLOURS) % len(DASHES)],
             label=shown_text(arm.name) + said,
         )
     for status in ENDED:
@@ -164,9 +164,9 @@ def _is_numeric(comparison: Comparison, key: str) -> bool:
     return all(key in subject.numbers for cell in comparison.cells for subject in cell.subjects)
 
 
-def _sides(comparison: Comparison, keys: Sequence[str]) -> list[Keys]:
+def _sides(comparison: Comparison, keys: Sequence[str]) -> list[Side]:
     """Settings of which not all combinations occur (those of an arm, clip.mode and clip.threshold) belong together."""
-    sides: list[Keys] = []
+    sides: list[Side] = []
     for key in keys:
         tied = [
             side
@@ -181,9 +181,9 @@ def _sides(comparison: Comparison, keys: Sequence[str]) -> list[Keys]:
     return sides
 
 
-def _laid_out(comparison: Comparison, across: Keys, down: Keys, others: Sequence[Keys]) -> _Layout:
+def _laid_out(comparison: Comparison, across: Side, down: Side, others: Sequence[Side]) -> _Layout:
     """As many of the others as fit become panels."""
-    panels: Keys = ()
+    panels: Side = ()
     for side in others:
         if len(_combinations(comparison, (*panels, *side))) > MOST_PANELS:
             break
@@ -205,7 +205,7 @@ def _draw_grid(comparison: Comparison, layout: _Layout, *, name: str, title: str
     for axes in axes_RC.flat[len(panels) :]:
         axes.set_visible(False)
     small = len(across) * len(down) > ROOM_FOR_LOSS or len(across) * columns > 10
-    for place, (axes, panel) in enumerate(zip(axes_RC.flat, panels, strict=False)):
+    for index, (axes, panel) in enumerate(zip(axes_RC.flat, panels, strict=False)):
         for (c, x), (r, y) in itertools.product(enumerate(across), enumerate(down)):
             settings = {**layout.fixed, **dict(zip(layout.panels, panel, strict=True))}
             settings |= dict(zip(layout.across, x, strict=True))
@@ -233,9 +233,9 @@ def _draw_grid(comparison: Comparison, layout: _Layout, *, name: str, title: str
             if len(said) > MOST_TITLE_LINES:
                 said[MOST_TITLE_LINES - 1 :] = [f"and {len(said) - MOST_TITLE_LINES + 1} more"]
             axes.set_title("\n".join(said) if len(", ".join(said)) > 40 else ", ".join(said))
-        if place % columns == 0 and layout.down:
+        if index % columns == 0 and layout.down:
             axes.set_ylabel(_label(layout.down))
-        if place >= len(panels) - columns:
+        if index >= len(panels) - columns:
             axes.set_xlabel(_label(layout.across))
     _explain(canvas, comparison)
     fixed = ", ".join(f"{key} = {value}" for key, value in layout.fixed.items())
@@ -258,7 +258,7 @@ def _draw_cell(axes: "Axes", column: int, row: int, cell: Cell, *, is_baseline: 
     width, tall = 0.94, 0.9
     left, bottom = column - width / 2, row - tall / 2
     total = cell.outcomes.total()
-    statuses = sorted(cell.outcomes, key=lambda each: [*ENDED, each].index(each))
+    statuses = sorted(cell.outcomes, key=lambda status: [*ENDED, status].index(status))
     at = left
     for status in statuses:
         colour, mark = outcome_style(status)
@@ -291,7 +291,7 @@ def _explain(canvas: object, comparison: Comparison) -> None:
     assert isinstance(canvas, Canvas)
     seen = {status for cell in comparison.cells for status in cell.outcomes}
     handles = []
-    for status in [each for each in ENDED if each in seen] + sorted(seen - set(ENDED)):
+    for status in [status for status in ENDED if status in seen] + sorted(seen - set(ENDED)):
         colour, mark = outcome_style(status)
         handles.append(
             Line2D(
@@ -309,11 +309,11 @@ def _explain(canvas: object, comparison: Comparison) -> None:
     canvas.legend(handles=handles, loc="outside upper right", ncols=len(handles))
 
 
-def _combinations(comparison: Comparison, keys: Keys) -> list[Values]:
+def _combinations(comparison: Comparison, keys: Side) -> list[Values]:
     """Those that occur, the first setting slowest."""
-    places = [{value: at for at, value in enumerate(comparison.axes[key])} for key in keys]
-    found = {tuple(cell.settings[key] for key in keys) for cell in comparison.cells}
-    return sorted(found, key=lambda values: [at[v] for at, v in zip(places, values, strict=True)])
+    ranks = [{value: at for at, value in enumerate(comparison.axes[key])} for key in keys]
+    combinations = {tuple(cell.settings[key] for key in keys) for cell in comparison.cells}
+    return sorted(combinations, key=lambda values: [at[v] for at, v in zip(ranks, values, strict=True)])
 
 
 def _tick(values: Values) -> str:
