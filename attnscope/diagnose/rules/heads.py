@@ -100,6 +100,7 @@ def uniform_attention(run: Run) -> Finding | NotLooked | None:
                 severity="warning" if whole else "note",
             )
         )
+    is_whole = any(concern.severity == "warning" for concern in concerns)
     finding = finding_of(
         run,
         concerns,
@@ -112,7 +113,8 @@ def uniform_attention(run: Run) -> Finding | NotLooked | None:
             "nearly zero. If nothing else has been learned either, raise optimizer.lr."
         ),
         source="the derivative of the logits with regard to q is k",
-        explains=("starved_queries_and_keys", "plateau", "stalled"),
+        # A few uniform heads are no reason for anything: healthy training has them, too.
+        explains=("starved_queries_and_keys", "plateau", "stalled") if is_whole else (),
     )
     return answer(run, "uniform_attention", finding, blind)
 
