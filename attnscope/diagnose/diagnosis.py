@@ -6,10 +6,13 @@ from dataclasses import dataclass, replace
 from attnscope.diagnose.chains import chains, linked
 from attnscope.diagnose.rules.batches import poisoned_batch, repeated_batch
 from attnscope.diagnose.rules.clipping import clipping_always_on
+from attnscope.diagnose.rules.collapse import entropy_collapse, rank_collapse
 from attnscope.diagnose.rules.data import first_loss_too_high, loss_rises, loss_too_low, plateau
 from attnscope.diagnose.rules.depth import gradients_explode_with_depth, gradients_vanish_with_depth
 from attnscope.diagnose.rules.future import future_visible, labels_shifted_wrong
+from attnscope.diagnose.rules.heads import attention_sink, identical_heads, uniform_attention
 from attnscope.diagnose.rules.learning_rate import learning_rate_too_high, learning_rate_too_low
+from attnscope.diagnose.rules.logits import logit_growth, starved_queries_and_keys
 from attnscope.diagnose.rules.loss import failed, loss_explosion, loss_spike, stalled
 from attnscope.diagnose.rules.masks import padding_attended, rows_fully_masked, wrong_softmax_axis
 from attnscope.diagnose.rules.modes import dropout_in_evaluation, evaluation_in_training
@@ -60,6 +63,13 @@ RULES: tuple[Rule, ...] = (
     gradients_explode_with_depth,
     gradients_vanish_with_depth,
     clipping_always_on,
+    logit_growth,
+    entropy_collapse,
+    rank_collapse,
+    uniform_attention,
+    starved_queries_and_keys,
+    identical_heads,
+    attention_sink,
     unusual_scale,
     poisoned_batch,
     nonfinite,

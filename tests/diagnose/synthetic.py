@@ -84,6 +84,18 @@ def params_table(n_members, steps, *, layers=(0, 1), groups=("q", "mlp_in"), **c
     return table
 
 
+def qkv_table(n_members, steps, *, n_layers=1, groups=("q", "k", "v"), **columns):
+    """The params table; grad_norm or another column is one number, or one per row (step, member, layer, group)."""
+    shape = (len(steps), n_members, n_layers, len(groups))
+    places = np.indices(shape).reshape(4, -1)
+    table = {name: np.ones(places.shape[1]) for name in COLUMNS["params"]}
+    table |= {name: np.broadcast_to(np.asarray(value, dtype=float), shape).ravel() for name, value in columns.items()}
+    table["nonfinite"] = np.zeros(places.shape[1])
+    table["step"] = np.asarray(steps)[places[0]]
+    table |= {"member": places[1], "layer": places[2], "group": np.asarray(groups, dtype=object)[places[3]]}
+    return table
+
+
 def run_of(
     path: Path,
     config=None,

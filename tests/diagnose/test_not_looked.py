@@ -13,6 +13,7 @@ from attnscope.diagnose.blindness import NO_ATTENTION, NO_CONFIG, NO_LOSS, NO_OP
 from attnscope.diagnose.movement import NO_PARAMS
 from attnscope.diagnose.rules.clipping import clipping_always_on
 from attnscope.diagnose.rules.depth import NO_LAYERS
+from attnscope.diagnose.rules.logits import NO_GROUPS
 from attnscope.diagnose.rules.loss import failed, loss_explosion, loss_spike
 from attnscope.diagnose.rules.nonfinite import nonfinite, nonfinite_loss_passed, updates_skipped
 from attnscope.diagnose.rules.optimizer import FEWEST_MEASURED
@@ -56,9 +57,9 @@ def whys(run):
 
 def test_healthy_training_was_looked_at_by_every_rule(tmp_path):
     steps = steps_table(4.0 + 0.1 * np.random.default_rng(0).normal(size=(1, 120)))
-    run = run_of(
-        tmp_path / "r", steps=steps, heads=heads_table(1, [0]), params=params_table(1, range(120)), planned=120
-    )
+    measured = range(0, 120, 9)
+    tables = {"heads": heads_table(1, measured), "params": params_table(1, measured)}
+    run = run_of(tmp_path / "r", steps=steps, **tables, planned=120)
     assert examine(run).findings == () and examine(run).not_looked == ()
 
 
@@ -105,6 +106,12 @@ def test_a_watched_script_of_which_nothing_was_seen_says_why_in_its_own_words(tm
         "gradients_explode_with_depth": NO_LAYERS,
         "gradients_vanish_with_depth": NO_LAYERS,
         "clipping_always_on": NO_OPTIMIZER,
+        "logit_growth": attention,
+        "entropy_collapse": attention,
+        "uniform_attention": attention,
+        "starved_queries_and_keys": NO_GROUPS,
+        "identical_heads": attention,
+        "attention_sink": attention,
         "unusual_scale": attention,
         "nonfinite": loss,  # nor was a gradient
         "nonfinite_loss_passed": loss,
