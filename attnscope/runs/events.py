@@ -8,6 +8,18 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from attnscope.runs.probe_events import (
+    CrossEntropySeen,
+    DropoutInEvaluation,
+    EvaluationInTraining,
+    FirstTargets,
+    KeysSeen,
+    RowsWithoutKeys,
+    TargetsSeen,
+    Upkeep,
+    WithoutOptimizer,
+)
+
 INTERNAL = "internal"  # stands for the backend of a measurement that failed in attnscope's own code
 
 
@@ -113,6 +125,7 @@ class AttentionSeen:
         n_heads: query heads.
         d_head: size of a query; None where it was not seen.
         scale: what multiplied q.k; None where no single number does, or it could not be seen.
+        scale_after: what of it multiplied the product, and not q or k before; None as for scale, and in older runs.
         mask: in words.
         dtype: of the queries.
         backend: sdpa, eager, ...
@@ -123,6 +136,7 @@ class AttentionSeen:
     n_heads: int
     d_head: int | None
     scale: float | None
+    scale_after: float | None = None
     mask: str = ""
     dtype: str = ""
     backend: str = ""
@@ -160,11 +174,30 @@ class OptimizerSeen:
         name: of its class.
         parameters: numbers it moves.
         devices: they are on.
+        dtypes: they are of.
     """
 
     name: str
     parameters: int | None
     devices: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlocksSeen:
+    """`blocks`: a stack of numbered blocks of watched code was seen for the first time.
+
+    Attributes:
+        name: its path.
+        model: class of the model.
+        first_layer: `layer` in the layers table of its block 0.
+        n_blocks: it has.
+    """
+
+    name: str
+    model: str = ""
+    first_layer: int
+    n_blocks: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -250,6 +283,9 @@ What = (
     | Unmeasured
     | NotRecorded
     | OptimizerSeen
+    | BlocksSeen
+    | CrossEntropySeen
+    | FirstTargets
     | SkippedUpdate
     | StepWithoutGradient
     | LossNotSeen
@@ -258,6 +294,13 @@ What = (
     | SnapshotFailed
     | TrackerFailed
     | CheckpointLeftOut
+    | KeysSeen
+    | RowsWithoutKeys
+    | TargetsSeen
+    | Upkeep
+    | WithoutOptimizer
+    | DropoutInEvaluation
+    | EvaluationInTraining
     | Untyped
 )
 
@@ -272,6 +315,9 @@ EVENTS: Mapping[str, type[What]] = {
     "not_measured": Unmeasured,
     "not_recorded": NotRecorded,
     "optimizer": OptimizerSeen,
+    "blocks": BlocksSeen,
+    "cross_entropy": CrossEntropySeen,
+    "first_targets": FirstTargets,
     "skipped_update": SkippedUpdate,
     "step_without_gradient": StepWithoutGradient,
     "loss_not_seen": LossNotSeen,
@@ -280,6 +326,13 @@ EVENTS: Mapping[str, type[What]] = {
     "snapshot_failed": SnapshotFailed,
     "tracker_failed": TrackerFailed,
     "checkpoint_left_out": CheckpointLeftOut,
+    "keys_seen": KeysSeen,
+    "rows_without_keys": RowsWithoutKeys,
+    "targets": TargetsSeen,
+    "upkeep": Upkeep,
+    "without_optimizer": WithoutOptimizer,
+    "dropout_in_evaluation": DropoutInEvaluation,
+    "evaluation_in_training": EvaluationInTraining,
 }
 _KINDS = {what: kind for kind, what in EVENTS.items()}
 

@@ -17,6 +17,7 @@ from attnscope.runs.reader import open_run
 from tests.diagnose.synthetic import heads_table, run_of, steps_table
 from tests.runs.made_up import columns, new_run
 
+# What the losses and tables of many broken members show, whatever else is looked for.
 HOSTILE = "<img src=x onerror=alert(1)>|`$x_$ [red]a[/red] \x1b[31m\u202e\n"
 
 
@@ -36,11 +37,14 @@ def test_the_article_s_pair_is_told_from_the_cause_to_the_symptom(tmp_path):
     assert about == {
         "applied_scale": ("unscaled",),
         "saturated_at_start": ("unscaled",),
+        "logit_growth": ("unscaled",),
         "nonfinite": ("unscaled",),
         "loss_explosion": ("unscaled",),
         "stalled": ("scaled",),  # 30 steps do not reach the unigram loss
+        "first_loss_too_high": ("unscaled", "scaled"),  # embeddings of standard deviation 1, no norm
     }
-    assert [finding.kind for finding in found] == ["cause"] * 2 + ["symptom"] * 3
+    assert [finding.kind for finding in found] == ["cause"] * 3 + ["symptom"] * 3 + ["cause"]
+    assert found[-1].severity == "note"
 
 
 def test_healthy_training_gives_no_finding(tmp_path):
