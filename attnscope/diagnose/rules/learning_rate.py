@@ -23,7 +23,7 @@ from attnscope.runs.reader import Run
 # slope. Measured on 19 grids of learning rates (sgd, adamw, muon; pre, post and no norm; Xavier and GPT-2 weights; with warm-up
 # and without; MEASURED): at the best learning rate of a grid the median over steps is at most 0.33.
 OVERSHOOT = 1.0
-WINDOW = 10  # measured steps before divergence, or at the end
+WINDOW = 5  # measured steps before divergence, or at the end
 ENDED_ABOVE = 1.0  # nats above the first loss, and half of it: then nothing was learned
 
 # The third largest typical update_ratio, from which on it is the updates that closed attention: it is 0.009 and more where the
@@ -262,7 +262,7 @@ def _closes(
                 threshold=closed.limit_logit,
             ),
         ),
-        severity="warning",
+        severity="warning" if record.diverged_at is None else "error",
     )
 
 
@@ -293,7 +293,7 @@ def _loses_gradients(
                 threshold=VANISHING,
             ),
         ),
-        severity="warning",
+        severity="warning" if record.diverged_at is None else "error",
     )
 
 
