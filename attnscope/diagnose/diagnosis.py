@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from attnscope.diagnose.chains import chains, linked
 from attnscope.diagnose.rules.batches import poisoned_batch, repeated_batch
 from attnscope.diagnose.rules.clipping import clipping_always_on
-from attnscope.diagnose.rules.data import first_loss_too_high, loss_rises, loss_too_low, plateau
+from attnscope.diagnose.rules.data import first_loss_too_high, loss_too_low, plateau
+from attnscope.diagnose.rules.descent import loss_rises
 from attnscope.diagnose.rules.loss import failed, loss_explosion, loss_spike, stalled
 from attnscope.diagnose.rules.nonfinite import nonfinite, nonfinite_loss_passed, updates_skipped
 from attnscope.diagnose.rules.precision import half_precision_headroom, loss_scale_collapse, updates_round_away

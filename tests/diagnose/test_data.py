@@ -19,10 +19,10 @@ from attnscope.diagnose.rules.data import (
     TOO_HIGH,
     UNKNOWN_OPTIMUM,
     first_loss_too_high,
-    loss_rises,
     loss_too_low,
     plateau,
 )
+from attnscope.diagnose.rules.descent import loss_rises
 from tests.diagnose.synthetic import params_table, run_of, steps_table, watched_run_of
 
 UNIFORM = math.log(256)
