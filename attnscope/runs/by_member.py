@@ -31,6 +31,7 @@ READ = (
     "model.n_layers",
     "optimizer.name",
     "optimizer.warmup_steps",
+    "data.source",
     "data.objective",
     "precision.dtype",
 )

@@ -71,9 +71,9 @@ def as_plain(value: object, deep: int = MOST_DEEP) -> object:
     if value is None or isinstance(value, bool | int | float | str | np.ndarray | np.generic):
         return value
     if deep and isinstance(value, Mapping):
-        return {str(key): as_plain(each, deep - 1) for key, each in value.items()}
+        return {str(key): as_plain(item, deep - 1) for key, item in value.items()}
     if deep and isinstance(value, list | tuple | set | frozenset):
-        return [as_plain(each, deep - 1) for each in value]
+        return [as_plain(item, deep - 1) for item in value]
     try:
         return str(value)[:MOST_TEXT]
     except Exception:

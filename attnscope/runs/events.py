@@ -8,6 +8,18 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from attnscope.runs.probe_events import (
+    CrossEntropySeen,
+    DropoutInEvaluation,
+    EvaluationInTraining,
+    FirstTargets,
+    KeysSeen,
+    RowsWithoutKeys,
+    TargetsSeen,
+    Upkeep,
+    WithoutOptimizer,
+)
+
 INTERNAL = "internal"  # stands for the backend of a measurement that failed in attnscope's own code
 
 
@@ -172,35 +184,20 @@ class OptimizerSeen:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CrossEntropySeen:
-    """`cross_entropy`: cross-entropy of class indices was computed for the first time in watched code.
+class BlocksSeen:
+    """`blocks`: a stack of numbered blocks of watched code was seen for the first time.
 
     Attributes:
-        classes: that the softmax runs over.
-        loss: mean over the targets that count, nats, whatever the script makes of it.
+        name: its path.
+        model: class of the model.
+        first_layer: `layer` in the layers table of its block 0.
+        n_blocks: it has.
     """
 
-    classes: int
-    loss: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TargetsSeen:
-    """`targets`: what the targets of the first steps of watched code are like.
-
-    Attributes:
-        steps: that were looked at.
-        same: how many of them have the targets of the first.
-        irregular: whether targets like these are no two batches' by their layout.
-        counted: share of them that count.
-        entropy: of their frequencies, nats; None where there were too few to tell.
-    """
-
-    steps: int
-    same: int
-    irregular: bool = False
-    counted: float = 0.0
-    entropy: float | None = None
+    name: str
+    model: str = ""
+    first_layer: int
+    n_blocks: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -286,8 +283,9 @@ What = (
     | Unmeasured
     | NotRecorded
     | OptimizerSeen
+    | BlocksSeen
     | CrossEntropySeen
-    | TargetsSeen
+    | FirstTargets
     | SkippedUpdate
     | StepWithoutGradient
     | LossNotSeen
@@ -296,6 +294,13 @@ What = (
     | SnapshotFailed
     | TrackerFailed
     | CheckpointLeftOut
+    | KeysSeen
+    | RowsWithoutKeys
+    | TargetsSeen
+    | Upkeep
+    | WithoutOptimizer
+    | DropoutInEvaluation
+    | EvaluationInTraining
     | Untyped
 )
 
@@ -310,8 +315,9 @@ EVENTS: Mapping[str, type[What]] = {
     "not_measured": Unmeasured,
     "not_recorded": NotRecorded,
     "optimizer": OptimizerSeen,
+    "blocks": BlocksSeen,
     "cross_entropy": CrossEntropySeen,
-    "targets": TargetsSeen,
+    "first_targets": FirstTargets,
     "skipped_update": SkippedUpdate,
     "step_without_gradient": StepWithoutGradient,
     "loss_not_seen": LossNotSeen,
@@ -320,6 +326,13 @@ EVENTS: Mapping[str, type[What]] = {
     "snapshot_failed": SnapshotFailed,
     "tracker_failed": TrackerFailed,
     "checkpoint_left_out": CheckpointLeftOut,
+    "keys_seen": KeysSeen,
+    "rows_without_keys": RowsWithoutKeys,
+    "targets": TargetsSeen,
+    "upkeep": Upkeep,
+    "without_optimizer": WithoutOptimizer,
+    "dropout_in_evaluation": DropoutInEvaluation,
+    "evaluation_in_training": EvaluationInTraining,
 }
 _KINDS = {what: kind for kind, what in EVENTS.items()}
 

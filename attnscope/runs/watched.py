@@ -3,9 +3,10 @@
 import math
 from dataclasses import dataclass, replace
 
-from attnscope.runs.events import AttentionSeen, CrossEntropySeen, OptimizerSeen, TargetsSeen, Unmeasured
+from attnscope.runs.events import AttentionSeen, OptimizerSeen, Unmeasured
 from attnscope.runs.foreign import printable
 from attnscope.runs.manifest import is_whole
+from attnscope.runs.probe_events import CrossEntropySeen, FirstTargets
 from attnscope.runs.reader import Run
 
 MOST_LAYERS = 10_000
@@ -132,7 +133,7 @@ def cross_entropies(run: Run) -> dict[str, CrossEntropy]:
     for step, member, first in run.happened(CrossEntropySeen):
         if is_whole(first.classes, 1, 2**31):
             seen.setdefault(member or "", CrossEntropy(step=step, classes=first.classes, loss=first.loss))
-    for _, member, targets in run.happened(TargetsSeen):
+    for _, member, targets in run.happened(FirstTargets):
         name = member or ""
         if name in seen and is_whole(targets.steps, 1, 2**31) and is_whole(targets.same, 0, targets.steps):
             entropy = targets.entropy

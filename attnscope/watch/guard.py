@@ -4,7 +4,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from attnscope.capture.dispatch import Unobserved
 from attnscope.errors import RunWriteError
@@ -18,6 +18,13 @@ MOST_TEXT = 500  # characters of an exception
 MOST_KINDS = 100  # of failures that are described
 
 _T = TypeVar("_T")
+
+
+class OnEvent(Protocol):
+    """Told what happened once, and at which step."""
+
+    def __call__(self, what: What, *, step: int) -> None:
+        """It happened."""
 
 
 class Guard:

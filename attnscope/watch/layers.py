@@ -84,25 +84,25 @@ class Layers:
         """How many different calls could not be measured."""
         return len(self._unmeasured)
 
-    def see(self, step: Step, module: nn.Module | None, seen: Seen) -> None:
-        """Measure a call and add it to the step."""
+    def see(self, step: Step, module: nn.Module | None, seen: Seen) -> int | None:
+        """Measure a call and add it to the step; the layer's number, None where it is not measured."""
         name = self._name_of(module, seen.shape[1])
         if name is None:
-            return
+            return None
         if name not in self._numbers and len(self._numbers) >= MOST_LAYERS:
             self.unmeasured(step, module, seen.backend, [], TOO_MANY)
-            return
+            return None
         purpose = _purpose(module)
         known = step.heads.get(self._numbers.get(name, -1), ())
         if purpose == EVALUATES and len(known) >= MOST_EVALUATED:  # a text that is generated token by token
-            return
+            return None
         self.calls += 1
         try:
             measured = measure(seen, rows=self._rows, seed=step.number % SAMPLES)
         except Exception as error:
             shapes = [list(x.shape) for x in (seen.q, seen.k) if x is not None]
             self.unmeasured(step, module, seen.backend, shapes, one_line(error))
-            return
+            return None
         layer = self._numbers.get(name)
         if layer is None:
             layer = self._numbers[name] = len(self._numbers)
@@ -130,6 +130,7 @@ class Layers:
             step.purposes[layer] = purpose
             totals_CH = torch.stack([measured.totals[each].float() for each in TOTALS])
             step.heads.setdefault(layer, []).append(totals_CH)
+        return layer
 
     def unmeasured(
         self,

@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from attnscope.runs.events import CrossEntropySeen, TargetsSeen, What
+from attnscope.runs.events import What
+from attnscope.runs.probe_events import CrossEntropySeen, FirstTargets
 from attnscope.watch.numbers import is_readable
 
 Array = NDArray[Any]
@@ -110,7 +111,7 @@ class Targets:
             self._told = True
             yield step, self._described()
 
-    def _described(self) -> TargetsSeen:
+    def _described(self) -> FirstTargets:
         counts_K = np.array(list(self._counts_V.values()), dtype=np.float64)
         total = counts_K.sum()
         missed = (
@@ -120,7 +121,7 @@ class Targets:
         if missed < MOST_MISSED:
             entropy = float(missed - (counts_K / total * np.log(counts_K / total)).sum())
         assert self._firsts_N is not None
-        return TargetsSeen(
+        return FirstTargets(
             steps=self._steps,
             same=self._same,
             irregular=is_irregular(self._firsts_N),

@@ -1,7 +1,7 @@
 """What was seen of foreign steps goes to the disk, a block of steps at a time, with what went wrong in it."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,21 +28,18 @@ from attnscope.signals.journal import Journal
 from attnscope.signals.nonfinite import Looked
 from attnscope.watch.output import Targets
 from attnscope.watch.step import FIRST, Step
-from attnscope.watch.tables import Array, heads_of, params_of, seen_losses, steps_of
+from attnscope.watch.tables import Array, fill_in, heads_of, layers_of, params_of, seen_losses, steps_of
 
-# Why a column or a table may be empty at the end of a watched run.
+# Why a column or a table may be empty at the end of a watched run; `finish` is told of others.
 WHY_EMPTY = {
     "loss": "no scalar was given to backward()",
-    "val_loss": "which forward passes are an evaluation, only the script knows",
+    "val_loss": "which forward passes are an evaluation, and of what, only the script knows",
     "grad_norm": "no optimizer was seen to step with gradients",
     "lr": "no optimizer was seen to step",
     "tokens": "F.cross_entropy with class indices was not seen",
     "output_logit_max": "F.cross_entropy with class indices was not seen",
     "log_z": "F.cross_entropy with class indices was not seen",
-    "activation_rms_max": "which activations are the residual stream, only the script knows",
-    "token_cosine": "which activations are the residual stream, only the script knows",
     "table heads": "no attention was measured",
-    "table layers": "which activations are the residual stream, only the script knows",
     "table params": "no optimizer was seen to step with gradients",
 }
 
@@ -161,9 +158,12 @@ class WatchRecorder:
             return {}
         self._look_at_targets(block, measuring)
         last = block[-1].number
-        tables: Tables = {"steps": {}, "heads": {}, "params": {}}
+        tables: Tables = {"steps": {}, "heads": {}, "layers": {}, "params": {}}
+        with measuring("table layers", last):
+            tables["layers"] = layers_of([(step.number, step.passed) for step in block if step.passed is not None])
         with measuring("table steps", last):
             tables["steps"] = steps_of([step for step in block if step.counts], self._tokens)
+            fill_in(tables["steps"], tables["layers"])
             self._note_filled(tables["steps"], block)
         with measuring("table heads", last):
             tables["heads"] = heads_of([step for step in block if step.heads])
@@ -203,13 +203,21 @@ class WatchRecorder:
             for step, what in self._targets.add(calls, is_end=is_end):
                 self.event(what, step=step)
 
-    def finish(self, status: str, measuring: Measuring, *, step: int, **fields: object) -> None:
-        """Write what is left and say how it ended, and what stayed empty."""
+    def finish(
+        self,
+        status: str,
+        measuring: Measuring,
+        *,
+        step: int,
+        why_empty: Mapping[str, str],
+        **fields: object,
+    ) -> None:
+        """Write what is left and say how it ended, and what stayed empty: WHY_EMPTY and `why_empty` have the reasons."""
         self.flush(measuring)
         self._look_at_targets([], measuring, is_end=True)
         self._journal.end([0])
         with measuring("event not_recorded", step):
-            empty = {name: why for name, why in WHY_EMPTY.items() if name not in self._filled}
+            empty = {name: why for name, why in {**WHY_EMPTY, **why_empty}.items() if name not in self._filled}
             if empty:
                 self.event(NotRecorded(why_empty=empty), step=step)
         plain = {name: as_plain(value) for name, value in fields.items()}

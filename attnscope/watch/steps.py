@@ -27,7 +27,9 @@ from attnscope.watch.layers import Layers
 from attnscope.watch.numbers import UnreadableError, copy_of_scalar, device_name, why_without_numbers
 from attnscope.watch.output import see_cross_entropy
 from attnscope.watch.parameters import Parameters, parameters_of
+from attnscope.watch.probes import FirstLooks
 from attnscope.watch.recording import WatchRecorder, broken_gradients
+from attnscope.watch.residual import Residual
 from attnscope.watch.step import FIRST, Step
 from attnscope.watch.turns import Turns
 
@@ -68,6 +70,8 @@ class Steps:
         recorder: WatchRecorder,
         modules: Modules,
         layers: Layers,
+        residual: Residual,
+        probes: FirstLooks,
         guard: Guard,
         every: int,
         take_outputs: Callable[[], Outputs | None],
@@ -80,6 +84,8 @@ class Steps:
             recorder: takes the steps.
             modules: know the names of parameters.
             layers: measure attention.
+            residual: follows the residual stream.
+            probes: look at what no table shows.
             guard: says what goes wrong.
             every: steps between those that are measured, after the first ones.
             take_outputs: gives what was seen of outputs since it was last called.
@@ -88,13 +94,15 @@ class Steps:
         """
         self._recorder = recorder
         self._layers = layers
+        self._residual = residual
+        self._probes = probes
         self._guard = guard
         self._every = every
         self._take_outputs = take_outputs
         self._on_forward_over = on_forward_over
         self._on_end = on_end
         self._parameters = Parameters(modules, self._on_left_out)
-        self._turns = Turns(self._forget_attention)
+        self._turns = Turns(self._forget_forward)
         self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._open: set[int] = set()  # optimizers between before_update and after_update, by id
         self._moved: set[int] = set()  # optimizers that have stepped in this step, by id
@@ -133,7 +141,19 @@ class Steps:
             return
         self._begin()
         if self.now.measured:
-            self._layers.see(self.now, module, seen)
+            layer = self._layers.see(self.now, module, seen)
+            with self._guard.measuring("residual stream", self.now.number):
+                self._residual.attend(self.now.number, module, seen)
+            if layer is not None and torch.is_grad_enabled():
+                self._probes.attention(self.now, layer, seen)
+
+    @_guarded("residual stream")
+    def passing(self, look: Callable[[int], None]) -> None:
+        """Something is computed in training; `look` is given the number of the step if that is measured."""
+        if not self.repeats and self._turns.is_mine(trains=False):
+            self._begin()
+            if self.now.measured:
+                look(self.now.number)
 
     @_guarded("attention")
     def unmeasured(self, module: nn.Module | None, backend: str, shapes: list[list[int]], reason: str) -> None:
@@ -147,8 +167,14 @@ class Steps:
         if not self.repeats and self._turns.is_mine(trains=False):
             self._begin()
             now = self.now
+            self._probes.cross_entropy(now, targets, ignore_index)
             is_first = now.number < FIRST
             see_cross_entropy(now.output, logits, targets, ignore_index, measured=now.measured, is_first=is_first)
+
+    @_guarded("evaluation")
+    def evaluated(self) -> None:
+        """See `OnTraining`."""
+        self._probes.evaluated(self.now)
 
     # -- what is done with it --
 
@@ -168,6 +194,7 @@ class Steps:
         elif len(self.now.losses) >= MOST_LOSSES:  # its optimizers step where we cannot see it
             self.updates_itself = True
         self._on_forward_over()
+        self._probes.differentiated(self.now)
         self.stepped = self.updates_itself
         self.now.losses.append(number)
 
@@ -245,6 +272,7 @@ class Steps:
             )
             self._guard.event(what, step=now.number)
         self._see_lrs(optimizer)
+        self._probes.before_update(now, optimizer)
         with self._guard.measuring("gradients and weights", now.number):
             self._parameters.before_update(now, optimizer)
 
@@ -286,12 +314,15 @@ class Steps:
             self._parameters.end_step(now)
         with self._guard.measuring("outputs of modules", now.number):
             now.outputs = self._take_outputs()
+        with self._guard.measuring("residual stream", now.number):
+            now.passed = self._residual.take(now.number)
         if now.updated and not now.losses:
             self._lacks_loss(now)
         if self._moved_nothing and not now.updated and not self._lacks_gradient:
             self._lacks_gradient = True
             self._guard.event(StepWithoutGradient(optimizer=self._moved_nothing), step=now.number)
         self._moved_nothing = ""
+        self._probes.end_step()
         self._recorder.add(now)
         self.stepped = False
         self._open.clear()
@@ -311,6 +342,8 @@ class Steps:
         self.without_gradient += 1
         if not now.losses or self.stepped:
             return
+        zeroed = any(id(p) in now.dropped for p in parameters_of(optimizer, with_gradient=False))
+        self._probes.without_gradient(now, optimizer, zeroed=zeroed)
         self._see_lrs(optimizer)
         self.stepped = True
         self._moved_nothing = type(optimizer).__name__
@@ -330,10 +363,11 @@ class Steps:
             self._guard.not_measured("training", self.now.number, ANOTHER_THREAD)
         return mine
 
-    def _forget_attention(self) -> None:
-        """It was that of another training."""
+    def _forget_forward(self) -> None:
+        """Attention and streams were those of another training."""
         self.now.heads.clear()
         self.now.purposes.clear()
+        self._residual.forget()
 
     def _on_left_out(self, name: str, reason: str) -> None:
         self._guard.not_measured(name, self.now.number, reason)

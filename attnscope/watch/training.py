@@ -39,6 +39,9 @@ class OnTraining(Protocol):
     def cross_entropy(self, logits: Tensor, targets: Tensor, ignore_index: int) -> None:
         """Cross-entropy is computed in training."""
 
+    def evaluated(self) -> None:
+        """Cross-entropy is computed without gradients, of what was computed without them."""
+
     def before_clipping(self, parameters: list[Tensor]) -> None:
         """Gradients are about to be clipped."""
 
@@ -156,7 +159,11 @@ class Training:
         return original(*args, **kwargs)
 
     def _cross_entropy(self, args: tuple[Any, ...], _kwargs: dict[str, Any], loss: Any) -> None:
-        if loss.requires_grad and why_unseen(args[0]) is None and not in_backward():
+        if why_unseen(args[0]) is not None or in_backward():
+            return
+        if not torch.is_grad_enabled() and not args[0].requires_grad:
+            self._told.evaluated()
+        if loss.requires_grad:
             with self._told.trying("cross-entropy"):
                 logits, targets = outside(args[:2])
                 self._told.cross_entropy(logits, targets, args[4] if len(args) > 4 else -100)

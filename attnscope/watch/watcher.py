@@ -26,7 +26,9 @@ from attnscope.signals.journal import FLUSH_SECONDS
 from attnscope.watch.finite import Finite, Outputs
 from attnscope.watch.guard import MOST_TEXT, Guard, one_line
 from attnscope.watch.layers import Layers
+from attnscope.watch.probes import FirstLooks
 from attnscope.watch.recording import Tables, WatchRecorder
+from attnscope.watch.residual import Residual
 from attnscope.watch.settings import Settings
 from attnscope.watch.snapshots import Snapshots
 from attnscope.watch.steps import Steps
@@ -62,14 +64,18 @@ class Watcher:
             on_layer=recorder.add_layer,
             on_unmeasured=lambda what, step: self._guard.event(what, step=step),
         )
+        self._residual = Residual(modules, on_event=self._guard.event)
+        self._first_looks = FirstLooks(modules, self._guard, rows=settings.rows)
         self._steps = Steps(
             recorder=recorder,
             modules=modules,
             layers=self._layers,
+            residual=self._residual,
+            probes=self._first_looks,
             guard=self._guard,
             every=settings.every,
             take_outputs=self._take_outputs,
-            on_forward_over=lambda: self._capture.forget(),
+            on_forward_over=self._forward_over,
             on_end=self._step_over,
         )
         self._snapshots = Snapshots(settings.snapshot, self._step_of_forward) if settings.snapshot else None
@@ -79,6 +85,10 @@ class Watcher:
         self._seeing = Patches(lambda: steps.is_on and (steps.now.measured or steps.stepped), self._failed("attention"))
         self._hearing = Patches(lambda: steps.is_on, self._failed("training"))
         self._checking = Patches(lambda: steps.is_on, self._failed("outputs of modules"))
+        self._following = Patches(
+            lambda: steps.is_on and (steps.now.measured or steps.stepped), self._failed("residual stream")
+        )
+        self._reading = Patches(lambda: steps.is_on, self._failed("token ids"))
 
     # -- from here on, what the user calls --
 
@@ -102,8 +112,14 @@ class Watcher:
         _watching = self
         self._steps.is_on = True
         self._capture = Capture(self._seeing, on_attention=self._on_attention, on_unmeasured=self._on_unmeasured)
-        self._finite = Finite(self._checking, on_call=self._on_forward)
+        self._finite = Finite(
+            self._checking,
+            on_call=self._on_forward,
+            on_call_without_gradients=self._first_looks.computed_without_gradients,
+        )
+        self._reading.listen("embedding", self._on_embedding)
         self._training = Training(self._hearing, self._steps)
+        self._residual.listen(self._following, self._on_passing)
         self._hearing.replace([torch], "compile", self._compile)
         if "torch._dynamo" in sys.modules:  # something may be compiled already, and be traced later
             self._install_probes()
@@ -148,7 +164,7 @@ class Watcher:
             self._training.remove()
             if self._probes is not None:
                 self._probes.remove()
-            for patches in (self._checking, self._hearing, self._seeing):
+            for patches in (self._following, self._reading, self._checking, self._hearing, self._seeing):
                 patches.restore()
             self._capture.forget()
             if os.getpid() == self._process:
@@ -161,6 +177,7 @@ class Watcher:
         now = steps.now.number
         with guard.measuring("last step", now):
             steps.end()
+        self._first_looks.finish(steps.now)
         if self._snapshots is not None:
             guard.write("records", now, lambda: self._recorder.flush(guard.measuring))
             self._snapshot(str(fields.get("error", "")) or self._recorder.broken)
@@ -177,7 +194,7 @@ class Watcher:
         }
         said |= {name: value for name, value in more.items() if value}
         with guard.measuring("end", now):
-            self._recorder.finish(status, guard.measuring, step=now, **said)
+            self._recorder.finish(status, guard.measuring, step=now, why_empty=self._residual.why_empty, **said)
 
     def stop_after(self, error: BaseException | None) -> None:
         """Stop, and say that training ended with this exception, or with none."""
@@ -246,13 +263,18 @@ class Watcher:
 
     # -- from here on, what the script does --
 
-    def _on_forward(self, _module: nn.Module | None) -> None:
+    def _on_forward(self, module: nn.Module | None) -> None:
         """Something is computed: the step before is over, if there was one."""
         if self._steps.stepped:
             self._steps.computed()
+        self._first_looks.computed(self._steps.now, module)
         if self._snapshots is not None:
             with self._steps.trying("snapshot"):
                 self._snapshots.attach()
+
+    def _on_embedding(self, args: tuple[Any, ...], _kwargs: dict[str, Any], _out: Any) -> None:
+        self._steps.computed()
+        self._first_looks.embedded(self._steps.now, args)
 
     def _step_of_forward(self) -> int:
         self._steps.computed()
@@ -260,7 +282,16 @@ class Watcher:
 
     def _on_attention(self, module: nn.Module | None, seen: Seen) -> None:
         self._on_forward(module)
-        self._steps.attention(module, seen)
+        with self._following.undisturbed():
+            self._steps.attention(module, seen)
+
+    def _on_passing(self, look: Callable[[int], None]) -> None:
+        with self._seeing.undisturbed():
+            self._steps.passing(look)
+
+    def _forward_over(self) -> None:
+        self._capture.forget()
+        self._residual.over()
 
     def _on_unmeasured(self, module: nn.Module | None, backend: str, shapes: list[list[int]], reason: str) -> None:
         self._on_forward(module)
@@ -329,6 +360,7 @@ class Watcher:
 
     def _flush(self, step: int) -> Tables | None:
         with self._seeing.undisturbed():
+            self._first_looks.flush(self._steps.now)
             return self._guard.write("records", step, lambda: self._recorder.flush(self._guard.measuring))
 
     def _snapshot(self, why: str | None) -> None:

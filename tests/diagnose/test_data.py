@@ -23,7 +23,7 @@ from attnscope.diagnose.rules.data import (
     plateau,
 )
 from attnscope.diagnose.rules.descent import loss_rises
-from tests.diagnose.synthetic import params_table, run_of, steps_table, watched_run_of
+from tests.diagnose.synthetic import params_of_one, run_of, steps_table, watched_run_of
 
 UNIFORM = math.log(256)
 TEXT = {"uniform": UNIFORM}
@@ -34,7 +34,7 @@ LEAKS = {"attention": {"mask": "none"}}
 def cross_entropy(loss=5.5, *, classes=256, entropy=3.0, steps=20, same=1, irregular=True, counted=1.0):
     """The events of a watched run that tell what cross-entropy was given."""
     targets = {"steps": steps, "same": same, "irregular": irregular, "counted": counted, "entropy": entropy}
-    return [("cross_entropy", 0, {"classes": classes, "loss": loss}), ("targets", 19, targets)]
+    return [("cross_entropy", 0, {"classes": classes, "loss": loss}), ("first_targets", 19, targets)]
 
 
 # -- first_loss_too_high --
@@ -135,7 +135,7 @@ def rising(share, lowest=1.0):
     ],
 )
 def test_a_loss_rises_where_nearly_every_small_step_raises_it(tmp_path, losses, ratio, is_found):
-    params = params_table(range(20), update_ratio=ratio)
+    params = params_of_one(range(20), update_ratio=ratio)
     run = watched_run_of(tmp_path / "r", steps=steps_table(losses), params=params, events=cross_entropy())
     assert (loss_rises(run) is not None) is is_found
 

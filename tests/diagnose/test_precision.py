@@ -17,7 +17,7 @@ from attnscope.diagnose.rules.precision import (
     loss_scale_collapse,
     updates_round_away,
 )
-from tests.diagnose.synthetic import heads_table, params_table, run_of, steps_table, watched_run_of
+from tests.diagnose.synthetic import heads_table, params_of_one, run_of, steps_table, watched_run_of
 
 HALF = {"precision": {"dtype": "float16"}}
 D_HEAD = 64  # of the default model
@@ -117,7 +117,7 @@ def half_weights(path, ratio, *, dtypes=("bfloat16",), steps=30, lr=1e-4, first=
     return watched_run_of(
         path,
         steps=steps_table(np.full(steps, 3.0), lr=np.broadcast_to(lr, steps)),
-        params=params_table(range(steps), update_ratio=ratio),
+        params=params_of_one(range(steps), update_ratio=ratio),
         events=[("optimizer", 0, optimizer), ("cross_entropy", 0, {"classes": 256, "loss": first})],
     )
 

@@ -568,7 +568,7 @@ def test_the_first_targets_of_cross_entropy_are_looked_at(tmp_path):
 
     run = train(tmp_path / "run", step, steps=30, optimizer=SGD([z], lr=0.01))
     assert events(run, "cross_entropy") == [{"classes": 5, "loss": pytest.approx(first[0])}]
-    (said,) = events(run, "targets")
+    (said,) = events(run, "first_targets")
     assert said == {
         "steps": 20,
         "same": 2,
@@ -600,7 +600,7 @@ def test_a_run_of_fewer_steps_than_are_looked_at_tells_its_targets_at_the_end(tm
         optimizer.step()
 
     run = train(tmp_path / "run", step, model=Classifies(), steps=3)
-    assert events(run, "targets") == [{"steps": 3, "same": 3, "irregular": False, "counted": 1.0}]
+    assert events(run, "first_targets") == [{"steps": 3, "same": 3, "irregular": False, "counted": 1.0}]
 
 
 def test_targets_that_are_probabilities_are_no_tokens(tmp_path):

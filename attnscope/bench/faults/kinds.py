@@ -128,7 +128,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         name="labels not shifted",
-        right=("future_visible", "loss_too_low"),
+        right=("labels_shifted_wrong", "future_visible", "loss_too_low"),
         strengths=({"targets": "same"},),
         is_structural=True,
         fits=lambda recipe: _is_decoder(recipe) and recipe.source != "recall",

@@ -1,0 +1,102 @@
+"""Probes: what no table shows is looked at once, in the first steps, and said in an event.
+
+Sights and targets, upkeep and orphans, modes; each costs a few small tensors or a look at Python objects, and where one fails
+the others go on.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnscope.capture.dispatch import why_unseen
+from attnscope.capture.eager import in_backward
+from attnscope.capture.names import Modules, module_of_call
+from attnscope.capture.seen import Seen
+from attnscope.watch.guard import Guard
+from attnscope.watch.modes import Modes
+from attnscope.watch.orphans import Orphans
+from attnscope.watch.sights import Sights
+from attnscope.watch.step import Step
+from attnscope.watch.upkeep import Optimizers
+
+
+class FirstLooks:
+    """Told of what happens in training, in the order in which it does.
+
+    Invariant: nothing of it raises, and no tensor of the script is kept longer than its step.
+    """
+
+    def __init__(self, modules: Modules, guard: Guard, *, rows: int | str) -> None:
+        self._guard = guard
+        self._sights = Sights(rows=rows, on_event=guard.event)
+        self._orphans = Orphans(modules, guard.event)
+        self._upkeep = Optimizers(modules, self._orphans, guard.event)
+        self._modes = Modes(modules, guard.event)
+
+    def computed(self, step: Step, module: nn.Module | None) -> None:
+        """Something is computed in training."""
+        if module is not None:
+            self._modes.computed(module)
+            self._orphans.computed(step, module)
+
+    def computed_without_gradients(self, out: Any) -> None:
+        """Something is computed without gradients."""
+        if self._modes.looks_at_evaluation() and why_unseen(out) is None and not in_backward():
+            self._modes.computed_without_gradients(module_of_call())
+
+    def embedded(self, step: Step, args: tuple[Any, ...]) -> None:
+        """An embedding is looked up: the operator's arguments."""
+        if self._sights.looks_at(step) and torch.is_grad_enabled() and not in_backward():
+            with self._guard.measuring("token ids", step.number):
+                self._sights.embedded(args)
+
+    def attention(self, step: Step, layer: int, seen: Seen) -> None:
+        """An attention call in training that was measured."""
+        with self._guard.measuring("keys that attention sees", step.number):
+            self._sights.attention(step, layer, seen)
+
+    def cross_entropy(self, step: Step, targets: Tensor, ignore_index: int) -> None:
+        """Cross-entropy is computed in training."""
+        with self._guard.measuring("targets", step.number):
+            self._sights.cross_entropy(step, targets, ignore_index)
+
+    def evaluated(self, step: Step) -> None:
+        """Cross-entropy is computed without gradients."""
+        if self._upkeep.optimizers:
+            with self._guard.measuring("mode of the model", step.number):
+                self._modes.evaluated(step)
+
+    def differentiated(self, step: Step) -> None:
+        """A loss is about to be differentiated."""
+        with self._guard.measuring("gradients that stay", step.number):
+            self._upkeep.differentiated()
+        with self._guard.measuring("mode of the model", step.number):
+            self._modes.differentiated(step, self._upkeep.optimizers)
+
+    def before_update(self, step: Step, optimizer: torch.optim.Optimizer) -> None:
+        """An optimizer that has gradients is about to step."""
+        with self._guard.measuring("upkeep of parameters", step.number):
+            self._upkeep.before_update(optimizer)
+
+    def without_gradient(self, step: Step, optimizer: torch.optim.Optimizer, *, zeroed: bool) -> None:
+        """An optimizer stepped after a loss was differentiated, and none of its parameters had a gradient."""
+        with self._guard.measuring("upkeep of parameters", step.number):
+            self._upkeep.without_gradient(optimizer, zeroed=zeroed)
+
+    def end_step(self) -> None:
+        """Let go of the script's tensors."""
+        self._sights.end_step()
+
+    def flush(self, step: Step) -> None:
+        """Say what was found; waits for the device."""
+        with self._guard.measuring("keys that attention sees", step.number):
+            self._sights.flush()
+        with self._guard.measuring("upkeep of parameters", step.number):
+            self._upkeep.flush(step)
+
+    def finish(self, step: Step) -> None:
+        """Nothing more comes."""
+        self.flush(step)
+        with self._guard.measuring("upkeep of parameters", step.number):
+            self._upkeep.finish(step)
