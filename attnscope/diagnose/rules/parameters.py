@@ -106,7 +106,7 @@ def parameters_frozen(run: Run) -> Finding | NotLooked | None:
     What to try: another learning rate for the group; look at the schedule, which may divide whole numbers or count from the end; what
     is frozen on purpose: requires_grad_(False), which saves its gradients, too.
     Known limits: a learning rate that is a tensor is not looked at, nor updates that are rounded away.
-    Source: an update is a multiple of the learning rate in every optimizer of torch.optim but Adadelta's kind.
+    Source: an update is a multiple of the learning rate in every optimizer of torch.optim but Rprop.
     """
     concerns = []
     for each in upkeep_of(run):
