@@ -17,7 +17,7 @@ from attnscope.bench.overhead import THREADS
 from attnscope.bench.timing import Ratio, ratio
 from attnscope.watch.attach import watch_model
 from attnscope.watch.settings import EVERY
-from attnscope.watch.steps import FIRST
+from attnscope.watch.step import FIRST
 
 D_MODEL, N_LAYERS, N_HEADS, SEQ_LEN, BATCH_SIZE, VOCAB_SIZE = 256, 4, 8, 256, 8, 256
 STEPS = 10  # of each competitor in one round; a multiple of every cadence

@@ -6,6 +6,7 @@ import re
 import sys
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -28,6 +29,19 @@ FRAMES = 8  # looked through for the module that a call belongs to
 HEADS = (
     "num_heads", "n_heads", "n_head", "heads", "num_attention_heads", "nhead", "nheads", "num_head", "head_num", "h",
 )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleCall:
+    """A call of a module that goes on.
+
+    Attributes:
+        module: what was called.
+        tensors: the tensors among its arguments, by place and by name, as they were given.
+    """
+
+    module: nn.Module
+    tensors: tuple[Tensor, ...]
 
 
 class Modules:
@@ -58,6 +72,20 @@ class Modules:
         """Path from the largest model that holds the module; the name of its class where nothing holds it."""
         self._find(module)
         return self._names[module] or type(module).__name__
+
+    def known_name_of(self, module: nn.Module) -> str | None:
+        """The same without a search; None where nobody has asked for a module of its model yet."""
+        found: str | None = self._names.get(module)
+        return found
+
+    def blocks_in(self, stack: str, model: str) -> dict[int, nn.Module]:
+        """The modules known that stand in this stack of a model of this class, by their numbers there."""
+        found = {}
+        for module, name in self._names.items():
+            block = block_at(name)
+            if block is not None and block.stack == stack and self._models[module] == model:
+                found[block.number] = module
+        return found
 
     def model_of(self, module: nn.Module) -> str:
         """The class of the largest model that holds the module."""
@@ -133,6 +161,50 @@ def places(names: Mapping[int, str]) -> dict[int, tuple[int, str]]:
         named = f"{stack} {rest}" if layer >= 0 and len(stacks) > 1 else rest
         found[key] = (layer, named or names[key])
     return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """A module with a number: transformer.h.3 is block 3 of the stack transformer.h.
+
+    Attributes:
+        stack: path of what holds the blocks; empty where that is the model.
+        number: there.
+    """
+
+    stack: str
+    number: int
+
+
+def block_at(path: str) -> Block | None:
+    """The block with this path; None where it does not end in a number."""
+    stack, _, number = path.rpartition(".")
+    return Block(stack=stack, number=int(number)) if number.isdecimal() else None
+
+
+def blocks_around(path: str) -> list[Block]:
+    """The blocks that the module with this path is or is in, the outermost first."""
+    words = path.split(".")
+    blocks = (block_at(".".join(words[: end + 1])) for end in range(len(words)))
+    return [block for block in blocks if block is not None]
+
+
+def module_calls() -> list[ModuleCall]:
+    """The calls of modules that go on in this thread, the innermost first.
+
+    Only frames of PyTorch's own `nn.Module.__call__` are looked into: they hold their arguments until they return, and what
+    a forward calls its input may have been given another value since.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    calls = []
+    while frame is not None:
+        if frame.f_code is _CALL:
+            names = frame.f_locals
+            given = (*names["args"], *names["kwargs"].values())
+            tensors = tuple(x for x in given if issubclass(type(x), Tensor))  # isinstance would load lazy objects
+            calls.append(ModuleCall(module=names["self"], tensors=tensors))
+        frame = frame.f_back
+    return calls
 
 
 def module_of_call() -> nn.Module | None:
@@ -216,3 +288,4 @@ def _modules_alive() -> list[nn.Module]:
 
 
 _OURS = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")  # noqa: PTH118, PTH120 - as code objects have it
+_CALL = nn.Module._wrapped_call_impl.__code__

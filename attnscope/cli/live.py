@@ -195,12 +195,12 @@ class PartView:
             return None
         name = self._members[event.member].name
         if isinstance(what, Nonfinite):
-            place = ""
+            where = ""
             if what.where is not None:
                 words = [place.words for place in what.where]
-                place = f" ({', '.join([*words[:3], *['...'] * (len(words) > 3)])})"
+                where = f" ({', '.join([*words[:3], *['...'] * (len(words) > 3)])})"
             verb = "are" if what.tensor == "attention logits" else "is"
-            return Text(f"step {event.step}: {what.tensor} of {name} {verb} not finite{place}", "red")
+            return Text(f"step {event.step}: {what.tensor} of {name} {verb} not finite{where}", "red")
         self._notes[event.member] = f"✗ diverged at step {event.step}"
         return Text(f"step {event.step}: {name} diverged: loss {what.why}", "red")
 

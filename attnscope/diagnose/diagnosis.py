@@ -4,20 +4,30 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from attnscope.diagnose.chains import chains, linked
+from attnscope.diagnose.rules.batches import poisoned_batch, repeated_batch
 from attnscope.diagnose.rules.clipping import clipping_always_on
+from attnscope.diagnose.rules.collapse import entropy_collapse, rank_collapse
+from attnscope.diagnose.rules.data import first_loss_too_high, loss_rises, loss_too_low, plateau
+from attnscope.diagnose.rules.depth import gradients_explode_with_depth, gradients_vanish_with_depth
 from attnscope.diagnose.rules.future import future_visible, labels_shifted_wrong
+from attnscope.diagnose.rules.heads import attention_sink, identical_heads, uniform_attention
+from attnscope.diagnose.rules.learning_rate import learning_rate_too_high, learning_rate_too_low
+from attnscope.diagnose.rules.logits import logit_growth, starved_queries_and_keys
 from attnscope.diagnose.rules.loss import failed, loss_explosion, loss_spike, stalled
 from attnscope.diagnose.rules.masks import padding_attended, rows_fully_masked, wrong_softmax_axis
 from attnscope.diagnose.rules.modes import dropout_in_evaluation, evaluation_in_training
 from attnscope.diagnose.rules.nonfinite import nonfinite, nonfinite_loss_passed, updates_skipped
+from attnscope.diagnose.rules.optimizer import adam_epsilon_too_large, loss_summed, weight_decay_too_strong
 from attnscope.diagnose.rules.parameters import (
     gradients_accumulate,
     parameters_frozen,
     parameters_without_gradient,
     parameters_without_optimizer,
 )
+from attnscope.diagnose.rules.precision import half_precision_headroom, loss_scale_collapse, updates_round_away
 from attnscope.diagnose.rules.saturation import saturated_at_start
 from attnscope.diagnose.rules.scale import applied_scale, unusual_scale
+from attnscope.diagnose.rules.schedule import learning_rate_jump, missing_warmup
 from attnscope.findings import Finding, NotLooked, to_table
 from attnscope.runs.layout import to_json
 from attnscope.runs.reader import Run
@@ -36,15 +46,40 @@ RULES: tuple[Rule, ...] = (
     gradients_accumulate,
     evaluation_in_training,
     dropout_in_evaluation,
+    repeated_batch,
+    loss_rises,
     applied_scale,
     saturated_at_start,
+    first_loss_too_high,
+    half_precision_headroom,
+    updates_round_away,
+    loss_summed,
+    adam_epsilon_too_large,
+    weight_decay_too_strong,
+    learning_rate_jump,
+    missing_warmup,
+    learning_rate_too_high,
+    learning_rate_too_low,
+    gradients_explode_with_depth,
+    gradients_vanish_with_depth,
     clipping_always_on,
+    logit_growth,
+    entropy_collapse,
+    rank_collapse,
+    uniform_attention,
+    starved_queries_and_keys,
+    identical_heads,
+    attention_sink,
     unusual_scale,
+    poisoned_batch,
     nonfinite,
     nonfinite_loss_passed,
+    loss_scale_collapse,
     updates_skipped,
     loss_explosion,
     loss_spike,
+    loss_too_low,
+    plateau,
     stalled,
     failed,
 )

@@ -7,16 +7,27 @@ import inspect
 import re
 from types import ModuleType
 
-from attnscope.diagnose import applied_scale
+from attnscope.diagnose import applied_scale, courses, harm, levels, products
 from attnscope.diagnose.diagnosis import RULES, Rule
-from attnscope.diagnose.rules import saturation
+from attnscope.diagnose.rules import logits, saturation
 from attnscope.runs import divergence, outcome
 from attnscope.signals import spikes
 
 SECTIONS = ("What it looks at", "Why it matters", "What to try", "Known limits", "Source")
 
 # Where a threshold stands that the module of the rule does not have.
-ELSEWHERE: tuple[ModuleType, ...] = (applied_scale, saturation, spikes, divergence, outcome)
+ELSEWHERE: tuple[ModuleType, ...] = (
+    applied_scale,
+    courses,
+    harm,
+    levels,
+    products,
+    saturation,
+    logits,
+    spikes,
+    divergence,
+    outcome,
+)
 
 INTRODUCTION = """\
 # The rules of `attnscope diagnose`

@@ -34,6 +34,7 @@ from attnscope.runs.events import (
 )
 from attnscope.runs.foreign import number_in, printable
 from attnscope.runs.layout import to_json
+from attnscope.runs.probe_events import CrossEntropySeen, FirstTargets
 from attnscope.runs.reader import Run
 from attnscope.runs.watched import AttentionLayer, NotMeasured, attention_layers, not_measured
 
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MOST_EVENTS = 200
-TOLD_ELSEWHERE = (Started, Evaluated, Generated, AttentionSeen, Unmeasured)
+TOLD_ELSEWHERE = (Started, Evaluated, Generated, AttentionSeen, Unmeasured, CrossEntropySeen, FirstTargets)
 MOST_TEXT = 2000  # characters of a generated text
 
 

@@ -48,6 +48,14 @@ def curve_of(tables: RunTables, name: str, column: str) -> tuple[Floats, Floats]
     return steps, tables.steps[column].to_numpy()[rows_N].astype(np.float64)
 
 
+def where_measured(steps: Floats, values: Floats, measured: NDArray[np.int32]) -> tuple[Floats, Floats]:
+    """The curve at these steps alone if it has values at no others: a gap says that it broke, not that nobody looked."""
+    is_measured_N = np.isin(steps, measured)
+    if np.isfinite(values[~is_measured_N]).any():
+        return steps, values
+    return steps[is_measured_N], values[is_measured_N]
+
+
 def thinned(steps: Floats, values: Floats, *, points: int = POINTS) -> tuple[Floats, Floats]:
     """A curve of at most about 2 x `points` points: the smallest and the largest finite value of each bin, in order.
 

@@ -4,7 +4,8 @@ Shape key: N rows, M member in the order of run.json.
 """
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,12 +22,18 @@ if TYPE_CHECKING:
 READ = (
     "attention.scale",
     "attention.qk_norm",
+    "attention.mask",
+    "attention.backend",
+    "attention.logit_softcap",
     "model.d_model",
     "model.n_heads",
     "model.d_head",
     "model.n_layers",
     "optimizer.name",
     "optimizer.warmup_steps",
+    "data.source",
+    "data.objective",
+    "precision.dtype",
 )
 
 
@@ -58,6 +65,12 @@ def sorted_by_member(table: "pd.DataFrame", columns: tuple[str, ...]) -> list[ND
     codes_N = members_of_rows(table)
     order_N = np.argsort(codes_N, kind="stable")
     return [codes_N[order_N], *(table[name].to_numpy()[order_N] for name in columns)]
+
+
+def slices_of(codes_N: NDArray[Any], n_members: int) -> list[slice]:
+    """Where the rows of each member stand, (M,), in what is sorted by member."""
+    bounds = np.searchsorted(codes_N, np.arange(n_members + 1)).tolist()
+    return [slice(low, high) for low, high in pairwise(bounds)]
 
 
 def first_measured(heads: "pd.DataFrame", n_members: int) -> "pd.DataFrame":

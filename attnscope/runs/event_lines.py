@@ -71,9 +71,9 @@ def as_plain(value: object, deep: int = MOST_DEEP) -> object:
     if value is None or isinstance(value, bool | int | float | str | np.ndarray | np.generic):
         return value
     if deep and isinstance(value, Mapping):
-        return {str(key): as_plain(each, deep - 1) for key, each in value.items()}
+        return {str(key): as_plain(item, deep - 1) for key, item in value.items()}
     if deep and isinstance(value, list | tuple | set | frozenset):
-        return [as_plain(each, deep - 1) for each in value]
+        return [as_plain(item, deep - 1) for item in value]
     try:
         return str(value)[:MOST_TEXT]
     except Exception:
@@ -108,6 +108,11 @@ def _texts(as_read: Mapping[str, object], name: str) -> tuple[str, ...] | None:
 def _whole(as_read: Mapping[str, object], name: str) -> int | None:
     value = as_read.get(name)
     return value if is_whole(value, -MOST_WHOLE, MOST_WHOLE) else None
+
+
+def _flag(as_read: Mapping[str, object], name: str) -> bool | None:
+    value = as_read.get(name)
+    return value if isinstance(value, bool) else None
 
 
 def _number(as_read: Mapping[str, object], name: str) -> float | None:
@@ -151,6 +156,7 @@ def _place_in_json(table: object) -> Place | None:
 # How a field of each type is read: from the fields of a line and its name to a value, None where there is none of the type.
 _READERS: Mapping[object, Callable[[Mapping[str, object], str], object]] = {
     str: _text,
+    bool: _flag,
     int: _whole,
     int | None: _whole,
     float: _number,

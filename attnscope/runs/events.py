@@ -8,6 +8,18 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from attnscope.runs.probe_events import (
+    CrossEntropySeen,
+    DropoutInEvaluation,
+    EvaluationInTraining,
+    FirstTargets,
+    KeysSeen,
+    RowsWithoutKeys,
+    TargetsSeen,
+    Upkeep,
+    WithoutOptimizer,
+)
+
 INTERNAL = "internal"  # stands for the backend of a measurement that failed in attnscope's own code
 
 
@@ -113,6 +125,7 @@ class AttentionSeen:
         n_heads: query heads.
         d_head: size of a query; None where it was not seen.
         scale: what multiplied q.k; None where no single number does, or it could not be seen.
+        scale_after: what of it multiplied the product, and not q or k before; None as for scale, and in older runs.
         mask: in words.
         dtype: of the queries.
         backend: sdpa, eager, ...
@@ -123,6 +136,7 @@ class AttentionSeen:
     n_heads: int
     d_head: int | None
     scale: float | None
+    scale_after: float | None = None
     mask: str = ""
     dtype: str = ""
     backend: str = ""
@@ -160,11 +174,30 @@ class OptimizerSeen:
         name: of its class.
         parameters: numbers it moves.
         devices: they are on.
+        dtypes: they are of.
     """
 
     name: str
     parameters: int | None
     devices: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlocksSeen:
+    """`blocks`: a stack of numbered blocks of watched code was seen for the first time.
+
+    Attributes:
+        name: its path.
+        model: class of the model.
+        first_layer: `layer` in the layers table of its block 0.
+        n_blocks: it has.
+    """
+
+    name: str
+    model: str = ""
+    first_layer: int
+    n_blocks: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,151 +265,6 @@ class CheckpointLeftOut:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KeysSeen:
-    """`keys_seen`: which keys the queries of an attention layer of watched code see, in the first steps.
-
-    Attributes:
-        layer: its number in the tables.
-        queries: T.
-        keys: S.
-        later: mean share of attention on keys after the query; None where T is not S.
-        later_rows: share of query rows that see such a key.
-        padded: mean share of attention of real queries on padding; None where none is known.
-        inverted_rows: share of rows with a mask that see one token alone, while several are hidden from them.
-    """
-
-    layer: int
-    queries: int
-    keys: int
-    later: float | None
-    later_rows: float | None
-    padded: float | None
-    inverted_rows: float | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowsWithoutKeys:
-    """`rows_without_keys`: an attention layer of watched code has query rows that see no key, for the first time."""
-
-    layer: int
-    rows: int
-    of: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TargetsSeen:
-    """`targets`: how the targets of a cross-entropy of watched code stand to the tokens that the model was given.
-
-    Attributes:
-        positions: of a sequence; 0 = the targets fit none.
-        compared: targets that count.
-        equal_before: share of them that are the token one position before theirs.
-        equal_same: the token at their position.
-        equal_next: the next one.
-        equal_after_next: the one after that.
-        sequences: of tokens that the model was given; 0 = none was seen.
-    """
-
-    positions: int
-    compared: int
-    equal_before: float | None
-    equal_same: float | None
-    equal_next: float | None
-    equal_after_next: float | None
-    sequences: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Upkeep:
-    """`upkeep`: what an optimizer of watched code did besides its updates; of each number, the last one counts.
-
-    Attributes:
-        number: of the optimizer.
-        optimizer: its class.
-        updates: of it.
-        steps_without_gradient: its steps after a loss, at which no parameter of it had a gradient.
-        steps_zeroed: of those, the ones before which its gradients had been thrown away.
-        compared: updates before whose backward passes gradients were looked at.
-        gradients_kept: those at which none of these passes began with gradients of zero.
-        parameters: that it has.
-        detached: its parameters that modules compute with, and that never had a gradient.
-        detached_names: of the first.
-        unused: the others that never had one.
-        unused_names: of the first.
-        lr_zero: its parameters that had gradients, and a learning rate of 0 at every update.
-        lr_zero_names: of the first.
-    """
-
-    number: int
-    optimizer: str = ""
-    updates: int
-    steps_without_gradient: int
-    steps_zeroed: int
-    compared: int
-    gradients_kept: int
-    parameters: int
-    detached: int
-    detached_names: tuple[str, ...] = ()
-    unused: int
-    unused_names: tuple[str, ...] = ()
-    lr_zero: int
-    lr_zero_names: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WithoutOptimizer:
-    """`without_optimizer`: parameters of watched code that had gradients, and that no optimizer has; the last one counts.
-
-    Attributes:
-        parameters: how many.
-        names: of the first.
-        left_out: how many are registered in a model that an optimizer has other parameters of.
-        share_left_out: their share of that model's numbers.
-        hidden: how many are those of modules in Python containers of such a model.
-        containers: its attributes that are those.
-    """
-
-    parameters: int
-    names: tuple[str, ...] = ()
-    left_out: int
-    share_left_out: float | None
-    hidden: int
-    containers: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DropoutInEvaluation:
-    """`dropout_in_evaluation`: a watched model computed a loss without gradients while it was in training mode.
-
-    Attributes:
-        model: its class.
-        dropouts: modules of it that drop something.
-        dropout: the largest share that one drops.
-    """
-
-    model: str = ""
-    dropouts: int
-    dropout: float | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluationInTraining:
-    """`evaluation_in_training`: a watched model was trained while all of it was in evaluation mode.
-
-    Attributes:
-        model: its class.
-        losses_before: that were differentiated while it was in training mode.
-        dropouts: modules of it that drop something.
-        batch_norms: modules of it that take statistics of the batch in training mode.
-    """
-
-    model: str = ""
-    losses_before: int
-    dropouts: int
-    batch_norms: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Untyped:
     """A kind that this version does not know, or fields that make no sense of one that it does."""
 
@@ -395,6 +283,9 @@ What = (
     | Unmeasured
     | NotRecorded
     | OptimizerSeen
+    | BlocksSeen
+    | CrossEntropySeen
+    | FirstTargets
     | SkippedUpdate
     | StepWithoutGradient
     | LossNotSeen
@@ -424,6 +315,9 @@ EVENTS: Mapping[str, type[What]] = {
     "not_measured": Unmeasured,
     "not_recorded": NotRecorded,
     "optimizer": OptimizerSeen,
+    "blocks": BlocksSeen,
+    "cross_entropy": CrossEntropySeen,
+    "first_targets": FirstTargets,
     "skipped_update": SkippedUpdate,
     "step_without_gradient": StepWithoutGradient,
     "loss_not_seen": LossNotSeen,

@@ -1,11 +1,11 @@
 """One member of a run and how it ended, from what its part recorded and what ended that.
 
-Shape key: S steps of the member.
+Shape key: S steps of the member, N rows of a table, M member in the order of run.json.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 from attnscope.runs.layout import MemberEntry
 from attnscope.runs.outcome import Outcome, outcome
 from attnscope.runs.parts import NEVER, PartFiles
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +120,22 @@ def member_record(
         seen=seen,
     )
     return MemberRecord(entry=entry, outcome=ended)
+
+
+def losses_seen(steps: "pd.DataFrame", broken: Iterable[tuple[int, int]], n_members: int) -> NDArray[np.bool_]:
+    """Whether each loss of watched code was seen, (N,): one that is NaN was where an event had said so, at its step or before.
+
+    Args:
+        steps: the steps table, N rows.
+        broken: place in run.json of the member, and step, of each event of a loss that is not finite.
+        n_members: of the run.
+    """
+    first_M = np.full(n_members, NEVER)
+    for m, step in broken:
+        first_M[m] = min(first_M[m], step)
+    codes_N, step_N = steps["member"].cat.codes.to_numpy(), steps["step"].to_numpy()
+    seen_N: NDArray[np.bool_] = ~np.isnan(steps["loss"].to_numpy()) | (step_N >= first_M[codes_N])
+    return seen_N
 
 
 def end_status_of(part: PartFiles, *, run_status: str, is_held: bool) -> str | None:

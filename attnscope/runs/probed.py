@@ -3,7 +3,8 @@
 from dataclasses import dataclass, fields, replace
 from typing import Generic, TypeVar
 
-from attnscope.runs.events import (
+from attnscope.runs.foreign import printable
+from attnscope.runs.probe_events import (
     DropoutInEvaluation,
     EvaluationInTraining,
     KeysSeen,
@@ -12,7 +13,6 @@ from attnscope.runs.events import (
     Upkeep,
     WithoutOptimizer,
 )
-from attnscope.runs.foreign import printable
 from attnscope.runs.reader import Run
 
 MOST_NAMES = 10

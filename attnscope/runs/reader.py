@@ -28,7 +28,7 @@ from attnscope.runs.holder import writer_of
 from attnscope.runs.layout import RUN_FILE, Manifest, table_file
 from attnscope.runs.listing import runs_in
 from attnscope.runs.manifest import change_of, is_whole, read_manifest
-from attnscope.runs.members import MemberRecord, end_status_of, member_record
+from attnscope.runs.members import MemberRecord, end_status_of, losses_seen, member_record
 from attnscope.runs.parts import (
     NEVER,
     PartFiles,
@@ -206,22 +206,17 @@ class Run:
 
     @cached_property
     def loss_seen(self) -> NDArray[np.bool_]:
-        """Whether the loss of each row of `steps` was seen, (N,).
-
-        In watched code NaN also stands for a loss that was not; after the first event of a loss that is not finite it is one.
-        """
-        loss_N = self.steps["loss"].to_numpy()
+        """Whether the loss of each row of `steps` was seen, (N,): in watched code NaN also stands for one that was not."""
         if self.kind == "train":
-            return np.ones(len(loss_N), dtype=bool)
-        first_M = np.full(len(self.entries), NEVER)
-        for part, _, event in self._events_kept:
-            if isinstance(event.what, Nonfinite) and event.what.tensor == "loss":
-                for index, m in self._numbers[part].items():
-                    if event.member in (None, index):
-                        first_M[m] = min(first_M[m], event.step)
-        codes_N = self.steps["member"].cat.codes.to_numpy()
-        seen_N: NDArray[np.bool_] = ~np.isnan(loss_N) | (self.steps["step"].to_numpy() >= first_M[codes_N])
-        return seen_N
+            return np.ones(len(self.steps), dtype=bool)
+        broken = [
+            (m, event.step)
+            for part, _, event in self._events_kept
+            if isinstance(event.what, Nonfinite) and event.what.tensor == "loss"
+            for index, m in self._numbers[part].items()
+            if event.member in (None, index)
+        ]
+        return losses_seen(self.steps, broken, len(self.entries))
 
     @property
     def lost(self) -> tuple[str, ...]:

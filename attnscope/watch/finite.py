@@ -6,7 +6,7 @@ numbers of 1e35 would overflow, too: nobody trains with those). The host looks a
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from attnscope.capture.dispatch import Unobserved, outside, why_unseen
 from attnscope.capture.eager import in_backward
 from attnscope.capture.names import module_of_call
 from attnscope.capture.patches import Patches
+from attnscope.watch.kept import Kept
 
 # What the modules of transformers are made of; what comes between them shows in the next one's output.
 OPERATORS = ("linear", "embedding", "layer_norm", "rms_norm", "addmm")  # Conv1D of Hugging Face is an addmm
@@ -40,20 +41,8 @@ class Outputs:
         return [made() for made, broken in zip(self.modules, broken_N, strict=True) if broken]
 
 
-@dataclass(slots=True)
-class _Step:
-    """Who made the outputs, and where their sums stand in the buffer of a device."""
-
-    modules: list[Callable[[], nn.Module | None]] = field(default_factory=list)
-    devices: list[torch.device] = field(default_factory=list)
-
-
 class Finite:
-    """Collects the sums of the step that goes on.
-
-    They stand in one buffer for each device: small tensors that are kept between large ones that come and go would leave the
-    allocator no hole of the size that the next one needs, which costs the script more than the sums do.
-    """
+    """Collects the sums of the step that goes on."""
 
     def __init__(
         self,
@@ -65,22 +54,16 @@ class Finite:
         """`on_call` is told of each call in training before its output is looked at, the other one of any other's output."""
         self._on_call = on_call
         self._on_call_without_gradients = on_call_without_gradients
-        self._step = _Step()
-        self._sums: dict[torch.device, Tensor] = {}
+        self._modules: list[Callable[[], nn.Module | None]] = []
+        self._sums = Kept(columns=1, most=MOST)
         for name in OPERATORS:
             patches.listen(name, self._look)
 
     def end_step(self) -> Outputs | None:
         """What was collected; None where nothing was."""
-        step, self._step = self._step, _Step()
-        if not step.devices:
-            return None
-        first = step.devices[0]
-        if all(device == first for device in step.devices):
-            total_N = self._sums[first][: len(step.devices)].clone()
-        else:
-            total_N = torch.stack([self._sums[device][n].to(first) for n, device in enumerate(step.devices)])
-        return Outputs(modules=tuple(step.modules), total_N=total_N)
+        modules, self._modules = self._modules, []
+        total_N1 = self._sums.take()
+        return None if total_N1 is None else Outputs(modules=tuple(modules), total_N=total_N1[:, 0])
 
     def _look(self, _args: tuple[Any, ...], _kwargs: dict[str, Any], out: Any) -> None:
         if not torch.is_grad_enabled():
@@ -92,15 +75,11 @@ class Finite:
                 self._add(module, outside(out).detach())
 
     def _add(self, module: nn.Module | None, out: Tensor) -> None:
-        n = len(self._step.devices)
-        if n >= MOST:
+        if self._sums.is_full:
             return
-        if out.device not in self._sums:
-            self._sums[out.device] = torch.zeros(MOST, device=out.device)
         dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
-        self._sums[out.device][n] = out.sum(dtype=dtype)
-        self._step.devices.append(out.device)
-        self._step.modules.append(_nobody if module is None else weakref.ref(module))
+        self._sums.add(out.sum(dtype=dtype))
+        self._modules.append(_nobody if module is None else weakref.ref(module))
 
 
 def _nobody() -> None:

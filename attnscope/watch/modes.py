@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from attnscope.capture.names import Modules
-from attnscope.runs.events import DropoutInEvaluation, EvaluationInTraining
+from attnscope.runs.probe_events import DropoutInEvaluation, EvaluationInTraining
 from attnscope.watch.guard import OnEvent
 from attnscope.watch.parameters import parameters_of
 from attnscope.watch.step import Step

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
 from attnscope.capture.names import Modules
-from attnscope.runs.events import WithoutOptimizer
+from attnscope.runs.probe_events import WithoutOptimizer
 from attnscope.watch.guard import OnEvent
 from attnscope.watch.parameters import parameters_of
 from attnscope.watch.step import Step

@@ -1,7 +1,7 @@
 """What was seen of foreign steps goes to the disk, a block of steps at a time, with what went wrong in it."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,22 +26,20 @@ from attnscope.signals.alarms import Alarms, place_of
 from attnscope.signals.conditions import Condition
 from attnscope.signals.journal import Journal
 from attnscope.signals.nonfinite import Looked
-from attnscope.watch.step import Step
-from attnscope.watch.tables import Array, heads_of, params_of, seen_losses, steps_of
+from attnscope.watch.output import Targets
+from attnscope.watch.step import FIRST, Step
+from attnscope.watch.tables import Array, fill_in, heads_of, layers_of, params_of, seen_losses, steps_of
 
-# Why a column or a table may be empty at the end of a watched run.
+# Why a column or a table may be empty at the end of a watched run; `finish` is told of others.
 WHY_EMPTY = {
     "loss": "no scalar was given to backward()",
-    "val_loss": "which forward passes are an evaluation, only the script knows",
+    "val_loss": "which forward passes are an evaluation, and of what, only the script knows",
     "grad_norm": "no optimizer was seen to step with gradients",
     "lr": "no optimizer was seen to step",
     "tokens": "F.cross_entropy with class indices was not seen",
     "output_logit_max": "F.cross_entropy with class indices was not seen",
     "log_z": "F.cross_entropy with class indices was not seen",
-    "activation_rms_max": "which activations are the residual stream, only the script knows",
-    "token_cosine": "which activations are the residual stream, only the script knows",
     "table heads": "no attention was measured",
-    "table layers": "which activations are the residual stream, only the script knows",
     "table params": "no optimizer was seen to step with gradients",
 }
 
@@ -93,6 +91,7 @@ class Layer:
             n_heads=self.n_heads,
             d_head=self.d_head,
             scale=applied,
+            scale_after=scale,
             mask=self.mask,
             dtype=self.dtype,
             backend=self.backend,
@@ -115,6 +114,7 @@ class WatchRecorder:
         self._undescribed: list[tuple[int, Layer]] = []
         self._journal = Journal(writer, Alarms(self._place))
         self._tokens = 0
+        self._targets = Targets(FIRST)
         self._filled: set[str] = set()
         self.broken: str | None = None
         self.losses_not_seen = 0
@@ -156,10 +156,14 @@ class WatchRecorder:
         block, self._block = self._block, []
         if not block:
             return {}
+        self._look_at_targets(block, measuring)
         last = block[-1].number
-        tables: Tables = {"steps": {}, "heads": {}, "params": {}}
+        tables: Tables = {"steps": {}, "heads": {}, "layers": {}, "params": {}}
+        with measuring("table layers", last):
+            tables["layers"] = layers_of([(step.number, step.passed) for step in block if step.passed is not None])
         with measuring("table steps", last):
             tables["steps"] = steps_of([step for step in block if step.counts], self._tokens)
+            fill_in(tables["steps"], tables["layers"])
             self._note_filled(tables["steps"], block)
         with measuring("table heads", last):
             tables["heads"] = heads_of([step for step in block if step.heads])
@@ -193,12 +197,27 @@ class WatchRecorder:
         """The first condition that the block last flushed meets, and what met it; None if none does."""
         return self._journal.met(conditions, tables)
 
-    def finish(self, status: str, measuring: Measuring, *, step: int, **fields: object) -> None:
-        """Write what is left and say how it ended, and what stayed empty."""
+    def _look_at_targets(self, block: Sequence[Step], measuring: Measuring, *, is_end: bool = False) -> None:
+        with measuring("targets", block[-1].number if block else 0):
+            calls = [(step.number, step.output.first) for step in block if step.counts]
+            for step, what in self._targets.add(calls, is_end=is_end):
+                self.event(what, step=step)
+
+    def finish(
+        self,
+        status: str,
+        measuring: Measuring,
+        *,
+        step: int,
+        why_empty: Mapping[str, str],
+        **fields: object,
+    ) -> None:
+        """Write what is left and say how it ended, and what stayed empty: WHY_EMPTY and `why_empty` have the reasons."""
         self.flush(measuring)
+        self._look_at_targets([], measuring, is_end=True)
         self._journal.end([0])
         with measuring("event not_recorded", step):
-            empty = {name: why for name, why in WHY_EMPTY.items() if name not in self._filled}
+            empty = {name: why for name, why in {**WHY_EMPTY, **why_empty}.items() if name not in self._filled}
             if empty:
                 self.event(NotRecorded(why_empty=empty), step=step)
         plain = {name: as_plain(value) for name, value in fields.items()}

@@ -7,7 +7,7 @@ from attnscope.errors import ConfigError
 from attnscope.signals.conditions import Condition, parse_condition
 from attnscope.watch.trackers import check_tracker
 
-EVERY = 10  # steps between those at which attention and parameters are measured
+EVERY = 10  # steps between those at which attention, the residual stream and parameters are measured
 ROWS = 32  # query rows measured per head and call
 
 
@@ -16,7 +16,7 @@ class Settings:
     """What a watcher is told.
 
     Attributes:
-        every: attention and parameters are measured at the first 20 steps and at every so many.
+        every: attention, the residual stream and parameters are measured at the first 20 steps and at every so many.
         rows: query rows per head and call, or "all".
         layers: names of attention layers, with * and ? as in a shell; none = all.
         stop_on: conditions at which training is stopped.

@@ -17,7 +17,7 @@ from attnscope.capture.seen import Seen
 from attnscope.capture.sight import FACTS, Tokens, empty_rows, sight_of
 from attnscope.capture.targets import OFFSETS, Comparison, compared
 from attnscope.metrics.rows import SAMPLES
-from attnscope.runs.events import KeysSeen, RowsWithoutKeys, TargetsSeen
+from attnscope.runs.probe_events import KeysSeen, RowsWithoutKeys, TargetsSeen
 from attnscope.watch.guard import OnEvent
 from attnscope.watch.numbers import is_readable
 from attnscope.watch.step import Step

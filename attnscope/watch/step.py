@@ -11,6 +11,9 @@ from torch import Tensor
 
 from attnscope.watch.finite import Outputs
 from attnscope.watch.output import Output
+from attnscope.watch.passed import Passed
+
+FIRST = 20  # steps that are all measured, whatever the cadence: what explodes, explodes early
 
 
 class ParameterPlace(NamedTuple):
@@ -39,6 +42,7 @@ class Step:
         gradients: what has a gradient along P, and its norm before clipping, (P,); at every step.
         outputs: sums over the outputs of modules.
         output: what cross-entropy was given.
+        passed: the residual stream, as it passed from block to block.
         lrs: of all parameter groups that were updated.
     """
 
@@ -55,6 +59,7 @@ class Step:
     gradients: list[tuple[list[ParameterPlace], Tensor]] = field(default_factory=list)
     outputs: Outputs | None = None
     output: Output = field(default_factory=Output)
+    passed: Passed | None = None
     grad_norm: Tensor | None = None
     clip_factor: Tensor | None = None
     lrs: list[float | Tensor] = field(default_factory=list)

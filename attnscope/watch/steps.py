@@ -29,10 +29,10 @@ from attnscope.watch.output import see_cross_entropy
 from attnscope.watch.parameters import Parameters, parameters_of
 from attnscope.watch.probes import FirstLooks
 from attnscope.watch.recording import WatchRecorder, broken_gradients
-from attnscope.watch.step import Step
+from attnscope.watch.residual import Residual
+from attnscope.watch.step import FIRST, Step
 from attnscope.watch.turns import Turns
 
-FIRST = 20  # steps that are all measured, whatever the cadence: what explodes, explodes early
 MOST_LOSSES = 1000  # of one step
 ANOTHER_THREAD = "another thread trains at the same time: only the steps of the first one are recorded"
 
@@ -70,6 +70,7 @@ class Steps:
         recorder: WatchRecorder,
         modules: Modules,
         layers: Layers,
+        residual: Residual,
         probes: FirstLooks,
         guard: Guard,
         every: int,
@@ -83,6 +84,7 @@ class Steps:
             recorder: takes the steps.
             modules: know the names of parameters.
             layers: measure attention.
+            residual: follows the residual stream.
             probes: look at what no table shows.
             guard: says what goes wrong.
             every: steps between those that are measured, after the first ones.
@@ -92,6 +94,7 @@ class Steps:
         """
         self._recorder = recorder
         self._layers = layers
+        self._residual = residual
         self._probes = probes
         self._guard = guard
         self._every = every
@@ -99,7 +102,7 @@ class Steps:
         self._on_forward_over = on_forward_over
         self._on_end = on_end
         self._parameters = Parameters(modules, self._on_left_out)
-        self._turns = Turns(self._forget_attention)
+        self._turns = Turns(self._forget_forward)
         self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._open: set[int] = set()  # optimizers between before_update and after_update, by id
         self._moved: set[int] = set()  # optimizers that have stepped in this step, by id
@@ -139,8 +142,18 @@ class Steps:
         self._begin()
         if self.now.measured:
             layer = self._layers.see(self.now, module, seen)
+            with self._guard.measuring("residual stream", self.now.number):
+                self._residual.attend(self.now.number, module, seen)
             if layer is not None and torch.is_grad_enabled():
                 self._probes.attention(self.now, layer, seen)
+
+    @_guarded("residual stream")
+    def passing(self, look: Callable[[int], None]) -> None:
+        """Something is computed in training; `look` is given the number of the step if that is measured."""
+        if not self.repeats and self._turns.is_mine(trains=False):
+            self._begin()
+            if self.now.measured:
+                look(self.now.number)
 
     @_guarded("attention")
     def unmeasured(self, module: nn.Module | None, backend: str, shapes: list[list[int]], reason: str) -> None:
@@ -153,8 +166,10 @@ class Steps:
         """See `OnTraining`."""
         if not self.repeats and self._turns.is_mine(trains=False):
             self._begin()
-            self._probes.cross_entropy(self.now, targets, ignore_index)
-            see_cross_entropy(self.now.output, logits, targets, ignore_index, measured=self.now.measured)
+            now = self.now
+            self._probes.cross_entropy(now, targets, ignore_index)
+            is_first = now.number < FIRST
+            see_cross_entropy(now.output, logits, targets, ignore_index, measured=now.measured, is_first=is_first)
 
     @_guarded("evaluation")
     def evaluated(self) -> None:
@@ -253,6 +268,7 @@ class Steps:
                 name=type(optimizer).__name__,
                 parameters=sum(p.numel() for p in parameters),
                 devices=tuple(sorted({device_name(p.device) for p in parameters})),
+                dtypes=tuple(sorted({str(p.dtype).removeprefix("torch.") for p in parameters})),
             )
             self._guard.event(what, step=now.number)
         self._see_lrs(optimizer)
@@ -298,6 +314,8 @@ class Steps:
             self._parameters.end_step(now)
         with self._guard.measuring("outputs of modules", now.number):
             now.outputs = self._take_outputs()
+        with self._guard.measuring("residual stream", now.number):
+            now.passed = self._residual.take(now.number)
         if now.updated and not now.losses:
             self._lacks_loss(now)
         if self._moved_nothing and not now.updated and not self._lacks_gradient:
@@ -345,10 +363,11 @@ class Steps:
             self._guard.not_measured("training", self.now.number, ANOTHER_THREAD)
         return mine
 
-    def _forget_attention(self) -> None:
-        """It was that of another training."""
+    def _forget_forward(self) -> None:
+        """Attention and streams were those of another training."""
         self.now.heads.clear()
         self.now.purposes.clear()
+        self._residual.forget()
 
     def _on_left_out(self, name: str, reason: str) -> None:
         self._guard.not_measured(name, self.now.number, reason)

@@ -1,6 +1,6 @@
 """From a block of foreign steps to the tables of a run directory; the host waits for the device only here.
 
-Shape key: C column, H head, P parameter, X all heads of a block's calls side by side.
+Shape key: C column, H head, N calls, P parameter, R rows of a table, X all heads of a block's calls side by side.
 """
 
 import math
@@ -15,6 +15,7 @@ from torch import Tensor
 from attnscope.metrics.totals import HEAD_COLUMNS, TOTALS, add, finish
 from attnscope.runs.divergence import FED
 from attnscope.runs.layout import COLUMNS as TABLES
+from attnscope.watch.passed import Passed
 from attnscope.watch.step import Step
 
 PARAMETER_COLUMNS = ("grad_norm", "grad_max", "nonfinite", "weight_norm", "update_norm")
@@ -92,6 +93,54 @@ def _side_by_side(calls: Sequence[Tensor], device: torch.device) -> dict[str, Te
     """TOTALS to (X,) float64 on the host, from one (C, H) per call."""
     joined_CX = torch.cat([call.to(device) for call in calls], dim=1).cpu().double()
     return dict(zip(TOTALS, joined_CX, strict=True))
+
+
+def layers_of(block: Sequence[tuple[int, Passed]]) -> dict[str, Array]:
+    """One row per step and layer, of steps by their numbers: several calls of a layer are as one with all their sequences.
+
+    Calls in evaluation count only where there are no others.
+    """
+    if not block:
+        return {}
+    device = block[0][1].values_NC.device
+    values_NC = torch.cat([passed.values_NC.to(device) for _, passed in block]).cpu().double().numpy()
+    step_N = np.repeat([step for step, _ in block], [len(passed.layers) for _, passed in block])
+    layer_N, trains_N, size_N, compared_N = (
+        np.array([x for _, passed in block for x in getattr(passed, name)])
+        for name in ("layers", "trains", "sizes", "n_compared")
+    )
+    keys_R2, row_N = np.unique(np.stack([step_N, layer_N], axis=1), axis=0, return_inverse=True)
+    n_rows = len(keys_R2)
+    trains_R = np.bincount(row_N, weights=trains_N, minlength=n_rows) > 0
+    counts_N = trains_N | ~trains_R[row_N]
+    size_N, compared_N = size_N * counts_N, compared_N * counts_N
+    rms_N, cosine_N = (
+        np.where(of_N > 0, x_N, 0.0) for of_N, x_N in zip((size_N, compared_N), values_NC.T, strict=True)
+    )
+    with np.errstate(all="ignore"):
+        square_R, size_R, cosine_R, compared_R = (
+            np.bincount(row_N, weights=x_N, minlength=n_rows)
+            for x_N in (size_N * rms_N**2, size_N, compared_N * cosine_N, compared_N)
+        )
+        return {
+            "step": keys_R2[:, 0],
+            "member": np.zeros(n_rows, dtype=np.int64),
+            "layer": keys_R2[:, 1],
+            "activation_rms": np.sqrt(square_R / size_R),
+            "token_cosine": cosine_R / compared_R,
+        }
+
+
+def fill_in(steps: dict[str, Array], layers: dict[str, Array]) -> None:
+    """The columns of the steps table that come from the layers table: NaN at steps without a row there."""
+    if not steps or not layers:
+        return
+    step_R = layers["step"]
+    first_S = np.flatnonzero(np.r_[True, step_R[1:] != step_R[:-1]])
+    last_S = np.r_[first_S[1:], len(step_R)] - 1
+    _, at, from_S = np.intersect1d(steps["step"], step_R[first_S], return_indices=True)
+    steps["activation_rms_max"][at] = np.maximum.reduceat(layers["activation_rms"], first_S)[from_S]
+    steps["token_cosine"][at] = layers["token_cosine"][last_S[from_S]]
 
 
 def params_of(block: Sequence[Step]) -> dict[str, Array]:

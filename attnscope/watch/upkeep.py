@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attnscope.capture.names import Modules
-from attnscope.runs.events import Upkeep
+from attnscope.runs.probe_events import Upkeep
 from attnscope.watch.guard import OnEvent
 from attnscope.watch.orphans import Orphans
 from attnscope.watch.parameters import parameters_of

@@ -28,6 +28,7 @@ from attnscope.watch.guard import MOST_TEXT, Guard, one_line
 from attnscope.watch.layers import Layers
 from attnscope.watch.probes import FirstLooks
 from attnscope.watch.recording import Tables, WatchRecorder
+from attnscope.watch.residual import Residual
 from attnscope.watch.settings import Settings
 from attnscope.watch.snapshots import Snapshots
 from attnscope.watch.steps import Steps
@@ -63,16 +64,18 @@ class Watcher:
             on_layer=recorder.add_layer,
             on_unmeasured=lambda what, step: self._guard.event(what, step=step),
         )
+        self._residual = Residual(modules, on_event=self._guard.event)
         self._first_looks = FirstLooks(modules, self._guard, rows=settings.rows)
         self._steps = Steps(
             recorder=recorder,
             modules=modules,
             layers=self._layers,
+            residual=self._residual,
             probes=self._first_looks,
             guard=self._guard,
             every=settings.every,
             take_outputs=self._take_outputs,
-            on_forward_over=lambda: self._capture.forget(),
+            on_forward_over=self._forward_over,
             on_end=self._step_over,
         )
         self._snapshots = Snapshots(settings.snapshot, self._step_of_forward) if settings.snapshot else None
@@ -82,6 +85,9 @@ class Watcher:
         self._seeing = Patches(lambda: steps.is_on and (steps.now.measured or steps.stepped), self._failed("attention"))
         self._hearing = Patches(lambda: steps.is_on, self._failed("training"))
         self._checking = Patches(lambda: steps.is_on, self._failed("outputs of modules"))
+        self._following = Patches(
+            lambda: steps.is_on and (steps.now.measured or steps.stepped), self._failed("residual stream")
+        )
         self._reading = Patches(lambda: steps.is_on, self._failed("token ids"))
 
     # -- from here on, what the user calls --
@@ -113,6 +119,7 @@ class Watcher:
         )
         self._reading.listen("embedding", self._on_embedding)
         self._training = Training(self._hearing, self._steps)
+        self._residual.listen(self._following, self._on_passing)
         self._hearing.replace([torch], "compile", self._compile)
         if "torch._dynamo" in sys.modules:  # something may be compiled already, and be traced later
             self._install_probes()
@@ -157,7 +164,7 @@ class Watcher:
             self._training.remove()
             if self._probes is not None:
                 self._probes.remove()
-            for patches in (self._reading, self._checking, self._hearing, self._seeing):
+            for patches in (self._following, self._reading, self._checking, self._hearing, self._seeing):
                 patches.restore()
             self._capture.forget()
             if os.getpid() == self._process:
@@ -187,7 +194,7 @@ class Watcher:
         }
         said |= {name: value for name, value in more.items() if value}
         with guard.measuring("end", now):
-            self._recorder.finish(status, guard.measuring, step=now, **said)
+            self._recorder.finish(status, guard.measuring, step=now, why_empty=self._residual.why_empty, **said)
 
     def stop_after(self, error: BaseException | None) -> None:
         """Stop, and say that training ended with this exception, or with none."""
@@ -275,7 +282,16 @@ class Watcher:
 
     def _on_attention(self, module: nn.Module | None, seen: Seen) -> None:
         self._on_forward(module)
-        self._steps.attention(module, seen)
+        with self._following.undisturbed():
+            self._steps.attention(module, seen)
+
+    def _on_passing(self, look: Callable[[int], None]) -> None:
+        with self._seeing.undisturbed():
+            self._steps.passing(look)
+
+    def _forward_over(self) -> None:
+        self._capture.forget()
+        self._residual.over()
 
     def _on_unmeasured(self, module: nn.Module | None, backend: str, shapes: list[list[int]], reason: str) -> None:
         self._on_forward(module)

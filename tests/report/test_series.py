@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from attnscope.report.series import CELLS, POINTS, finite_steps, heat, largest_per_step, thinned
+from attnscope.report.series import CELLS, POINTS, finite_steps, heat, largest_per_step, thinned, where_measured
 
 
 def test_a_short_curve_stays_as_it_is():
@@ -22,6 +22,19 @@ def test_a_long_curve_keeps_its_peak_its_valley_and_where_it_breaks():
     assert y[x == 777] == 99 and y[x == 54_321] == -99
     assert np.isnan(y[-1]) and x[np.isnan(y)][0] == 99_000
     assert (values[x.astype(int)] == y)[~np.isnan(y)].all()
+
+
+def test_a_curve_of_measured_steps_alone_is_a_line_whose_gaps_are_breaks():
+    steps, nan = np.arange(6.0), np.nan
+    x, y = where_measured(steps, np.array([1.0, nan, nan, nan, 3.0, nan]), np.array([0, 0, 2, 2, 4, 4]))
+    assert x.tolist() == [0, 2, 4] and np.isnan(y).tolist() == [False, True, False]
+
+
+def test_a_curve_that_was_recorded_at_other_steps_too_keeps_them_and_its_gaps():
+    steps, values = np.arange(4.0), np.array([1.0, 2.0, np.nan, np.nan])
+    for measured in (np.array([0, 2]), np.empty(0, dtype=int)):
+        x, y = where_measured(steps, values, measured)
+        assert x is steps and y is values
 
 
 def test_the_largest_of_each_step_and_not_a_number_wins():

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from attnscope.diagnose import examine
-from attnscope.runs.events import (
+from attnscope.runs.probe_events import (
     DropoutInEvaluation,
     EvaluationInTraining,
     KeysSeen,

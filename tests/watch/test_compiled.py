@@ -507,3 +507,43 @@ def test_functions_of_pytorch_found_while_it_was_watched_go_on_as_before(tmp_pat
     assert torch.equal(kept["softmax"](x, dim=-1), F.softmax(x, dim=-1))
     compiled = torch.compile(lambda x: kept["softmax"](x, dim=-1), backend="eager", fullgraph=True)
     assert torch.equal(compiled(x), F.softmax(x, dim=-1))
+
+
+class Attends(nn.Module):
+    """A block without a feed-forward part."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(D), nn.Linear(D, 3 * D), nn.Linear(D, D)
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, H, K)).permute(2, 0, 3, 1, 4)
+        return x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Stacked(nn.Module):
+    """Blocks one after the other, and a final norm."""
+
+    def __init__(self, n_eager):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers, self.norm = nn.ModuleList([Attends() for _ in range(3)]), nn.LayerNorm(D)
+        for layer in self.layers[n_eager:]:
+            layer.compile()
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm(x)
+
+
+@pytest.mark.parametrize("n_eager", [0, 1])
+def test_the_stream_is_not_seen_in_compiled_blocks_nor_mistaken_after_them(tmp_path, n_eager):
+    with watch_model(path=tmp_path / "run"):
+        model = Stacked(n_eager)
+        trained(model, lambda x: loss_of(model, x))
+    run = open_run(tmp_path / "run")
+    assert len(layers_of(run)) == 3
+    assert not len(run.layers)
+    (fields,) = run.events[run.events["kind"] == "not_recorded"]["fields"]
+    assert "compiled graphs" in fields["table layers"]

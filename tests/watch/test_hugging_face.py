@@ -69,3 +69,25 @@ def test_every_layer_is_seen_with_the_entropies_of_its_own_weights(tmp_path, bui
     for layer in range(2):
         found = entropy_by_head(run, layer)
         assert torch.allclose(found, entropy_of_weights(weights[layer]), atol=1e-5), layer
+
+
+@pytest.mark.parametrize("build", [gpt2, llama, bert], ids=lambda build: build.__name__)
+def test_the_residual_stream_is_what_the_blocks_put_out(tmp_path, build):
+    """Before a final LayerNorm, before one written by hand, and of blocks that end in one."""
+    torch.manual_seed(0)
+    model = build()
+    torch.manual_seed(0)
+    twin = build()
+
+    def loss_of(model):
+        return model(input_ids=TOKENS, labels=TOKENS).loss
+
+    run = train_watched(tmp_path / "run", model, loss_of)
+    path = NAMES[build].partition(".{}")[0]
+    seen = []
+    for block in twin.get_submodule(path):
+        block.register_forward_hook(lambda _block, _args, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    loss_of(twin)
+    expected = [x.square().mean().sqrt().item() for x in seen]
+    assert run.layers["layer"].tolist() == [0, 1]
+    assert run.layers["activation_rms"].tolist() == pytest.approx(expected, rel=1e-5)

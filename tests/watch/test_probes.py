@@ -14,7 +14,7 @@ from torch.optim import SGD, Adam
 from torch.utils.checkpoint import checkpoint
 
 from attnscope.runs import probed
-from attnscope.runs.events import (
+from attnscope.runs.probe_events import (
     DropoutInEvaluation,
     EvaluationInTraining,
     KeysSeen,

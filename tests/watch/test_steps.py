@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from attnscope.runs.reader import open_run
 from attnscope.watch.attach import watch_model
+from attnscope.watch.output import is_irregular
 from attnscope.watch.trackers import moments_of
 from tests.watch.test_training import Small, X, loss_of, plain_step, sizes, train
 
@@ -548,6 +549,58 @@ def test_log_z_of_any_shape_that_cross_entropy_takes(tmp_path, shape):
     run = train(tmp_path / "run", step, steps=1, optimizer=SGD([z], lr=0.0))
     assert run.steps["log_z"][0] == pytest.approx(expected, rel=1e-5)
     assert run.steps["tokens"][0] == y.numel()
+
+
+def test_the_first_targets_of_cross_entropy_are_looked_at(tmp_path):
+    y_SN = torch.randint(0, 5, (30, 400), generator=torch.Generator().manual_seed(1))
+    y_SN[:, 0] = -100
+    y_SN[7] = y_SN[0]
+    z = nn.Parameter(torch.randn(400, 5))
+    first = []
+
+    def step(_model, optimizer):
+        y_N = y_SN[len(first)]
+        loss = F.cross_entropy(z, y_N)
+        first.append(loss.item())
+        optimizer.zero_grad()
+        (-3 * loss).backward()
+        optimizer.step()
+
+    run = train(tmp_path / "run", step, steps=30, optimizer=SGD([z], lr=0.01))
+    assert events(run, "cross_entropy") == [{"classes": 5, "loss": pytest.approx(first[0])}]
+    (said,) = events(run, "first_targets")
+    assert said == {
+        "steps": 20,
+        "same": 2,
+        "irregular": True,
+        "counted": 399 / 400,
+        "entropy": pytest.approx(np.log(5), abs=0.01),
+    }
+
+
+@pytest.mark.parametrize(
+    ("targets", "irregular"),
+    [
+        (torch.arange(64), False),
+        (torch.arange(8).repeat_interleave(8), False),
+        (torch.arange(8).repeat(8), False),
+        (torch.zeros(64, dtype=torch.int64), False),
+        (torch.randint(0, 100, (15,)), False),
+        (torch.randint(0, 100, (64,), generator=torch.Generator().manual_seed(0)), True),
+    ],
+)
+def test_targets_that_are_laid_out_by_hand_are_regular(targets, irregular):
+    assert is_irregular(targets.numpy()) is irregular
+
+
+def test_a_run_of_fewer_steps_than_are_looked_at_tells_its_targets_at_the_end(tmp_path):
+    def step(model, optimizer):
+        optimizer.zero_grad()
+        model.loss(torch.tensor([1, 3, 2, 0])).backward()
+        optimizer.step()
+
+    run = train(tmp_path / "run", step, model=Classifies(), steps=3)
+    assert events(run, "first_targets") == [{"steps": 3, "same": 3, "irregular": False, "counted": 1.0}]
 
 
 def test_targets_that_are_probabilities_are_no_tokens(tmp_path):

@@ -7,7 +7,7 @@ from attnscope.diagnose.blindness import answer, without_attention, without_conf
 from attnscope.diagnose.concern import Concern, finding_of
 from attnscope.diagnose.rules.masks import layer_names, members_with, named
 from attnscope.findings import Evidence, Finding, NotLooked
-from attnscope.runs.events import KeysSeen, TargetsSeen
+from attnscope.runs.probe_events import KeysSeen, TargetsSeen
 from attnscope.runs.probed import Told, told
 from attnscope.runs.reader import Run
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from attnscope.diagnose.blindness import answer, without_attention, without_config, without_steps
 from attnscope.diagnose.concern import Concern, finding_of
 from attnscope.findings import Evidence, Finding, NotLooked
-from attnscope.runs.events import KeysSeen, Nonfinite, RowsWithoutKeys
+from attnscope.runs.events import Nonfinite
+from attnscope.runs.probe_events import KeysSeen, RowsWithoutKeys
 from attnscope.runs.probed import told
 from attnscope.runs.reader import Run
 from attnscope.runs.watched import attention_layers, not_measured

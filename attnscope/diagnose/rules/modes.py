@@ -3,7 +3,7 @@
 from attnscope.diagnose.blindness import answer, without_optimizer, without_steps
 from attnscope.diagnose.concern import Concern, finding_of
 from attnscope.findings import Evidence, Finding, NotLooked, Severity
-from attnscope.runs.events import DropoutInEvaluation, EvaluationInTraining
+from attnscope.runs.probe_events import DropoutInEvaluation, EvaluationInTraining
 from attnscope.runs.probed import Told, told
 from attnscope.runs.reader import Run
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnscope.diagnose.blindness import answer, without_loss, without_optimizer, without_steps
+from attnscope.diagnose.why_nonfinite import why_nonfinite
 from attnscope.findings import Evidence, Finding, NotLooked, of_several, worst_first
 from attnscope.runs.by_member import members_of_rows, sorted_by_member
 from attnscope.runs.divergence import IN_A_ROW
@@ -61,7 +62,8 @@ def nonfinite(run: Run) -> Finding | NotLooked | None:
 
     What it looks at: of each member, the last step whose loss and gradient were finite, and the first `nonfinite` event
     after it; without one, the first loss that is not finite. Fewer than IN_A_ROW steps at the very end count only if they did
-    harm: a loss whose gradient is finite, or a step that loss scaling skips, does none.
+    harm: a loss whose gradient is finite, or a step that loss scaling skips, does none. It says why where the tables show it: q.k
+    in float16 came close to its largest number before it was scaled, or no target of a watched step counted.
     Why it matters: what comes after it means nothing, and the first tensor tells where it began.
     What to try: look at what grew before (other findings); float16: bfloat16 or a smaller scale.
     Known limits: it names the first tensor among those that are recorded, not the operation; within a step they are taken in
@@ -88,6 +90,7 @@ def nonfinite(run: Run) -> Finding | NotLooked | None:
     direction = "backward" if worst.tensor == "gradient" else "forward"
     where = "" if worst.layer is None else f" in layer {worst.layer}"
     where += f" ({worst.group})" if worst.group else ""
+    why, remedy = why_nonfinite(run, number[worst.member], worst.step, worst.tensor)
     finding = Finding(
         rule="nonfinite",
         title="Numbers stopped being finite",
@@ -96,14 +99,16 @@ def nonfinite(run: Run) -> Finding | NotLooked | None:
         step=worst.step,
         summary=(
             f"{of_several(names, 'recorded NaN or Inf')}The first non-finite numbers of {worst.member} are at step "
-            f"{worst.step}, in the {direction} pass: {printable(worst.tensor, 40)}{where}."
+            f"{worst.step}, in the {direction} pass: {printable(worst.tensor, 40)}{where}.{why and f' {why}'}"
         ),
         members=tuple(names),
         evidence=evidence,
         evidence_left_out=left_out,
         remedy=(
-            "Look for what grew before. With float16, use bfloat16 or smaller logits: loss scaling protects the "
-            "gradient only."
+            (
+                remedy
+                or "Look for what grew before. With float16, use bfloat16 or smaller logits: loss scaling protects the gradient only."
+            )
             + (
                 " `attnscope watch --snapshot 2` keeps the weights and batches that led to it."
                 if run.kind == "watch"

@@ -8,7 +8,7 @@ from attnscope.diagnose.blindness import NO_OPTIMIZER, answer, without_steps
 from attnscope.diagnose.concern import Concern, finding_of
 from attnscope.findings import SEVERITIES, Evidence, Finding, NotLooked, Severity
 from attnscope.runs.by_member import members_of_rows
-from attnscope.runs.events import Upkeep, WithoutOptimizer
+from attnscope.runs.probe_events import Upkeep, WithoutOptimizer
 from attnscope.runs.probed import Told, upkeep_of, without_optimizer_of
 from attnscope.runs.reader import Run
 

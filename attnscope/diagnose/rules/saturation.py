@@ -120,6 +120,6 @@ def saturated_at_start(run: Run) -> Finding | NotLooked | None:
         ),
         source=MEASURED,
         step=step,
-        explains=("nonfinite", "loss_explosion", "stalled"),
+        explains=("logit_growth", "starved_queries_and_keys", "nonfinite", "loss_explosion", "stalled"),
     )
     return answer(run, "saturated_at_start", finding, blind)

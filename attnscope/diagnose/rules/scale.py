@@ -29,7 +29,16 @@ EXPLAINS = 1.5
 # 0.14 worse; with 1/d_head (0.98 and more) 0.00 to 0.04, with twice 1/sqrt(d_head) (0.65) 0.01 to 0.03.
 SHARP_RATIO = 0.3
 WORSE = 0.06
-EXPLAINED = ("saturated_at_start", "nonfinite", "loss_explosion", "stalled")
+EXPLAINED = (
+    "saturated_at_start",
+    "logit_growth",
+    "entropy_collapse",
+    "starved_queries_and_keys",
+    "uniform_attention",
+    "nonfinite",
+    "loss_explosion",
+    "stalled",
+)
 FEWEST_STEPS = 20  # to compare ends: the final loss is the mean over so many
 
 

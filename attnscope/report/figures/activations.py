@@ -21,7 +21,7 @@ from attnscope.report.figures.canvas import (
     points_of_curves,
     save,
 )
-from attnscope.report.series import Floats, curve_of, finite_steps, thinned
+from attnscope.report.series import Floats, curve_of, finite_steps, thinned, where_measured
 from attnscope.runs.by_member import rows_of_member
 from attnscope.runs.tables import RunTables
 
@@ -34,7 +34,11 @@ def draw_activations(tables: RunTables, contents: Contents) -> Figure | None:
     points = points_of_curves(contents)
 
     def curve(column: str, member: MemberRow) -> tuple[Floats, Floats]:
-        return thinned(*curve_of(tables, member.name, column), points=points)
+        steps, values = curve_of(tables, member.name, column)
+        if has_layers:
+            rows_N = rows_of_member(tables.layers, member.name)
+            steps, values = where_measured(steps, values, tables.layers["step"].to_numpy()[rows_N])
+        return thinned(steps, values, points=points)
 
     has_layers = bool(len(tables.layers))  # runs of early versions have none
     canvas, grid = canvas_with(5.4 if has_layers else 3.0, rows=1 + has_layers, columns=2)

@@ -1,0 +1,266 @@
+"""Courses of what was recorded per layer, head or parameter group: one after the other, each over its own steps.
+
+What is recorded after a member diverged is left out.
+
+Shape key: N rows of all courses, C course, R rows of a table.
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attnscope.runs.by_member import diverged_at, members_of_rows
+from attnscope.runs.reader import Run
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+FEWEST_RECORDS = 5  # at the end of a course: what holds in most of so many is no accident of one batch
+FEWEST_RECORDS_IN_ALL = 2 * FEWEST_RECORDS  # to see a course at all: the end is another half than the beginning
+END_SHARE = 5  # the end of a course is its last fifth, and at least FEWEST_RECORDS
+FOR_GOOD = 0.9  # share of the records from a step on that decides since when something holds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Courses:
+    """Columns of a table along the steps of each course; in the order of member, layer and head or group.
+
+    Attributes:
+        member_C: position of the member in run.json.
+        layer_C: counted from 0.
+        head_C: counted from 0; 0 where a course is a layer's.
+        start_C: first row.
+        end_C: behind the last row.
+        step_N: ascending within a course.
+        columns: name to (N,).
+    """
+
+    member_C: Ints
+    layer_C: Ints
+    head_C: Ints
+    start_C: Ints
+    end_C: Ints
+    step_N: Ints
+    columns: Mapping[str, Floats]
+
+    def rows(self, course: int) -> slice:
+        """Where the rows of a course are."""
+        return slice(int(self.start_C[course]), int(self.end_C[course]))
+
+    @property
+    def course_N(self) -> Ints:
+        """The course of each row."""
+        return np.repeat(np.arange(len(self.start_C)), self.end_C - self.start_C)
+
+    @property
+    def is_end_N(self) -> NDArray[np.bool_]:
+        """Whether each row is of the end of its course."""
+        n_C = self.end_C - self.start_C
+        kept_C = np.maximum(-(-n_C // END_SHARE), FEWEST_RECORDS)
+        is_end_N: NDArray[np.bool_] = np.arange(len(self.step_N)) >= np.repeat(self.end_C - kept_C, n_C)
+        return is_end_N
+
+    def plus(self, **columns: Floats) -> "Courses":
+        """The same with more columns."""
+        return replace(self, columns={**self.columns, **columns})
+
+    def first(self, column: str) -> Floats:
+        """The first number of each course, (C,); NaN where there is none."""
+        values_N = self.columns[column]
+        at_C = np.full(len(self.start_C), len(values_N))
+        sound = np.flatnonzero(~np.isnan(values_N))
+        np.minimum.at(at_C, self.course_N[sound], sound)
+        first_C: Floats = np.append(values_N, np.nan)[at_C]
+        return first_C
+
+    def share_at_end(self, is_N: NDArray[np.bool_]) -> Floats:
+        """Of the rows at the end of each course, the share of which this is true, (C,)."""
+        end_N = self.is_end_N
+        course_N = self.course_N[end_N]
+        n = len(self.start_C)
+        share_C: Floats = np.bincount(course_N, weights=is_N[end_N], minlength=n) / np.maximum(
+            np.bincount(course_N, minlength=n), 1
+        )
+        return share_C
+
+    def end_median(self, course: int, column: str) -> float:
+        """Median of a column at the end of a course; NaN where it has no number there."""
+        rows = self.rows(course)
+        values = self.columns[column][rows][self._end_of(course)]
+        values = values[~np.isnan(values)]
+        return float(np.median(values)) if len(values) else float("nan")
+
+    def since(self, course: int, is_N: NDArray[np.bool_]) -> int | None:
+        """Since when something holds for good in a course: the row from which on FOR_GOOD of them have it; None = never."""
+        rows = self.rows(course)
+        is_S = is_N[rows].astype(np.float64)
+        share_S = np.cumsum(is_S[::-1])[::-1] / np.arange(len(is_S), 0, -1)
+        held = np.flatnonzero((is_S > 0) & (share_S >= FOR_GOOD))
+        return int(rows.start + held[0]) if len(held) else None
+
+    def step_since(self, course: int, is_N: NDArray[np.bool_]) -> int:
+        """The step since when something holds for good in a course; its last one if it never does."""
+        row = self.since(course, is_N)
+        return int(self.step_N[int(self.end_C[course]) - 1 if row is None else row])
+
+    def _end_of(self, course: int) -> slice:
+        n = int(self.end_C[course] - self.start_C[course])
+        return slice(max(0, n - max(-(-n // END_SHARE), FEWEST_RECORDS)), n)
+
+
+def layer_courses(run: Run, *, mean: Sequence[str] = (), largest: Sequence[str] = ()) -> Courses:
+    """A course for each layer of each member, over the heads that have a number.
+
+    Args:
+        run: whose heads table.
+        mean: columns of which the mean over heads is wanted.
+        largest: columns of which the largest over heads is wanted, as `largest entropy_ratio`.
+    """
+    wanted = tuple({*mean, *largest})
+    codes_R, layer_R, _, step_R, values = _sorted(run, wanted, by_head=False)
+    first = _changes(np.stack([codes_R, layer_R, step_R]))
+    reduced = {name: _mean(values[name], first) for name in mean}
+    reduced |= {f"largest {name}": largest_of(values[name], first) for name in largest}
+    return _courses(codes_R[first], layer_R[first], np.zeros(len(first), dtype=np.int64), step_R[first], reduced)
+
+
+def head_courses(run: Run, columns: Sequence[str], *, members: Collection[int] | None = None) -> Courses:
+    """A course for each head.
+
+    Args:
+        run: whose heads table.
+        columns: that are wanted.
+        members: positions of those that are wanted; None = all.
+    """
+    codes_N, layer_N, head_N, step_N, values = _sorted(run, columns, by_head=True, members=members)
+    return _courses(codes_N, layer_N, head_N, step_N, values)
+
+
+def group_courses(run: Run, column: str, groups: Mapping[str, str]) -> Courses:
+    """A course for each layer of each member, of one column of the params table.
+
+    Args:
+        run: whose params table.
+        column: that is wanted.
+        groups: of the table, to what they are called as columns of the course; a row has NaN where one is missing.
+    """
+    params = run.params
+    codes_R, step_R = members_of_rows(params), params["step"].to_numpy().astype(np.int64)
+    called = params["group"].astype(object).map(groups)
+    kept = np.flatnonzero((step_R < diverged_at(run)[codes_R]) & called.notna().to_numpy())
+    codes_R, step_R, called_R = codes_R[kept], step_R[kept], called.to_numpy()[kept]
+    layer_R, values_R = (params[name].to_numpy()[kept] for name in ("layer", column))
+    order = np.lexsort((step_R, layer_R, codes_R))
+    keys_KR = np.stack([codes_R, layer_R.astype(np.int64), step_R])[:, order]
+    first = _changes(keys_KR)
+    row_R = np.repeat(np.arange(len(first)), np.diff(np.append(first, len(order))))
+    columns = {}
+    for name in set(groups.values()):
+        columns[name] = np.full(len(first), np.nan)
+        mine = called_R[order] == name
+        columns[name][row_R[mine]] = values_R[order][mine].astype(np.float64)
+    codes_N, layer_N, step_N = keys_KR[:, first]
+    return _courses(codes_N, layer_N, np.zeros(len(first), dtype=np.int64), step_N, columns)
+
+
+def step_courses(run: Run, column: str) -> Courses:
+    """A course for each member, of one column of the steps table, where it has a number."""
+    steps = run.steps
+    codes_R, step_R = members_of_rows(steps), steps["step"].to_numpy().astype(np.int64)
+    values_R = steps[column].to_numpy().astype(np.float64)
+    kept = np.flatnonzero((step_R < diverged_at(run)[codes_R]) & ~np.isnan(values_R))
+    kept = kept[np.lexsort((step_R[kept], codes_R[kept]))]
+    nowhere = np.zeros(len(kept), dtype=np.int64)
+    return _courses(codes_R[kept], nowhere, nowhere, step_R[kept], {column: values_R[kept]})
+
+
+def courses_by_member(courses: Courses, concerned: Ints) -> Iterator[tuple[int, list[int]]]:
+    """Position of each member that has one of these courses, and those it has."""
+    mine: dict[int, list[int]] = {}
+    for course in concerned.tolist():
+        mine.setdefault(int(courses.member_C[course]), []).append(course)
+    yield from mine.items()
+
+
+def too_short(run: Run, courses: Courses, *, what: str = "attention") -> dict[str, str]:
+    """Members with too few records before divergence to see a course."""
+    records_M = np.zeros(len(run.entries), dtype=np.int64)
+    np.maximum.at(records_M, courses.member_C, courses.end_C - courses.start_C)
+    why = f"{what} was measured at fewer than {FEWEST_RECORDS_IN_ALL} steps before divergence"
+    return {
+        entry.name: why
+        for entry, records in zip(run.entries, records_M, strict=True)
+        if records < FEWEST_RECORDS_IN_ALL
+    }
+
+
+def _sorted(
+    run: Run, columns: Sequence[str], *, by_head: bool, members: Collection[int] | None = None
+) -> tuple[Ints, Ints, Ints, Ints, dict[str, Floats]]:
+    """Member, layer, head, step and columns of the rows before divergence, in the order of courses."""
+    heads = run.heads
+    codes_R, step_R = members_of_rows(heads), heads["step"].to_numpy().astype(np.int64)
+    is_kept_R = step_R < diverged_at(run)[codes_R]
+    if members is not None:
+        is_kept_R &= np.isin(codes_R, list(members))
+    kept = np.flatnonzero(is_kept_R)
+    codes_R, step_R = codes_R[kept], step_R[kept]
+    layer_R, head_R = (heads[name].to_numpy()[kept].astype(np.int64) for name in ("layer", "head"))
+    order = _order(step_R, codes_R, layer_R, *((head_R,) if by_head else ()))
+    values = {name: heads[name].to_numpy()[kept][order].astype(np.float64) for name in columns}
+    return codes_R[order], layer_R[order], head_R[order], step_R[order], values
+
+
+def _order(step_R: Ints, *keys: Ints) -> Ints:
+    """By these keys, the first first, and the step. Tables are in the order of steps as a rule: then one sort will do."""
+    key_R = np.zeros(len(step_R), dtype=np.int64)
+    for each_R in keys:
+        key_R = key_R * (int(each_R.max(initial=0)) + 1) + each_R
+    order: Ints = np.argsort(key_R, kind="stable")
+    is_course = np.diff(key_R[order]) == 0
+    if (np.diff(step_R[order])[is_course] < 0).any():
+        order = np.lexsort((step_R, key_R))
+    return order
+
+
+def _courses(member_N: Ints, layer_N: Ints, head_N: Ints, step_N: Ints, columns: Mapping[str, Floats]) -> Courses:
+    start_C = _changes(np.stack([member_N, layer_N, head_N]))
+    return Courses(
+        member_C=member_N[start_C],
+        layer_C=layer_N[start_C],
+        head_C=head_N[start_C],
+        start_C=start_C,
+        end_C=np.append(start_C[1:], len(step_N)).astype(np.int64)[: len(start_C)],
+        step_N=step_N,
+        columns=columns,
+    )
+
+
+def _changes(keys_KN: Ints) -> Ints:
+    """Where any of the keys is another than before, and 0."""
+    if not keys_KN.shape[1]:
+        return np.empty(0, dtype=np.int64)
+    changes: NDArray[Any] = np.flatnonzero((keys_KN[:, 1:] != keys_KN[:, :-1]).any(axis=0)) + 1
+    return np.append(0, changes).astype(np.int64)
+
+
+def largest_of(x_R: Floats, first: Ints) -> Floats:
+    """The largest number in each piece that begins at `first`; NaN where there is none."""
+    if not len(first):
+        return np.empty(0)
+    largest: Floats = np.fmax.reduceat(x_R, first)
+    return largest
+
+
+def _mean(x_R: Floats, first: Ints) -> Floats:
+    """Of what is a number in each piece that begins at `first`; NaN where nothing is."""
+    if not len(first):
+        return np.empty(0)
+    sound_R = ~np.isnan(x_R)
+    counts = np.add.reduceat(sound_R.astype(np.float64), first)
+    with np.errstate(all="ignore"):
+        means: Floats = np.add.reduceat(np.where(sound_R, x_R, 0.0), first) / counts
+    return means
