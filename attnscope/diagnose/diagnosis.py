@@ -7,8 +7,9 @@ from attnscope.diagnose.chains import chains, linked
 from attnscope.diagnose.rules.batches import poisoned_batch, repeated_batch
 from attnscope.diagnose.rules.clipping import clipping_always_on
 from attnscope.diagnose.rules.collapse import entropy_collapse, rank_collapse
-from attnscope.diagnose.rules.data import first_loss_too_high, loss_rises, loss_too_low, plateau
+from attnscope.diagnose.rules.data import first_loss_too_high, loss_too_low, plateau
 from attnscope.diagnose.rules.depth import gradients_explode_with_depth, gradients_vanish_with_depth
+from attnscope.diagnose.rules.descent import loss_rises
 from attnscope.diagnose.rules.future import future_visible, labels_shifted_wrong
 from attnscope.diagnose.rules.heads import attention_sink, identical_heads, uniform_attention
 from attnscope.diagnose.rules.learning_rate import learning_rate_too_high, learning_rate_too_low

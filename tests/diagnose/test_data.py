@@ -19,10 +19,10 @@ from attnscope.diagnose.rules.data import (
     TOO_HIGH,
     UNKNOWN_OPTIMUM,
     first_loss_too_high,
-    loss_rises,
     loss_too_low,
     plateau,
 )
+from attnscope.diagnose.rules.descent import loss_rises
 from tests.diagnose.synthetic import params_of_one, run_of, steps_table, watched_run_of
 
 UNIFORM = math.log(256)
@@ -57,6 +57,14 @@ def test_of_two_members_the_one_that_begins_higher_is_told(tmp_path):
         "a and b begin far above guessing. The first loss of b is 32.1, where guessing has ln(256) = 5.55: its output logits have "
         "a standard deviation of about 7.3 before anything is learned."
     )
+
+
+@pytest.mark.parametrize(("first", "lost", "severity"), [(25.6, 20, "warning"), (25.6, 19, "note"), (25.5, 20, "note")])
+def test_a_first_loss_did_harm_where_it_takes_long_to_take_it_back(tmp_path, first, lost, severity):
+    losses = np.full(40, 4.0)
+    losses[:lost] = np.linspace(first, 6.0, lost)
+    found = first_loss_too_high(run_of(tmp_path / "r", steps=steps_table(losses), reference=TEXT))
+    assert found.severity == severity and ("Its first 20 losses" in found.summary) is (severity == "warning")
 
 
 def test_of_a_watched_script_the_cross_entropy_counts_and_not_what_it_makes_of_it(tmp_path):

@@ -35,6 +35,7 @@ PLACES = st.builds(
 # What a field of each type may hold.
 VALUES = {
     str: TEXTS,
+    bool: st.booleans(),
     int: WHOLE,
     int | None: st.none() | WHOLE,
     float: NUMBERS,

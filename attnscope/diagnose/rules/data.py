@@ -16,11 +16,10 @@ from attnscope.diagnose.levels import (
     is_about,
     levels_of,
     losses_before,
-    untrained_in,
     without_levels,
 )
 from attnscope.findings import Evidence, Finding, NotLooked, Severity
-from attnscope.runs.by_member import configs_of, slices_of, sorted_by_member
+from attnscope.runs.by_member import configs_of, sorted_by_member
 from attnscope.runs.events import Evaluated, Generated
 from attnscope.runs.reader import Run
 from attnscope.runs.watched import cross_entropies
@@ -28,12 +27,14 @@ from attnscope.runs.watched import cross_entropies
 UNKNOWN_OPTIMUM = "neither the best loss that the data allow nor one from prefixes is known"
 
 TOO_HIGH = 2.0  # nats above ln(classes)
+# Nats above ln(classes) and steps that it takes to come back to it, from which on it did harm. Measured on watched loops, d_model 64,
+# AdamW 1e-3: a tied embedding of standard deviation 1 begins 27 above, is back after 50 steps, and after 100 is 0.4 to 0.6 above its
+# twin with 0.02 (2 of 2 seeds). The default model of this lab, 13 above, trains.
+FAR_TOO_HIGH = 20.0
+STEPS_LOST = 20
 # A first loss above guessing: tied embeddings of standard deviation 1 at d_model 64 begin at 32; 186 healthy members, all of them with
 # smaller ones or an untied head after a norm, begin below it.
 MEASURED_FIRST = "measured: none of 186 healthy members begins so high"
-MEASURED_RISES = (
-    "measured: 14 of 14 watched loops that went uphill, none of 126 healthy ones and of 10 with too high a rate"
-)
 MEASURED_PLATEAU = (
     "measured: 6 of 6 watched loops with shuffled targets; of 186 healthy members 9 notes, on tasks hard to begin with"
 )
@@ -54,28 +55,22 @@ FEWEST_ON_PLATEAU = 50  # steps, which are the last half of those recorded
 MOST_SCORED = 0.5
 SKEWED = 0.1  # nats between ln(classes) and the entropy of the frequencies, from which on these are something to learn
 
-# Measured on watched loops, d_model 64, AdamW (1e-4, 1e-3) and SGD (0.1), two seeds, 100 steps: uphill, 16 to 18 of 20 steps raise the
-# loss, none is below the first, and update_ratio is 0.002 to 0.014; of healthy ones at most 11 do, and they come below 0.92 of it.
-# With too high a learning rate update_ratio is above 0.05.
-RISING_STEPS = 20
-RISING = 0.8  # share of steps after which the loss is higher
-LOWEST = 0.98  # of the first loss
-SMALL_UPDATE = 0.03  # update_ratio
-
 
 def first_loss_too_high(run: Run) -> Finding | NotLooked | None:
     """The first loss is far above guessing.
 
     What it looks at: the cross-entropy of the untouched model, against ln(classes), which is that of guessing: by more than
     TOO_HIGH nats. Of a watched script, the first cross-entropy of class indices that was seen, whatever the script makes of it.
+    It is a warning where it is more than FAR_TOO_HIGH above it and none of the first STEPS_LOST losses comes down to it.
     Why it matters: output logits of standard deviation s put the first loss s^2 / 2 above ln(classes). They are sure of what
     they cannot know, and training first has to take that back.
     What to try: smaller weights where the logits are made: init.embedding_std (tied embeddings most of all), a smaller head, a
     norm before it. Of a model that was trained before: the tokenizer, and labels that are shifted.
-    Known limits: that it did harm is not measured: the default model of this lab begins at 19 and trains.
+    Known limits: a note says of no harm: the default model of this lab begins at 19 and trains.
     Source: for normal logits the mean of ln sum exp is ln(classes) + s^2 / 2; MEASURED_FIRST.
     """
     concerns, guesses = [], levels_of(run)
+    lost = _steps_above_guessing(run)
     for name, (step, loss) in _first_losses(run).items():
         guessing = guesses[name].guessing if name in guesses else None
         if guessing is None:
@@ -86,9 +81,19 @@ def first_loss_too_high(run: Run) -> Finding | NotLooked | None:
             f"The first loss of {name} is {loss:.3g}, where guessing has ln({math.exp(guessing):.0f}) = {guessing:.3g}: its output "
             f"logits have a standard deviation of about {math.sqrt(2 * (loss - guessing)):.2g} before anything is learned."
         )
+        is_harmful = loss - guessing > FAR_TOO_HIGH and lost.get(name, 0) >= STEPS_LOST
+        if is_harmful:
+            said += f" Its first {lost[name]} losses are spent on taking that back."
         evidence = Evidence(member=name, step=step, quantity="loss", value=loss, threshold=guessing + TOO_HIGH)
         concerns.append(
-            Concern(member=name, step=step, badness=loss - guessing, said=said, evidence=(evidence,), severity="note")
+            Concern(
+                member=name,
+                step=step,
+                badness=loss - guessing,
+                said=said,
+                evidence=(evidence,),
+                severity="warning" if is_harmful else "note",
+            )
         )
     finding = finding_of(
         run,
@@ -175,81 +180,6 @@ def loss_too_low(run: Run) -> Finding | NotLooked | None:
     unseen_losses = without_loss(run)
     blind = {name: unseen_losses.get(name, why) for name, why in blind.items()}
     return answer(run, "loss_too_low", finding, blind)
-
-
-def loss_rises(run: Run) -> Finding | NotLooked | None:
-    """Training goes uphill: the sign of the loss or of the update is wrong.
-
-    What it looks at: watched scripts whose loss is a cross-entropy of class indices. Either the loss that is differentiated
-    begins at minus the cross-entropy of a model that was not trained before (at least FROM_SCRATCH of ln(classes)) and ends
-    lower still, or of the first RISING_STEPS steps at least a share of RISING raises it, never below LOWEST of the first loss,
-    while the median update_ratio is at most SMALL_UPDATE, and it ends above it.
-    Why it matters: each update makes the model worse, and nothing stops it: a loss that falls without bound looks like success.
-    What to try: the sign of the loss, maximize = False of the optimizer, gradients that are reversed.
-    Known limits: of losses that are no cross-entropy it says nothing: those of a generator or a policy may rise from the start.
-    With larger updates than SMALL_UPDATE it is left to learning rates. Runs of this lab have no sign to get wrong.
-    Source: a mean cross-entropy of class indices is never negative; MEASURED_RISES.
-    """
-    if run.kind != "watch":
-        return None
-    concerns, blind = [], without_levels(run)
-    ratio_M, from_scratch = _median_update(run), untrained_in(run)
-    seen = cross_entropies(run)
-    for m, step_S, loss_S in losses_before(run):
-        record = run.members[m]
-        if record.name not in seen:
-            continue
-        first, last = loss_S[0], loss_S[-RISING_STEPS:].mean()
-        said = ""
-        if len(loss_S) <= RISING_STEPS:
-            blind[record.name] = f"fewer than {RISING_STEPS + 1} losses"
-        elif is_about(-first, seen[record.name]) and last < first:
-            if record.name in from_scratch:
-                said = (
-                    f"The loss that {record.name} differentiates is minus its cross-entropy: {first:.3g} at step {step_S[0]}, where "
-                    f"that is {seen[record.name].loss:.3g}. It falls to {last:.3g}, and the cross-entropy rises as far."
-                )
-        elif not is_about(first, seen[record.name]):
-            blind[record.name] = NOT_THE_LOSS
-        elif math.isnan(ratio_M[m]):
-            blind[record.name] = "update_ratio was not recorded"
-        elif _goes_up(loss_S) and last > first and ratio_M[m] <= SMALL_UPDATE:
-            up = int((np.diff(loss_S[: RISING_STEPS + 1]) > 0).sum())
-            said = (
-                f"The loss of {record.name} rises from the first step on: from {first:.3g} to {loss_S[RISING_STEPS]:.3g} at step "
-                f"{step_S[RISING_STEPS]}, in {up} of {RISING_STEPS} steps, though updates are small (a median update_ratio of "
-                f"{ratio_M[m]:.2g}). It ends at {last:.3g}."
-            )
-        if said:
-            evidence = Evidence(
-                member=record.name,
-                step=int(step_S[RISING_STEPS]),
-                quantity="loss",
-                value=float(loss_S[RISING_STEPS]),
-                threshold=float(first),
-            )
-            concerns.append(
-                Concern(
-                    member=record.name,
-                    step=int(step_S[0]),
-                    badness=abs(last - first),
-                    said=said,
-                    evidence=(evidence,),
-                    severity="error",
-                )
-            )
-    finding = finding_of(
-        run,
-        concerns,
-        rule="loss_rises",
-        title="Training goes uphill",
-        kind="cause",
-        several="train uphill",
-        remedy="Look at the sign of the loss, at maximize of the optimizer, and at whatever changes the sign of gradients.",
-        source=MEASURED_RISES,
-        explains=("logit_growth", "entropy_collapse", "loss_explosion", "nonfinite", "stalled"),
-    )
-    return answer(run, "loss_rises", finding, blind | without_loss(run))
 
 
 def plateau(run: Run) -> Finding | NotLooked | None:
@@ -342,6 +272,18 @@ def _may_see_the_answer(run: Run) -> list[str]:
     return names
 
 
+def _steps_above_guessing(run: Run) -> dict[str, int]:
+    """How many losses of a member come before the first that is no worse than guessing, where losses are cross-entropies."""
+    guesses, seen, counts = levels_of(run), cross_entropies(run), {}
+    for m, _, loss_S in losses_before(run):
+        name = run.entries[m].name
+        guessing = guesses[name].guessing if name in guesses else None
+        if guessing is not None and (name not in seen or is_about(loss_S[0], seen[name])):
+            back_S = loss_S <= guessing
+            counts[name] = int(back_S.argmax()) if back_S.any() else len(loss_S)
+    return counts
+
+
 def _level_at(level: Levels, loss: float) -> tuple[str, float] | None:
     """The level that a loss is at, in words, and its value."""
     for what, value in (("the unigram loss", level.unigram), ("the loss of guessing", level.guessing)):
@@ -357,21 +299,6 @@ def _falls(loss_S: NDArray[np.float64]) -> bool:
     error = math.sqrt(before_S.var() / len(before_S) + after_S.var() / len(after_S))
     level = loss_S.mean()
     return bool(fall > FLAT * level or (fall > LEAST_FALL * level and fall > SURE * error))
-
-
-def _goes_up(loss_S: NDArray[np.float64]) -> bool:
-    """Whether the first steps raise the loss, nearly each of them."""
-    early_S = loss_S[: RISING_STEPS + 1]
-    return bool((np.diff(early_S) > 0).mean() >= RISING and early_S.min() >= LOWEST * early_S[0])
-
-
-def _median_update(run: Run) -> NDArray[np.float64]:
-    """Median update_ratio of the first steps, after the very first, (M,); NaN where there is none."""
-    codes_N, step_N, ratio_N = sorted_by_member(run.params, ("step", "update_ratio"))
-    keep_N = (step_N > 1) & (step_N < RISING_STEPS) & np.isfinite(ratio_N)
-    codes_N, ratio_N = codes_N[keep_N], ratio_N[keep_N]
-    rows = slices_of(codes_N, len(run.entries))
-    return np.array([np.median(ratio_N[each]) if each.start < each.stop else math.nan for each in rows])
 
 
 def _first_losses(run: Run) -> dict[str, tuple[int, float]]:
