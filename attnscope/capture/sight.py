@@ -19,10 +19,10 @@ FACTS = (
     "later_rows",  # rows of self-attention that see a key, and have keys after them
     "padded",  # share of attention on keys that are padding
     "padded_rows",  # rows of real queries in sequences that have padding
-    "inverted_rows",  # rows that see one token, again and again, while the keys hidden from them are of several
-    "masked_rows",  # rows that see two keys or more, and from which two or more are hidden
+    "inverted_rows",  # rows of the first head that see one token, again and again, while the keys hidden from them are of several
+    "masked_rows",  # rows of the first head that see two keys or more, and from which two or more are hidden
 )
-MOST_LOGITS = 1 << 19  # of the sampled positions of all sequences; of more, those of some sequences are looked at
+MOST_LOGITS = 1 << 16  # of the sampled positions of all sequences; of more, those of some sequences are looked at
 MOST_LOOKED_AT = 1 << 22  # numbers of a mask; of a larger one, rows that see nothing are not looked for
 
 
@@ -70,7 +70,7 @@ def sight_of(seen: Seen, tokens: Sequence[Tokens], *, rows: int | str, seed: int
         facts |= _later(p_NHRS, visible_NHRS, position_R)
     fitting = [(each.padding, ids) for each in tokens if (ids := each.of_keys(n_batch, n_keys)) is not None]
     if fitting:
-        facts |= _masked(visible_NHRS, fitting[0][1][sequence_N])
+        facts |= _masked(visible_NHRS[:, 0], fitting[0][1][sequence_N])
     padded = [(padding, ids) for padding, ids in fitting if padding is not None]
     if len(padded) == 1:  # of two, nobody knows which the keys stand for
         ((padding, ids_BS),) = padded
@@ -155,15 +155,17 @@ def _padded(p_NHRS: Tensor, is_padding_NS: Tensor, position_R: Tensor | None) ->
     return {"padded": share_NHR.where(counts_NHR, 0.0).sum(), "padded_rows": counts_NHR.sum()}
 
 
-def _masked(visible_NHRS: Tensor, ids_NS: Tensor) -> dict[str, Tensor]:
-    ids_NHRS = ids_NS[:, None, None].expand(visible_NHRS.shape)
-    counts_NHR = (visible_NHRS.sum(dim=-1) >= 2) & ((~visible_NHRS).sum(dim=-1) >= 2)
-    inverted_NHR = counts_NHR & ~_differ(ids_NHRS, visible_NHRS) & _differ(ids_NHRS, ~visible_NHRS)
-    return {"inverted_rows": inverted_NHR.sum(), "masked_rows": counts_NHR.sum()}
+def _masked(visible_NRS: Tensor, ids_NS: Tensor) -> dict[str, Tensor]:
+    """Of the first head: padding is that of all."""
+    ids_NRS = ids_NS[:, None].expand(visible_NRS.shape)
+    n_NR = visible_NRS.sum(dim=-1)
+    counts_NR = (n_NR >= 2) & (n_NR <= visible_NRS.shape[-1] - 2)
+    inverted_NR = counts_NR & ~_differ(ids_NRS, visible_NRS) & _differ(ids_NRS, ~visible_NRS)
+    return {"inverted_rows": inverted_NR.sum(), "masked_rows": counts_NR.sum()}
 
 
-def _differ(ids_NHRS: Tensor, among_NHRS: Tensor) -> Tensor:
-    """Whether there are two different ids among these keys, (N, H, R)."""
-    limits = torch.iinfo(ids_NHRS.dtype)
-    most = ids_NHRS.masked_fill(~among_NHRS, limits.min).amax(dim=-1)
-    return most > ids_NHRS.masked_fill(~among_NHRS, limits.max).amin(dim=-1)
+def _differ(ids_NRS: Tensor, among_NRS: Tensor) -> Tensor:
+    """Whether there are two different ids among these keys, (N, R)."""
+    limits = torch.iinfo(ids_NRS.dtype)
+    most = ids_NRS.masked_fill(~among_NRS, limits.min).amax(dim=-1)
+    return most > ids_NRS.masked_fill(~among_NRS, limits.max).amin(dim=-1)

@@ -219,5 +219,5 @@ def _size(parameters: Sequence[Tensor]) -> Tensor:
     """Sum of the absolute entries of their gradients, (); 0 where there are none."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
-        return torch.zeros(())
+        return torch.zeros((), device=parameters[0].device if parameters else None)
     return torch.stack([g.abs().sum().float().to(gradients[0].device) for g in gradients]).sum()

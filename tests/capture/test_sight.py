@@ -62,8 +62,8 @@ def test_of_two_lookups_with_padding_nobody_knows_which_the_keys_stand_for():
 def test_a_mask_the_wrong_way_round_leaves_one_token_to_be_seen():
     ids = torch.tensor([1, 2, 3, 4, 0, 0]).expand(B, T)
     right, wrong = (facts([Tokens(ids=ids, padding=None)], attn_mask=m[:, None, None]) for m in (ids != 0, ids == 0))
-    assert (right["inverted_rows"], wrong["inverted_rows"]) == (0, B * H * T)
-    assert right["masked_rows"] == wrong["masked_rows"] == B * H * T
+    assert (right["inverted_rows"], wrong["inverted_rows"]) == (0, B * T), "of the first head"
+    assert right["masked_rows"] == wrong["masked_rows"] == B * T
 
 
 def test_sampled_rows_say_the_same_in_smaller_numbers():

@@ -58,7 +58,7 @@ def whys(run):
 def test_healthy_training_was_looked_at_by_every_rule(tmp_path):
     steps = steps_table(4.0 + 0.1 * np.random.default_rng(0).normal(size=(1, 120)))
     measured = range(0, 120, 9)
-    tables = {"heads": heads_table(1, measured), "params": params_table(1, measured)}
+    tables = {"heads": heads_table(1, measured), "params": params_table(1, measured, groups=("q", "k", "v", "mlp_in"))}
     run = run_of(tmp_path / "r", steps=steps, **tables, planned=120)
     assert examine(run).findings == () and examine(run).not_looked == ()
 

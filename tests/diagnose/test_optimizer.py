@@ -13,9 +13,9 @@ from attnscope.diagnose.rules.optimizer import (
     ADAM_SHARE,
     FEWEST_MEASURED,
     FEWEST_TOKENS,
-    LEFT,
+    LEFT_OVER,
     MARGIN,
-    NEAR,
+    NEARLY_EQUAL,
     SLOW_RATIO,
     TOWARDS_ZERO,
     adam_epsilon_too_large,
@@ -68,7 +68,7 @@ def test_healthy_training_has_none_of_these(healthy):
     assert loss_summed(healthy) is None
 
 
-def shrinking(path, *, left=LEFT / 2, towards=0.9, n=60, **other):
+def shrinking(path, *, left=LEFT_OVER / 2, towards=0.9, n=60, **other):
     """A run whose weights of 10 shrink to a share of that, which is so much of the way that they go."""
     weight_norm = np.linspace(10.0, 10.0 * left, n).reshape(n, 1, 1, 1)
     update_norm = 10.0 * (1 - left) / (n - 1) / towards
@@ -79,9 +79,9 @@ def shrinking(path, *, left=LEFT / 2, towards=0.9, n=60, **other):
 @pytest.mark.parametrize(
     ("left", "towards", "is_named"),
     [
-        (0.98 * LEFT, 1.02 * TOWARDS_ZERO, True),
-        (1.02 * LEFT, 1.02 * TOWARDS_ZERO, False),
-        (0.98 * LEFT, 0.98 * TOWARDS_ZERO, False),
+        (0.98 * LEFT_OVER, 1.02 * TOWARDS_ZERO, True),
+        (1.02 * LEFT_OVER, 1.02 * TOWARDS_ZERO, False),
+        (0.98 * LEFT_OVER, 0.98 * TOWARDS_ZERO, False),
     ],
 )
 def test_each_threshold_of_weights_that_shrink(tmp_path, left, towards, is_named):
@@ -95,7 +95,9 @@ def test_weights_that_shrink_away_are_told_in_numbers(tmp_path):
         "towards zero."
     )
     assert finding.severity == "warning" and finding.step == 0
-    assert finding.evidence[0].value == pytest.approx(1.0) and finding.evidence[0].threshold == pytest.approx(LEFT * 10)
+    assert finding.evidence[0].value == pytest.approx(1.0) and finding.evidence[0].threshold == pytest.approx(
+        LEFT_OVER * 10
+    )
 
 
 def test_steps_between_those_that_were_measured_are_part_of_the_way(tmp_path):
@@ -210,7 +212,12 @@ def summed(path, times, *, tokens=64, log_z=4.0, optimizer="SGD", losses=None):
 
 @pytest.mark.parametrize(
     ("times", "is_named"),
-    [(1 + 0.98 * NEAR, True), (1 + 1.02 * NEAR, False), (1 - 1.02 * NEAR, False), (1 / 64, False)],
+    [
+        (1 + 0.98 * NEARLY_EQUAL, True),
+        (1 + 1.02 * NEARLY_EQUAL, False),
+        (1 - 1.02 * NEARLY_EQUAL, False),
+        (1 / 64, False),
+    ],
 )
 def test_a_first_loss_of_as_many_log_partitions_as_tokens_is_a_sum(tmp_path, times, is_named):
     assert (loss_summed(summed(tmp_path / "r", times)) is not None) is is_named

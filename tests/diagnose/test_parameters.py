@@ -64,6 +64,10 @@ def test_an_optimizer_of_another_model_is_an_error(tmp_path):
     assert "parameters_without_gradient" in found.explains
 
 
+def test_parameters_left_out_are_no_reason_for_others_without_a_gradient(tmp_path):
+    assert "parameters_without_gradient" not in orphans(tmp_path, left_out=4, share_left_out=0.1).explains
+
+
 def test_few_updates_and_what_has_changed_since_are_no_finding(tmp_path):
     few = UPKEEP | {"updates": FEWEST_UPDATES - 1}
     assert orphans(tmp_path, upkeep=few).why == NO_UPDATES

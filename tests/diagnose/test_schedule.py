@@ -9,10 +9,10 @@ from attnscope.diagnose.rules.schedule import (
     BEFORE,
     EARLY_RISE,
     FEWEST_STEPS,
-    JUMP,
+    JUMP_TIMES,
     MARGIN,
     NO_RATE,
-    RISE,
+    STAYS_ABOVE,
     learning_rate_jump,
     missing_warmup,
 )
@@ -32,7 +32,7 @@ def stepped(height, at=60):
     return np.where(np.arange(N) > at, 4.0 + height, 4.0)
 
 
-@pytest.mark.parametrize(("times", "is_named"), [(1.01 * JUMP, True), (0.99 * JUMP, False), (0.1, False)])
+@pytest.mark.parametrize(("times", "is_named"), [(1.01 * JUMP_TIMES, True), (0.99 * JUMP_TIMES, False), (0.1, False)])
 def test_a_jump_is_a_note_from_its_threshold_on(tmp_path, times, is_named):
     finding = learning_rate_jump(jumping(tmp_path / "r", times))
     assert (finding is not None) is is_named
@@ -44,7 +44,7 @@ def test_a_jump_is_a_note_from_its_threshold_on(tmp_path, times, is_named):
 
 
 @pytest.mark.parametrize(
-    ("rise", "severity"), [(1.02 * RISE * 4.0, "warning"), (0.98 * RISE * 4.0, "note"), (4000.0, "error")]
+    ("rise", "severity"), [(1.02 * STAYS_ABOVE * 4.0, "warning"), (0.98 * STAYS_ABOVE * 4.0, "note"), (4000.0, "error")]
 )
 def test_a_loss_that_does_not_come_back_makes_it_more_than_a_note(tmp_path, rise, severity):
     finding = learning_rate_jump(jumping(tmp_path / "r", 10.0, losses=stepped(rise)))

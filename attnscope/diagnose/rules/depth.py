@@ -16,7 +16,7 @@ from attnscope.runs.members import MemberRecord
 from attnscope.runs.reader import Run
 
 # AutoTrainer (Zhang et al. 2021): norm of the first layer's gradient by that of the last. Measured on 200 members (2 to 8 layers; pre,
-# post and no norm; Xavier weights with gains 0.1 to 3, and GPT-2's): of those that learned none is outside 0.005 to 25.
+# post and no norm; Xavier weights with gains 0.1 to 3, and GPT-2's): of those that learned none is below 0.005, and one above 25, a note.
 VANISHING = 1e-3
 EXPLODING = 70.0
 # With fewer than four layers, which AutoTrainer did not have: a tenth from layer to layer. Of members of two and three layers that learned none

@@ -24,7 +24,7 @@ from attnscope.runs.reader import Run
 # and without; MEASURED): at the best learning rate of a grid the median over steps is at most 0.33.
 OVERSHOOT = 1.0
 WINDOW = 10  # measured steps before divergence, or at the end
-RISE = 1.0  # nats above the first loss, and half of it: then nothing was learned
+ENDED_ABOVE = 1.0  # nats above the first loss, and half of it: then nothing was learned
 
 # The third largest typical update_ratio, from which on it is the updates that closed attention: it is 0.009 and more where the
 # learning rate did it, and attention did not close at all in members that stayed below.
@@ -58,7 +58,7 @@ EXPLAINS = (
 def learning_rate_too_high(run: Run) -> Finding | NotLooked | None:
     """The learning rate is too high.
 
-    What it looks at: members that came to harm, and what updates did before. (1) It diverged, or its loss ended RISE nats and
+    What it looks at: members that came to harm, and what updates did before. (1) It diverged, or its loss ended ENDED_ABOVE nats and
     half of itself above the first one, and grad_norm x update_norm (summed over groups) was more than OVERSHOOT times the loss,
     as the median of the last WINDOW measured steps: no loss can fall by more than there is of it. (2) While the
     typical group moved by more than MOVING of its weights a step, attention that was open closed up (mean entropy_ratio below
@@ -347,7 +347,7 @@ def _overshoot(run: Run, moves: Movement) -> NDArray[np.float64]:
 
 def _ended_above(record: MemberRecord) -> bool:
     first, final = record.first_loss, record.final_loss
-    return first is not None and final is not None and final - first > max(RISE, abs(first) / 2)
+    return first is not None and final is not None and final - first > max(ENDED_ABOVE, abs(first) / 2)
 
 
 def _still_rises(lr_K: NDArray[np.float64]) -> bool:

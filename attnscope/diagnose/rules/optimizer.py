@@ -20,7 +20,7 @@ from attnscope.runs.watched import optimizers_of
 # Weight decay: what is left of the typical group's norm, and how much of the way that it went led towards zero. Measured with
 # AdamW (pre norm, lr 1e-3 and 3e-3, decay 0 to 100) and SGD (pre norm, lr 0.03 and 0.1, decay 0 to 3), two seeds, 200 steps: the 26 members
 # that pass both ended 0.12 to 2.3 nats above their likes without decay, the others within 0.08. Without decay nothing shrinks.
-LEFT = 0.25
+LEFT_OVER = 0.25
 TOWARDS_ZERO = 0.5
 FEWEST_MEASURED = 10
 
@@ -33,7 +33,7 @@ MARGIN = 0.1  # nats, see learning_rate_too_high
 ADAMS = {"Adam", "AdamW", "NAdam"}
 
 FEWEST_TOKENS = 8  # that are summed over
-NEAR = 0.25  # of the number of tokens: the loss by log_z of a model that knows nothing
+NEARLY_EQUAL = 0.25  # of the number of tokens: the loss by log_z of a model that knows nothing
 
 DECAY_SOURCE = "measured: 26 members of which a quarter of the weights was left ended 0.12 to 2.3 nats above their likes without decay"
 EPSILON_SOURCE = (
@@ -67,7 +67,7 @@ def weight_decay_too_strong(run: Run) -> Finding | NotLooked | None:
     """Weight decay shrinks the weights faster than gradients build them up.
 
     What it looks at: weight_norm at the last measured step by that at the first, and how much of the way that the weights went
-    (sum of update_norm) led towards zero, as medians over the groups of layers; found below LEFT, where the share is above TOWARDS_ZERO.
+    (sum of update_norm) led towards zero, as medians over the groups of layers; found below LEFT_OVER, where the share is above TOWARDS_ZERO.
     Why it matters: what is learned is forgotten at the same pace, and small weights make every update a large one.
     What to try: optimizer.weight_decay ten times smaller. What counts is lr x weight_decay x steps: with SGD's large learning rates
     0.01 is much, with Adam 0.1 is usual.
@@ -85,7 +85,7 @@ def weight_decay_too_strong(run: Run) -> Finding | NotLooked | None:
         if (shrunk.layer_G[groups] >= 0).any():  # embeddings are often not decayed
             groups = groups[shrunk.layer_G[groups] >= 0]
         left, towards = (float(np.median(x_G[groups])) for x_G in (shrunk.left_G, shrunk.towards_G))
-        if not (left < LEFT and towards > TOWARDS_ZERO):
+        if not (left < LEFT_OVER and towards > TOWARDS_ZERO):
             continue
         worst = int(groups[np.argmin(np.abs(shrunk.left_G[groups] - left))])
         first, last = (run.params.iloc[int(row_G[worst])] for row_G in (shrunk.first_row_G, shrunk.last_row_G))
@@ -109,7 +109,7 @@ def weight_decay_too_strong(run: Run) -> Finding | NotLooked | None:
                         group=group,
                         quantity="weight_norm",
                         value=float(last["weight_norm"]),
-                        threshold=LEFT * float(first["weight_norm"]),
+                        threshold=LEFT_OVER * float(first["weight_norm"]),
                     ),
                 ),
                 severity="warning",
@@ -203,11 +203,11 @@ def loss_summed(run: Run) -> Finding | NotLooked | None:
     """The loss is summed over tokens instead of averaged.
 
     What it looks at: the first loss of a watched script by log_z, the mean log-partition of its output, against the number of
-    tokens of that step: within NEAR of it, from FEWEST_TOKENS tokens on. The loss of this lab is a mean. It is an error where the
+    tokens of that step: within NEARLY_EQUAL of it, from FEWEST_TOKENS tokens on. The loss of this lab is a mean. It is an error where the
     member diverged, a warning where SGD trains it, whose updates grow with it, else a note.
     Why it matters: gradients are as many times too large as there are tokens, and change with every batch size and length:
     clipping is always on, float16 overflows, and no usual learning rate fits.
-    What to try: reduction="mean", and each loss divided by the number of batches that are accumulated.
+    What to try: the mean (reduction="mean"), and each loss divided by the number of batches that are accumulated.
     Known limits: only cross-entropy of class indices tells log_z. A sum over sequences alone, or over accumulated batches, cannot be
     told from several losses that are added up. A script may divide gradients later, or have a learning rate that fits.
     Source: SUM_SOURCE.
@@ -228,7 +228,7 @@ def loss_summed(run: Run) -> Finding | NotLooked | None:
             blind[record.name] = "log_z was not seen at the first step"
             continue
         times = loss / log_z
-        if tokens < FEWEST_TOKENS or abs(times / tokens - 1) > NEAR:
+        if tokens < FEWEST_TOKENS or abs(times / tokens - 1) > NEARLY_EQUAL:
             continue
         by_size = seen.get(record.name) == {"SGD"}
         severity: Severity = "error" if record.diverged_at is not None else "warning" if by_size else "note"

@@ -15,7 +15,7 @@ from attnscope.runs.reader import Run
 FEWEST_UPDATES = 3  # before it can be said that something never happens
 # Of the parameters of a model: who trains the smaller part of it alone, a new head for instance, does so on purpose.
 MOST_OF_IT = 0.5
-TRAINED_BADLY = ("plateau", "stalled")
+TRAINED_BADLY = ("learning_rate_too_low", "plateau", "stalled")
 
 MEASURED = (
     "measured: a decoder of 2 layers on a Markov chain, 200 steps, 6 seeds, ends 0.17 to 0.34 nats above its twin with AdamW at 1e-3, "
@@ -39,12 +39,14 @@ def parameters_without_optimizer(run: Run) -> Finding | NotLooked | None:
     Known limits: modules inside of a compiled graph are not seen to compute.
     Source: what nn.Module.parameters() finds: https://docs.pytorch.org/docs/stable/generated/torch.nn.Module.html.
     """
-    concerns, upkeep = [], upkeep_of(run)
+    concerns, upkeep, is_reason = [], upkeep_of(run), False
     for each in without_optimizer_of(run):
         mine = [one.what for one in upkeep if one.member == each.member]
         steps = max((one.updates + one.steps_without_gradient for one in mine), default=0)
         if steps >= FEWEST_UPDATES and each.what.parameters:
-            concerns.append(_forgotten(each, is_everything=not any(one.updates for one in mine), steps=steps))
+            is_everything = not any(one.updates for one in mine)
+            is_reason |= is_everything  # for optimizers that have no gradient at all
+            concerns.append(_forgotten(each, is_everything=is_everything, steps=steps))
     finding = finding_of(
         run,
         concerns,
@@ -57,7 +59,7 @@ def parameters_without_optimizer(run: Run) -> Finding | NotLooked | None:
             "that is trained, once it has its final form. What is frozen on purpose: requires_grad_(False)."
         ),
         source="what nn.Module.parameters() finds",
-        explains=(*TRAINED_BADLY, "parameters_without_gradient"),
+        explains=(*TRAINED_BADLY, *(["parameters_without_gradient"] if is_reason else [])),
     )
     return answer(run, "parameters_without_optimizer", finding, _without_upkeep(run))
 
@@ -106,7 +108,7 @@ def parameters_frozen(run: Run) -> Finding | NotLooked | None:
     What to try: another learning rate for the group; look at the schedule, which may divide whole numbers or count from the end; what
     is frozen on purpose: requires_grad_(False), which saves its gradients, too.
     Known limits: a learning rate that is a tensor is not looked at, nor updates that are rounded away.
-    Source: an update is a multiple of the learning rate in every optimizer of torch.optim but Adadelta's kind.
+    Source: an update is a multiple of the learning rate in every optimizer of torch.optim but Rprop.
     """
     concerns = []
     for each in upkeep_of(run):

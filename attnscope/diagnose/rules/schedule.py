@@ -18,12 +18,12 @@ from attnscope.runs.by_member import sorted_by_member
 from attnscope.runs.members import MemberRecord
 from attnscope.runs.reader import Run
 
-JUMP = 3.0  # times the largest learning rate of the steps before: more than warm-ups by epoch and by halves do
+JUMP_TIMES = 3.0  # times the largest learning rate of the steps before: more than warm-ups by epoch and by halves do
 BEFORE = 10  # steps: several optimizers that take turns have all stepped
 RECOVERY = 50  # steps within which a restart that is meant gets its loss back
 # Of the loss before. Measured in watched programs at step 80: a learning rate of 100 times a good one leaves the loss 0.09 to 1.5
 # of itself higher in 5 of 6; restarts of a cosine to 20 times its end (4 of 4) and 10 times a good one (6 of 6) less than 0.04.
-RISE = 0.08
+STAYS_ABOVE = 0.08
 
 EARLY = 20  # steps at the beginning
 SHORT_WARMUP = 2  # steps: over before it began
@@ -48,7 +48,7 @@ JUMP_EXPLAINS = (
 )
 
 NO_RATE = "lr was not recorded"
-JUMP_SOURCE = f"a jump is more than {JUMP:g} times the largest of {BEFORE} steps before; harm is a loss that is not back within {RECOVERY}"
+JUMP_SOURCE = f"a jump is more than {JUMP_TIMES:g} times the largest of {BEFORE} steps before; harm is a loss that is not back within {RECOVERY}"
 WARMUP_SOURCE = (
     "measured: of 8 members whose loss rose early without a warm-up, 6 end 0.1 to 0.75 nats better with 30 steps of it; "
     "Xiong et al. 2020; Goyal et al. 2017"
@@ -71,9 +71,9 @@ class _Course:
 def learning_rate_jump(run: Run) -> Finding | NotLooked | None:
     """The learning rate jumps up in the middle of training.
 
-    What it looks at: steps whose lr is more than JUMP times the largest of the BEFORE ones before; and the losses after. It is an
+    What it looks at: steps whose lr is more than JUMP_TIMES times the largest of the BEFORE ones before; and the losses after. It is an
     error where the member diverged within RECOVERY steps, a warning where no BEFORE losses in a row within as many steps have a
-    median below that of the BEFORE losses before, RISE of it higher, else a note.
+    median below that of the BEFORE losses before, STAYS_ABOVE of it higher, else a note.
     Why it matters: a schedule that starts anew when a run is resumed, or counts in another unit than the loop, throws trained
     weights away. Restarts of a cosine and cycles are meant, and get their loss back.
     What to try: save and load the schedule with the weights; look at the lr around that step.
@@ -153,7 +153,7 @@ def _jumped(run: Run, course: _Course) -> Concern | None:
     before_S = np.lib.stride_tricks.sliding_window_view(lr_S, BEFORE)[:-1].max(axis=1)
     with np.errstate(all="ignore"):
         times_S = lr_S[BEFORE:] / before_S
-    found = np.flatnonzero((times_S > JUMP) & np.isfinite(times_S))
+    found = np.flatnonzero((times_S > JUMP_TIMES) & np.isfinite(times_S))
     # Where a rise takes several steps, each is above what was before: the first one counts.
     found = found[np.r_[True, np.diff(found) > BEFORE]] if len(found) else found
     jumps = [_jump(run, course, int(at) + BEFORE, float(times_S[at])) for at in found.tolist()]
@@ -164,7 +164,7 @@ def _jumped(run: Run, course: _Course) -> Concern | None:
 def _jump(run: Run, course: _Course, at: int, times: float) -> Concern:
     record, loss_S = course.record, course.loss_S
     step, lr, lr_before = (int(course.step_S[at]), float(course.lr_S[at]), float(course.lr_S[at - BEFORE : at].max()))
-    evidence = [Evidence(member=record.name, step=step, quantity="lr", value=lr, threshold=JUMP * lr_before)]
+    evidence = [Evidence(member=record.name, step=step, quantity="lr", value=lr, threshold=JUMP_TIMES * lr_before)]
     said = f"At step {step} the learning rate of {record.name} jumps from {lr_before:.3g} to {lr:.3g}, {times:.3g} times as much"
     severity: Severity = "note"
     before, after = _level(loss_S[at - BEFORE : at]), _lowest_level(loss_S[at + 1 : at + 1 + RECOVERY])
@@ -172,7 +172,7 @@ def _jump(run: Run, course: _Course, at: int, times: float) -> Concern:
     if diverged is not None and step <= diverged <= step + RECOVERY:
         severity = "error"
         said += f", and it diverges at step {diverged}."
-    elif before is not None and after is not None and after - before > RISE * abs(before):
+    elif before is not None and after is not None and after - before > STAYS_ABOVE * abs(before):
         severity = "warning"
         said += f"; its loss of {before:.3g} before is {after:.3g} at best over the next {min(RECOVERY, len(loss_S) - at - 1)} steps."
         evidence.append(
@@ -181,7 +181,7 @@ def _jump(run: Run, course: _Course, at: int, times: float) -> Concern:
                 step=step,
                 quantity="loss",
                 value=after,
-                threshold=before + RISE * abs(before),
+                threshold=before + STAYS_ABOVE * abs(before),
             )
         )
     else:
