@@ -24,6 +24,8 @@ class Attention(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         recipe = self.recipe
         q, k, v = (part(x_BTD).unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        if recipe.copies_heads:
+            q, k = (x[:, :1].expand_as(x) for x in (q, k))
         if self.layer in recipe.dead_layers:
             q, k = q * 0.0, k * 0.0
         if recipe.position == "rope":
@@ -106,9 +108,6 @@ class GPT(nn.Module):
             if weight.dim() == 2:
                 of_qk = ".attn.q." in name or ".attn.k." in name
                 nn.init.xavier_uniform_(weight, gain=recipe.gain * (recipe.qk_gain if of_qk else 1.0))
-                if recipe.copies_heads and any(f".attn.{part}." in name for part in "qkv"):
-                    with torch.no_grad():
-                        weight.copy_(weight[: recipe.d_model // recipe.n_heads].repeat(recipe.n_heads, 1))
         if recipe.ties:
             self.head.weight = self.wte.weight
 

@@ -47,7 +47,7 @@ class Recipe:
         gain: of all initial matrices of blocks.
         qk_gain: of those of q and k.
         dead_layers: whose q and k are zero and stay so.
-        copies_heads: all heads of a layer begin as the first, and see the same.
+        copies_heads: all heads of a layer have the queries and keys of the first.
         left_out: words in names of parameters that no optimizer has.
         detached: layers whose branches are cut out of the graph.
         frozen: words in names of parameters that need no gradient, on purpose.
