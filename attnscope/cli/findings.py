@@ -34,7 +34,7 @@ def print_findings(path: Path, *, as_json: bool) -> "tuple[Finding, ...]":
         return findings
     console = Console(highlight=False)
     blind = {each.rule for each in said.not_looked if not each.members}
-    looked = [rule.__name__ for rule in RULES if rule.__name__ not in blind]
+    looked = sum(rule.__name__ not in blind for rule in RULES)
     for chain in said.chains:
         _print_paragraph(console, chain_in_words(chain))
     if said.chains:
@@ -119,12 +119,11 @@ def _table(evidence: "tuple[Evidence, ...]") -> Table:
     return table
 
 
-def _looked_at(run: "Run", rules: list[str], of: int, found: int) -> str:
+def _looked_at(run: "Run", rules: int, of: int, found: int) -> str:
     members = _many(len(run.entries), "member")
     rows = f"{_many(len(run.steps), 'record')} of steps, {len(run.heads)} of heads"
-    count = _many(of, "rule") if len(rules) == of else f"{len(rules)} of {of} rules"
-    names = f": {', '.join(rules)}" if rules else ""
-    looked = f"Looked at {members} ({rows}) with {count}{names}."
+    count = _many(of, "rule") if rules == of else f"{rules} of {of} rules"
+    looked = f"Looked at {members} ({rows}) with {count}."
     return looked if found else f"No findings. {looked}"
 
 

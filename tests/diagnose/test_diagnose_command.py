@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from attnscope.cli import app
+from attnscope.diagnose import RULES
 from tests.diagnose.synthetic import heads_table, run_of, steps_table
 
 
@@ -68,7 +69,7 @@ def test_no_findings_is_said_in_words_with_what_was_looked_at(healthy):
     done = diagnose(healthy)
     assert done.exit_code == 0
     assert done.stdout.startswith("No findings. Looked at 1 member (40 records of steps, 1 of")
-    assert "saturated_at_start" in done.stdout and f"attnscope report {healthy}" in done.stdout
+    assert f"of {len(RULES)} rules." in " ".join(done.stdout.split()) and f"attnscope report {healthy}" in done.stdout
 
 
 def test_json_is_strict_and_whole(exploded):

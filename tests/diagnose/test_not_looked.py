@@ -266,7 +266,7 @@ def test_terminal_json_and_report_say_where_nobody_could_look(tmp_path):
         return CliRunner().invoke(app, ["diagnose", str(run.path), *words], env={"COLUMNS": "80"}).stdout
 
     text = diagnosed()
-    assert re.search(r"with \d+ of \d+ rules: ", " ".join(text.split()))
+    assert re.search(r"with \d+ of \d+ rules\.", " ".join(text.split()))
     assert text.startswith("No findings.") and f"\n  {line}\n" in text.partition("Could not look:")[2]
     folder = write_report(run).parent
     expected = [
