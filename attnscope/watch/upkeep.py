@@ -13,6 +13,7 @@ from torch import Tensor
 from attnscope.capture.names import Modules
 from attnscope.runs.probe_events import Upkeep
 from attnscope.watch.guard import OnEvent
+from attnscope.watch.numbers import why_without_numbers
 from attnscope.watch.orphans import Orphans
 from attnscope.watch.parameters import parameters_of
 from attnscope.watch.step import Step
@@ -209,7 +210,8 @@ def _moves(lr: object) -> bool:
 
 def _some(parameters: Sequence[Tensor]) -> list[Tensor]:
     """A few small ones, from the first to the last."""
-    plain = [p for p in parameters if p.grad is not None and p.grad.layout == torch.strided]
+    with_gradients = [(p, p.grad) for p in parameters if p.grad is not None]
+    plain = [p for p, g in with_gradients if g.layout == torch.strided and why_without_numbers(g) is None]
     small = [p for p in plain if p.numel() <= SMALL] or sorted(plain, key=lambda p: p.numel())[:1]
     return [small[at] for at in sorted({0, len(small) // 2, len(small) - 1})] if small else []
 
