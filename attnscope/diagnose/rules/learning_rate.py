@@ -155,7 +155,7 @@ def learning_rate_too_low(run: Run) -> Finding | NotLooked | None:
                     Evidence(
                         member=record.name,
                         step=record.last_step,
-                        quantity="grad_norm x update_norm",
+                        quantity="reach",
                         value=reach,
                         threshold=LITTLE_REACH * abs(record.first_loss),
                     ),
@@ -211,7 +211,7 @@ def _overshot(
             Evidence(
                 member=record.name,
                 step=int(moves.step_K[k.start + known[-1]]),
-                quantity="grad_norm x update_norm / loss",
+                quantity="overshoot",
                 value=level,
                 threshold=OVERSHOOT,
             ),
