@@ -62,9 +62,9 @@ def test_healthy_training_gives_no_finding(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
-def test_the_default_model_gives_no_finding(tmp_path, seed):
+def test_the_default_model_gives_no_finding_but_notes(tmp_path, seed):
     run = attnscope.train_model({"train": {"seed": seed}}, path=tmp_path / "r")
-    assert rules_of(run) == []
+    assert {finding.severity for finding in diagnose(run)} <= {"note"}
 
 
 # The rules that the five hundred members below are made for.
