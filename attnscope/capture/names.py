@@ -164,7 +164,7 @@ def places(names: Mapping[int, str]) -> dict[int, tuple[int, str]]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Block:
+class NumberedBlock:
     """A module with a number: transformer.h.3 is block 3 of the stack transformer.h.
 
     Attributes:
@@ -176,13 +176,13 @@ class Block:
     number: int
 
 
-def block_at(path: str) -> Block | None:
+def block_at(path: str) -> NumberedBlock | None:
     """The block with this path; None where it does not end in a number."""
     stack, _, number = path.rpartition(".")
-    return Block(stack=stack, number=int(number)) if number.isdecimal() else None
+    return NumberedBlock(stack=stack, number=int(number)) if number.isdecimal() else None
 
 
-def blocks_around(path: str) -> list[Block]:
+def blocks_around(path: str) -> list[NumberedBlock]:
     """The blocks that the module with this path is or is in, the outermost first."""
     words = path.split(".")
     blocks = (block_at(".".join(words[: end + 1])) for end in range(len(words)))

@@ -15,7 +15,7 @@ MOST_TOKENS = 1 << 20  # that are compared
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
+class TokensCompared:
     """Targets beside tokens.
 
     Attributes:
@@ -28,7 +28,7 @@ class Comparison:
 
 
 @torch.no_grad()
-def compared(ids: Tensor, targets: Tensor, ignore_index: int) -> list[Comparison]:
+def compared(ids: Tensor, targets: Tensor, ignore_index: int) -> list[TokensCompared]:
     """Compare along each axis that may be that of positions; none where the sizes do not fit.
 
     Args:
@@ -47,7 +47,7 @@ def compared(ids: Tensor, targets: Tensor, ignore_index: int) -> list[Comparison
             continue
         ids_BT, targets_BT = (x.movedim(axis, -1) for x in (ids, targets.reshape(shape)))
         counts = torch.stack([_equal(ids_BT, targets_BT, offset, ignore_index) for offset in OFFSETS])
-        found.append(Comparison(n_positions=n_positions, counts=counts))
+        found.append(TokensCompared(n_positions=n_positions, counts=counts))
     return found
 
 

@@ -23,7 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from attnscope.capture.dispatch import outside, why_unseen
 from attnscope.capture.eager import in_backward
-from attnscope.capture.names import Block, ModuleCall, Modules, block_at, blocks_around, module_calls
+from attnscope.capture.names import ModuleCall, Modules, NumberedBlock, block_at, blocks_around, module_calls
 from attnscope.capture.patches import Patches
 from attnscope.capture.seen import Seen
 from attnscope.runs.events import BlocksSeen
@@ -219,17 +219,17 @@ class Residual:
                 return
         self._leave(operator, args, calls)
 
-    def _place_of(self, module: nn.Module) -> Block | None:
+    def _place_of(self, module: nn.Module) -> NumberedBlock | None:
         name = self._modules.known_name_of(module)
         return block_at(name) if name else None
 
-    def _block_around(self, module: nn.Module) -> Block | None:
+    def _block_around(self, module: nn.Module) -> NumberedBlock | None:
         """The block that a module is in; of several in one another, the outermost that has a sister of its class.
 
         In a model whose first part is number 0 and whose second is a whole transformer, that is not the transformer.
         """
         if module in self._around:
-            known: Block | None = self._around[module]
+            known: NumberedBlock | None = self._around[module]
             return known
         around = blocks_around(self._modules.name_of(module))
         if len(around) > 1:
@@ -239,11 +239,11 @@ class Residual:
         self._around[module] = found
         return found
 
-    def _has_sister(self, block: Block, model: str) -> bool:
+    def _has_sister(self, block: NumberedBlock, model: str) -> bool:
         blocks = self._modules.blocks_in(block.stack, model)
         return sum(type(other) is type(blocks.get(block.number)) for other in blocks.values()) > 1
 
-    def _stack_of_block(self, block: nn.Module, place: Block) -> _Stack | None:
+    def _stack_of_block(self, block: nn.Module, place: NumberedBlock) -> _Stack | None:
         """The stack that a block is in; None where none with its path has a place for it, as in another model's stack."""
         found: _Stack | None = self._stack_of.get(block)
         if found is not None:
@@ -257,11 +257,11 @@ class Residual:
                     return stack
         return None
 
-    def _put(self, block: nn.Module, place: Block, stack: _Stack) -> None:
+    def _put(self, block: nn.Module, place: NumberedBlock, stack: _Stack) -> None:
         stack.blocks[place.number] = weakref.ref(block)
         self._stack_of[block] = stack
 
-    def _new_stack(self, step: int, block: nn.Module, place: Block) -> _Stack | None:
+    def _new_stack(self, step: int, block: nn.Module, place: NumberedBlock) -> _Stack | None:
         """Layers have the numbers of the blocks in the first stack; those of the next stack follow. None = there are too many."""
         model = self._modules.model_of(block)
         first = sum(stack.size for stack in self._stacks)

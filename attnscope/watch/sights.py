@@ -15,7 +15,7 @@ from attnscope.capture.dispatch import outside, why_unseen
 from attnscope.capture.eager import in_backward
 from attnscope.capture.seen import Seen
 from attnscope.capture.sight import FACTS, Tokens, empty_rows, sight_of
-from attnscope.capture.targets import OFFSETS, Comparison, compared
+from attnscope.capture.targets import OFFSETS, TokensCompared, compared
 from attnscope.metrics.rows import SAMPLES
 from attnscope.runs.probe_events import KeysSeen, RowsWithoutKeys, TargetsSeen
 from attnscope.watch.guard import OnEvent
@@ -56,7 +56,7 @@ class _Targets:
     """
 
     step: int
-    comparisons: tuple[Comparison, ...]
+    comparisons: tuple[TokensCompared, ...]
     sequences: int
 
 

@@ -6,18 +6,21 @@ import weakref
 import torch
 from torch import nn
 
-from attnscope.capture.names import Block, Modules, block_at, blocks_around, module_calls
+from attnscope.capture.names import Modules, NumberedBlock, block_at, blocks_around, module_calls
 
 
 def test_a_path_that_ends_in_a_number_is_a_block():
-    assert block_at("transformer.h.3") == Block(stack="transformer.h", number=3)
-    assert block_at("0") == Block(stack="", number=0)
+    assert block_at("transformer.h.3") == NumberedBlock(stack="transformer.h", number=3)
+    assert block_at("0") == NumberedBlock(stack="", number=0)
     assert block_at("transformer.h.3.attn") is None and block_at("GPT2") is None
 
 
 def test_blocks_around_a_module_are_in_one_another_the_outermost_first():
     found = blocks_around("decoder.block.2.layer.0.SelfAttention")
-    assert found == [Block(stack="decoder.block", number=2), Block(stack="decoder.block.2.layer", number=0)]
+    assert found == [
+        NumberedBlock(stack="decoder.block", number=2),
+        NumberedBlock(stack="decoder.block.2.layer", number=0),
+    ]
     assert blocks_around("transformer.attn") == []
 
 

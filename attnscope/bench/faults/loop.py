@@ -24,7 +24,7 @@ LAST = 20  # steps whose mean loss is the final one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ended:
+class Result:
     """What became of a program.
 
     Attributes:
@@ -38,7 +38,7 @@ class Ended:
     error: str | None = None
 
 
-def train(recipe: Recipe, path: Path) -> Ended:
+def train(recipe: Recipe, path: Path) -> Result:
     """Train it under `watch_model` into a new run directory."""
     torch.manual_seed(recipe.seed)
     corpus = open_data(
@@ -57,9 +57,9 @@ def train(recipe: Recipe, path: Path) -> Ended:
                 if not math.isfinite(losses[-1]):
                     break
         except RuntimeError as error:
-            return Ended(final_loss=math.nan, held_out_loss=math.nan, error=str(error).splitlines()[0])
+            return Result(final_loss=math.nan, held_out_loss=math.nan, error=str(error).splitlines()[0])
     last = losses[-LAST:]
-    return Ended(final_loss=sum(last) / len(last), held_out_loss=held_out(model, corpus, recipe))
+    return Result(final_loss=sum(last) / len(last), held_out_loss=held_out(model, corpus, recipe))
 
 
 def one_step(

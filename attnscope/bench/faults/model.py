@@ -12,7 +12,7 @@ from attnscope.bench.faults.recipe import Recipe
 HIDDEN = {"added": 1e4, "faint": -1e-12}  # what hidden keys get in place of -inf
 
 
-class Attention(nn.Module):
+class SelfAttention(nn.Module):
     """Causal self-attention with its own q, k and v."""
 
     def __init__(self, recipe: Recipe, layer: int) -> None:
@@ -64,7 +64,7 @@ class Packed(nn.Module):
         return y
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """Attention and an MLP, with the norm before, after or nowhere."""
 
     def __init__(self, recipe: Recipe, layer: int) -> None:
@@ -72,7 +72,7 @@ class Block(nn.Module):
         d_model = recipe.d_model
         self.recipe, self.layer = recipe, layer
         self.norm_1, self.norm_2 = (nn.Identity() if recipe.norm == "none" else nn.LayerNorm(d_model) for _ in range(2))
-        self.attn = Packed(recipe) if recipe.attention == "mha" else Attention(recipe, layer)
+        self.attn = Packed(recipe) if recipe.attention == "mha" else SelfAttention(recipe, layer)
         self.mlp = nn.Sequential(nn.Linear(d_model, 4 * d_model), nn.GELU(), nn.Linear(4 * d_model, d_model))
         self.drop = nn.Dropout(recipe.dropout)
 
@@ -94,7 +94,7 @@ class GPT(nn.Module):
         self.recipe = recipe
         self.wte = nn.Embedding(vocab_size, recipe.d_model)
         self.wpe = nn.Embedding(recipe.seq_len, recipe.d_model)
-        self.h = nn.ModuleList(Block(recipe, layer) for layer in range(recipe.n_layers))
+        self.h = nn.ModuleList(TransformerBlock(recipe, layer) for layer in range(recipe.n_layers))
         self.ln_f = nn.LayerNorm(recipe.d_model) if recipe.norm == "pre" else nn.Identity()
         self.head = nn.Linear(recipe.d_model, vocab_size, bias=False)
         self._begin()

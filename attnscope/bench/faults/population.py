@@ -25,7 +25,7 @@ SMALL_SEEDS, SMALL_HEALTHY = 1, 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
+class Program:
     """One program.
 
     Attributes:
@@ -47,7 +47,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Done:
-    """A program that was trained. Losses as in `loop.Ended`."""
+    """A program that was trained. Losses as in `loop.Result`."""
 
     case: str
     fault: str
@@ -60,7 +60,7 @@ class Done:
     error: str | None
 
 
-def cases(*, n_seeds: int = 3, n_healthy: int = N_HEALTHY, strongest: bool = False) -> tuple[Case, ...]:
+def cases(*, n_seeds: int = 3, n_healthy: int = N_HEALTHY, strongest: bool = False) -> tuple[Program, ...]:
     """The population: twins, faults, and healthy programs of other shapes.
 
     Args:
@@ -71,7 +71,7 @@ def cases(*, n_seeds: int = 3, n_healthy: int = N_HEALTHY, strongest: bool = Fal
     return (*_of_bases(n_seeds, strongest=strongest), *_healthy(n_healthy))
 
 
-def _of_bases(n_seeds: int, *, strongest: bool) -> Iterator[Case]:
+def _of_bases(n_seeds: int, *, strongest: bool) -> Iterator[Program]:
     for number, (base, recipe) in enumerate(BASES.items()):
         half = (TUNED, REPORTED)[number % 2]
         for seed in SEEDS[half][:n_seeds]:
@@ -85,7 +85,7 @@ def _of_bases(n_seeds: int, *, strongest: bool) -> Iterator[Case]:
                         yield _case(fault.name, base, strength, half, changed(seeded, changes))
 
 
-def _healthy(count: int) -> Iterator[Case]:
+def _healthy(count: int) -> Iterator[Program]:
     """Widths, depths, lengths, batches, seeds and learning rates around those of the bases."""
     for number in range(count):
         draw = random.Random(number)
@@ -106,10 +106,10 @@ def _healthy(count: int) -> Iterator[Case]:
         yield replace(_case(HEALTHY, base, 0, half, recipe), name=f"healthy-{number:03d}")
 
 
-def _case(fault: str, base: str, strength: int, half: str, recipe: Recipe) -> Case:
+def _case(fault: str, base: str, strength: int, half: str, recipe: Recipe) -> Program:
     words = f"{fault} {strength} {base} {recipe.seed}"
     name = "".join(letter if letter.isalnum() else "-" for letter in words)
-    return Case(name=name, fault=fault, base=base, strength=strength, half=half, recipe=recipe)
+    return Program(name=name, fault=fault, base=base, strength=strength, half=half, recipe=recipe)
 
 
 def changed(recipe: Recipe, changes: Changes) -> Recipe:
@@ -119,7 +119,7 @@ def changed(recipe: Recipe, changes: Changes) -> Recipe:
 
 
 def train_all(
-    population: Sequence[Case], folder: Path, *, jobs: int, on_done: Callable[[Done, int], None]
+    population: Sequence[Program], folder: Path, *, jobs: int, on_done: Callable[[Done, int], None]
 ) -> list[Done]:
     """Train what is not in the list yet, in so many processes of one thread each; everything that is in it then.
 
@@ -152,7 +152,7 @@ def train_all(
     return [known[case.name] for case in population]
 
 
-def train_one(case: Case, folder: Path) -> Done:
+def train_one(case: Program, folder: Path) -> Done:
     """Train one program, from the beginning."""
     import torch
 
