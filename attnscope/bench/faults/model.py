@@ -93,7 +93,7 @@ class GPT(nn.Module):
         super().__init__()
         self.recipe = recipe
         self.wte = nn.Embedding(vocab_size, recipe.d_model)
-        self.wpe = nn.Embedding(recipe.seq_len, recipe.d_model)
+        self.wpe = nn.Embedding(recipe.seq_len, recipe.d_model) if recipe.position == "learned" else None
         self.h = nn.ModuleList(TransformerBlock(recipe, layer) for layer in range(recipe.n_layers))
         self.ln_f = nn.LayerNorm(recipe.d_model) if recipe.norm == "pre" else nn.Identity()
         self.head = nn.Linear(recipe.d_model, vocab_size, bias=False)
@@ -102,7 +102,8 @@ class GPT(nn.Module):
     def _begin(self) -> None:
         recipe = self.recipe
         nn.init.normal_(self.wte.weight, std=recipe.embedding_std)
-        nn.init.normal_(self.wpe.weight, std=0.02)
+        if self.wpe is not None:
+            nn.init.normal_(self.wpe.weight, std=0.02)
         nn.init.normal_(self.head.weight, std=0.02)
         for name, weight in self.h.named_parameters():
             if weight.dim() == 2:
@@ -113,7 +114,7 @@ class GPT(nn.Module):
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         x = self.wte(tokens_BT)
-        if self.recipe.position == "learned":
+        if self.wpe is not None:
             x = x + self.wpe(torch.arange(tokens_BT.shape[1]))
         for block in self.h:
             x = block(x)
