@@ -35,6 +35,10 @@ def _is_by_hand(recipe: Recipe) -> bool:
     return recipe.attention != "mha"
 
 
+def _has_a_mask(recipe: Recipe) -> bool:
+    return _is_decoder(recipe) and _is_by_hand(recipe)
+
+
 def _is_adamw(recipe: Recipe) -> bool:
     return recipe.optimizer == "adamw"
 
@@ -89,35 +93,35 @@ FAULTS: tuple[Fault, ...] = (
         right=("future_visible", "loss_too_low"),
         strengths=({"mask": "none"},),
         is_structural=True,
-        fits=lambda recipe: _is_decoder(recipe) and _is_by_hand(recipe),
+        fits=_has_a_mask,
     ),
     Fault(
         name="causal mask off by one",
         right=("future_visible", "loss_too_low"),
         strengths=({"mask": "off_by_one"},),
         is_structural=True,
-        fits=lambda recipe: _is_decoder(recipe) and _is_by_hand(recipe),
+        fits=_has_a_mask,
     ),
     Fault(
         name="causal mask transposed",
         right=("future_visible", "loss_too_low"),
         strengths=({"mask": "transposed"},),
         is_structural=True,
-        fits=lambda recipe: _is_decoder(recipe) and _is_by_hand(recipe),
+        fits=_has_a_mask,
     ),
     Fault(
         name="causal mask of the wrong sign",
         right=("future_visible", "loss_too_low"),
         strengths=({"mask": "added"},),
         is_structural=True,
-        fits=lambda recipe: _is_decoder(recipe) and _is_by_hand(recipe),
+        fits=_has_a_mask,
     ),
     Fault(
         name="causal mask too faint",
         right=("future_visible", "loss_too_low"),
         strengths=({"mask": "faint"},),
         is_structural=True,
-        fits=lambda recipe: _is_decoder(recipe) and _is_by_hand(recipe),
+        fits=_has_a_mask,
     ),
     Fault(
         name="softmax over the queries",
