@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from attnscope.diagnose.blindness import answer, without_attention, without_config, without_steps
 from attnscope.diagnose.concern import Concern, finding_of
 from attnscope.findings import Evidence, Finding, NotLooked
+from attnscope.runs.by_member import configs_of
 from attnscope.runs.events import Nonfinite
 from attnscope.runs.probe_events import KeysSeen, RowsWithoutKeys
 from attnscope.runs.probed import told
@@ -181,16 +182,10 @@ def _padded_members(run: Run) -> list[Concern]:
 
 def members_with(run: Run, *, mask: str, objective: str) -> list[str]:
     """Members of a run of this lab that have this attention.mask and this data.objective."""
-    wanted = {"attention.mask": mask, "data.objective": objective}
-    try:
-        config = run.config
-    except Exception:  # the config is anybody's
-        return []
-    base = {"attention.mask": config.attention.mask, "data.objective": config.data.objective}
     return [
         entry.name
-        for entry in run.entries
-        if all(entry.settings.get(key, base[key]) == value for key, value in wanted.items())
+        for entry, config in zip(run.entries, configs_of(run), strict=True)
+        if config is not None and (config.attention.mask, config.data.objective) == (mask, objective)
     ]
 
 
