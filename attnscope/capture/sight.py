@@ -81,15 +81,39 @@ def sight_of(seen: Seen, tokens: Sequence[Tokens], *, rows: int | str, seed: int
 
 @torch.no_grad()
 def empty_rows(seen: Seen) -> Tensor | None:
-    """How many query rows see no key, and how many there are, (2,); None where that is not looked for."""
+    """How many query rows have every key hidden by a mask, and how many there are, (2,); None where that is not looked for."""
     match seen.logits:
         case Scaled(visible=Tensor() as visible) if visible.numel() <= MOST_LOOKED_AT:
             empty = ~visible.any(dim=-1)
-        case Computed(z=z) if z.numel() <= MOST_LOOKED_AT:
-            empty = z.detach().amax(dim=-1) < HIDDEN_BELOW  # which NaN is not
+        case Computed() as computed if computed.z.numel() <= MOST_LOOKED_AT:
+            empty = _far_below(computed)
         case _:
             return None
     return torch.stack([empty.sum(), torch.full_like(empty.sum(), empty.numel())]).float()
+
+
+def _far_below(logits: Computed) -> Tensor:
+    """Query rows all of whose logits a mask has pushed far below zero, (B, H, T).
+
+    Logits that q kᵀ explains are no mask's: they have overflowed to -inf in half precision, or training breaks.
+    """
+    z = logits.z.detach()
+    far = z < HIDDEN_BELOW  # which NaN is not
+    empty = far.all(dim=-1)
+    if logits.q is None or (z.device.type == "cpu" and not empty.any()):  # nobody waits for the host's own memory
+        return empty
+    with torch.autocast(z.device.type, enabled=False):
+        raw = logits.raw()
+    assert raw is not None
+    raw, over = raw.detach(), (-4, -2, -1)  # of each head
+    near = ~far & z.isfinite() & raw.isfinite()
+    raw_near = raw.where(near, 0.0)
+    factor = (raw_near * z.float().where(near, 0.0)).sum(over, keepdim=True) / raw_near.square().sum(over, keepdim=True)
+    factor = factor.nan_to_num(0.0, 0.0, 0.0)
+    lowest = max(torch.finfo(x.dtype).min for x in (z, logits.q))
+    overflowed = (raw * factor.abs().clamp(min=1.0) <= lowest) & (z == float("-inf"))
+    explained = overflowed | (z.float() - factor * raw >= HIDDEN_BELOW)
+    return (far & ~explained).all(dim=-1)
 
 
 def _logits(logits: Scaled | Modified | Computed, sample: Rows) -> tuple[Tensor, Tensor]:

@@ -10,10 +10,12 @@ class CrossEntropySeen:
     Attributes:
         classes: that the softmax runs over.
         loss: mean over the targets that count, nats, whatever the script makes of it.
+        targets: that count; None in older runs.
     """
 
     classes: int
     loss: float
+    targets: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +49,7 @@ class KeysSeen:
         later_rows: share of query rows that see such a key.
         padded: mean share of attention of real queries on padding; None where none is known.
         inverted_rows: share of rows with a mask that see one token alone, while several are hidden from them.
+        batch: B; None in older runs.
     """
 
     layer: int
@@ -56,6 +59,7 @@ class KeysSeen:
     later_rows: float | None
     padded: float | None
     inverted_rows: float | None
+    batch: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -62,8 +62,8 @@ def without_optimizer_of(run: Run) -> tuple[Told[WithoutOptimizer], ...]:
 
 
 def _is_sound(what: object) -> bool:
-    counts = [getattr(what, field.name) for field in fields(what) if field.type is int]  # type: ignore[arg-type]
-    return all(0 <= count <= MOST_COUNT for count in counts)
+    counts = [getattr(what, field.name) for field in fields(what) if field.type in (int, int | None)]  # type: ignore[arg-type]
+    return all(count is None or 0 <= count <= MOST_COUNT for count in counts)
 
 
 def _shown(what: _What) -> _What:

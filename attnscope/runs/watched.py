@@ -50,6 +50,7 @@ class CrossEntropy:
         step: of the first call.
         classes: the axis that the softmax runs over.
         loss: mean cross-entropy of the first call, nats per target, whatever the script makes of it; NaN = not a number.
+        targets: of that call that count; None in older runs.
         steps: whose targets were looked at; 0 = the run ended before.
         same: how many of them have the targets of the first.
         irregular: whether targets like these are no two batches' by their layout.
@@ -60,6 +61,7 @@ class CrossEntropy:
     step: int
     classes: int
     loss: float
+    targets: int | None = None
     steps: int = 0
     same: int = 0
     irregular: bool = False
@@ -132,7 +134,9 @@ def cross_entropies(run: Run) -> dict[str, CrossEntropy]:
     seen: dict[str, CrossEntropy] = {}
     for step, member, first in run.happened(CrossEntropySeen):
         if is_whole(first.classes, 1, 2**31):
-            seen.setdefault(member or "", CrossEntropy(step=step, classes=first.classes, loss=first.loss))
+            counted = first.targets if is_whole(first.targets, 0, 2**53) else None
+            call = CrossEntropy(step=step, classes=first.classes, loss=first.loss, targets=counted)
+            seen.setdefault(member or "", call)
     for _, member, targets in run.happened(FirstTargets):
         name = member or ""
         if name in seen and is_whole(targets.steps, 1, 2**31) and is_whole(targets.same, 0, targets.steps):

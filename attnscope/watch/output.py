@@ -60,12 +60,14 @@ class FirstCall:
     Attributes:
         classes: V.
         loss: mean cross-entropy over the targets that count and were looked at, whatever the script makes of it, ().
+        counted: targets that count, ().
         targets_N: at most MOST_TARGETS.
         ignore_index: of targets that do not count.
     """
 
     classes: int
     loss: Tensor
+    counted: Tensor
     targets_N: Tensor
     ignore_index: int
 
@@ -100,7 +102,8 @@ class Targets:
             targets_N = call.targets_N.cpu().numpy()
             if self._classes is None or self._firsts_N is None:
                 self._classes, self._firsts_N = call.classes, targets_N
-                yield step, CrossEntropySeen(classes=call.classes, loss=float(call.loss))
+                counted = int(call.counted)
+                yield step, CrossEntropySeen(classes=call.classes, loss=float(call.loss), targets=counted)
             self._steps += 1
             self._looked_at += len(targets_N)
             self._same += bool(np.array_equal(targets_N, self._firsts_N))
@@ -174,6 +177,7 @@ def see_cross_entropy(
         output.first = FirstCall(
             classes=logits.shape[1],
             loss=(log_z - right).where(counts, 0).sum() / counts.sum(),
+            counted=output.tokens[-1],
             targets_N=targets.flatten()[:MOST_TARGETS].clone(),
             ignore_index=ignore_index,
         )

@@ -35,13 +35,13 @@ class _Look:
     Attributes:
         step: of it.
         layer: its number.
-        shape: T and S.
+        shape: B, T and S.
         facts: FACTS.
     """
 
     step: int
     layer: int
-    shape: tuple[int, int]
+    shape: tuple[int, int, int]
     facts: Tensor
 
 
@@ -97,7 +97,7 @@ class Sights:
         if self.looks_at(step) and layer not in self._described:
             seed = (step.number * SAMPLES // FIRST_LOOKS + layer) % SAMPLES  # of other sequences in other layers
             facts = sight_of(seen, self._tokens, rows=self._rows, seed=seed)
-            shape = (seen.shape[2], seen.shape[3])
+            shape = (seen.shape[0], seen.shape[2], seen.shape[3])
             self._looks.append(_Look(step=step.number, layer=layer, shape=shape, facts=facts))
 
     def cross_entropy(self, step: Step, targets: Tensor, ignore_index: int) -> None:
@@ -136,12 +136,13 @@ class Sights:
         sums = dict(zip(FACTS, torch.stack([each.facts for each in looks]).sum(dim=0).tolist(), strict=True))
         what = KeysSeen(
             layer=looks[0].layer,
-            queries=looks[0].shape[0],
-            keys=looks[0].shape[1],
+            queries=looks[0].shape[1],
+            keys=looks[0].shape[2],
             later=_share(sums["later"], sums["later_rows"]),
             later_rows=_share(sums["later_seen"], sums["later_rows"]),
             padded=_share(sums["padded"], sums["padded_rows"]),
             inverted_rows=_share(sums["inverted_rows"], sums["masked_rows"]),
+            batch=looks[0].shape[0],
         )
         self._on_event(what, step=looks[0].step)
 

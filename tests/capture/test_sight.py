@@ -129,3 +129,20 @@ def test_targets_that_do_not_count_are_not_compared():
 def test_targets_of_other_sizes_are_compared_with_nothing():
     assert compared(IDS, torch.zeros(4, dtype=torch.long), -100) == []
     assert compared(IDS.float(), IDS, -100) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_logits_that_overflow_or_explode_are_hidden_by_no_mask(dtype):
+    """Sequence 0 has logits far below zero in every row, sequence 1 a mask that hides everything from its first query."""
+    q = torch.randn(2, 1, 4, 8, generator=torch.Generator().manual_seed(0))
+    k = torch.randn(2, 1, 4, 8, generator=torch.Generator().manual_seed(1))
+    q[0], k[0] = 300.0, -300.0  # -720 000: beyond float16, and as far below zero as masks are
+    z = (q @ k.mT).to(dtype)
+    z[1, 0, 0] = float("-inf")
+    for hidden in (float("-inf"), -2e4):
+        z[1, 0, 0] = hidden
+        seen = Seen(logits=Computed(z=z, q=q.to(dtype), k=k.to(dtype)), factor=1.0, mask="", backend="eager")
+        assert empty_rows(seen).tolist() == [1, 8]
+    z[0, 0, 0, 1:] = float("-inf")  # a mask hides the others, and what it leaves has overflowed
+    seen = Seen(logits=Computed(z=z, q=q.to(dtype), k=k.to(dtype)), factor=1.0, mask="", backend="eager")
+    assert empty_rows(seen).tolist() == [1, 8]

@@ -9,7 +9,7 @@ import pytest
 import attnscope
 from attnscope.diagnose import Finding, NotLooked, diagnose
 from attnscope.diagnose.blindness import NO_RATIO
-from attnscope.diagnose.rules.clipping import FEWEST_STEPS, HARMLESS_FACTOR, clipping_always_on
+from attnscope.diagnose.rules.clipping import COSTLY_FACTOR, FEWEST_STEPS, HARMLESS_FACTOR, clipping_always_on
 from attnscope.diagnose.rules.saturation import SATURATED_RATIO, saturated_at_start
 from attnscope.diagnose.rules.scale import applied_scale, unusual_scale
 from attnscope.findings import MOST_EVIDENCE
@@ -240,6 +240,15 @@ def test_clipping_counts_as_always_on(tmp_path, factors, optimizer, found):
     table = steps_table(np.full((1, len(factors)), 4.0), clip_factor=factors)
     run = run_of(tmp_path / "r", {"optimizer": optimizer}, steps=table)
     assert type(clipping_always_on(run)) is (found or type(None))
+
+
+@pytest.mark.parametrize(
+    ("factor", "severity"),
+    [(COSTLY_FACTOR - 0.01, "warning"), (COSTLY_FACTOR + 0.01, "note"), (HARMLESS_FACTOR - 0.01, "note")],
+)
+def test_clipping_that_costs_little_is_a_note(tmp_path, factor, severity):
+    run = run_of(tmp_path / "r", steps=steps_table(np.full((1, 40), 4.0), clip_factor=np.full(40, factor)))
+    assert clipping_always_on(run).severity == severity
 
 
 def test_clipping_is_judged_before_divergence_and_per_member(tmp_path):

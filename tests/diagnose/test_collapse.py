@@ -4,9 +4,18 @@ import numpy as np
 import pytest
 
 import attnscope
-from attnscope.diagnose.rules.collapse import ALIKE, COLLAPSED, PARTLY_SCORED, entropy_collapse, rank_collapse
+from attnscope.diagnose.rules.collapse import (
+    ALIKE,
+    COLLAPSED,
+    FEWEST_SCORED,
+    PARTLY_SCORED,
+    UNKNOWN_SCORED,
+    entropy_collapse,
+    rank_collapse,
+)
 from attnscope.diagnose.rules.logits import LARGE_STD
-from tests.diagnose.synthetic import heads_table, run_of, steps_table
+from tests.diagnose.probed import SIGHT
+from tests.diagnose.synthetic import heads_table, run_of, steps_table, watched_run_of
 
 STEPS = 60
 AT = list(range(0, STEPS, 3))
@@ -112,3 +121,23 @@ def test_post_norm_at_a_learning_rate_that_is_too_high_makes_all_tokens_alike_an
     assert finding.members == ("lr 0.02",)
     steps = run.steps[(run.steps["member"] == "lr 0.02") & (run.steps["step"] >= 96)]
     assert finding.evidence[0].value == pytest.approx(steps["token_cosine"].median())
+
+
+@pytest.mark.parametrize(
+    ("targets", "batch", "why"),
+    [
+        (8 * FEWEST_SCORED, 8, None),
+        (8 * FEWEST_SCORED - 1, 8, PARTLY_SCORED),
+        (8, 8, PARTLY_SCORED),  # a class for each sequence
+        (None, 8, UNKNOWN_SCORED),
+        (800, None, UNKNOWN_SCORED),
+    ],
+)
+def test_tokens_of_watched_scripts_may_be_alike_where_few_are_scored(tmp_path, targets, batch, why):
+    steps = steps_table(np.full(STEPS, 4.0), token_cosine=np.r_[np.full(30, 0.3), np.full(30, 0.999)])
+    events = [
+        ("cross_entropy", 0, {"classes": 9, "loss": 2.0} | ({} if targets is None else {"targets": targets})),
+        ("keys_seen", 0, SIGHT | {"layer": 0} | ({} if batch is None else {"batch": batch})),
+    ]
+    found = rank_collapse(watched_run_of(tmp_path / "r", steps=steps, events=events))
+    assert getattr(found, "why", None) == why and (why is not None or found.rule == "rank_collapse")

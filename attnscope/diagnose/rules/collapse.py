@@ -13,7 +13,10 @@ from attnscope.diagnose.courses import Courses, courses_by_member, head_courses,
 from attnscope.diagnose.rules.logits import LARGE_STD, severity_of
 from attnscope.findings import Evidence, Finding, NotLooked, Severity
 from attnscope.runs.by_member import configs_of, members_of_rows
+from attnscope.runs.probe_events import KeysSeen
+from attnscope.runs.probed import told
 from attnscope.runs.reader import Run
+from attnscope.runs.watched import cross_entropies
 
 # entropy_ratio at the end of every head of a layer, and its mean over heads at first. Healthy members on even seeds have a head
 # of 0.24 or more in every layer.
@@ -32,6 +35,8 @@ MEASURED_ALIKE = (
 )
 PARTLY = ("recall", "modular")  # sources of which only some tokens are scored
 PARTLY_SCORED = "only some tokens are scored"
+UNKNOWN_SCORED = "how many tokens of a sequence are scored is not known"
+FEWEST_SCORED = 5  # positions of a sequence: a classifier reads one, and the others may become what they like
 
 
 def entropy_collapse(run: Run) -> Finding | NotLooked | None:
@@ -155,8 +160,9 @@ def rank_collapse(run: Run) -> Finding | NotLooked | None:
     learned, whatever attention does, and the gradient that could part them is as alike.
     What to try: a lower optimizer.lr and a longer optimizer.warmup_steps, above all with normalization after the residual sum
     (model.norm = post); model.norm = pre.
-    Known limits: watched scripts do not record it. It does not look where only some tokens are scored (recall, modular, masked
-    tokens): what becomes of the others is nobody's concern. It is a note while the loss still falls.
+    Known limits: it does not look where only some tokens are scored (recall, modular, masked tokens; in watched scripts, a
+    cross-entropy of fewer than FEWEST_SCORED targets for each sequence of the batch, or none that was seen): what becomes of
+    the others is nobody's concern. It is a note while the loss still falls.
     Source: MEASURED_ALIKE; the mechanism: Dong et al. 2021.
     """
     courses = step_courses(run, "token_cosine")
@@ -171,6 +177,8 @@ def rank_collapse(run: Run) -> Finding | NotLooked | None:
         for entry, config in zip(run.entries, configs_of(run), strict=True)
         if config is not None and (config.data.source in PARTLY or config.data.objective == "masked")
     }
+    if run.kind == "watch":
+        partly |= _partly_scored(run)
     blind = (
         too_short(run, courses, what="token_cosine") | unrecorded | partly | without_config(run) | without_steps(run)
     )
@@ -210,3 +218,20 @@ def rank_collapse(run: Run) -> Finding | NotLooked | None:
         ),
     )
     return answer(run, "rank_collapse", finding, blind)
+
+
+def _partly_scored(run: Run) -> dict[str, str]:
+    """Members of a watched script whose cross-entropy counts few targets for each sequence, or of which that is not known."""
+    scored = cross_entropies(run)
+    sequences: dict[str, int] = {}
+    for each in told(run, KeysSeen):
+        if each.what.batch:
+            sequences.setdefault(each.member, each.what.batch)
+    found = {}
+    for entry in run.entries:
+        targets = None if entry.name not in scored else scored[entry.name].targets
+        if targets is None or entry.name not in sequences:
+            found[entry.name] = UNKNOWN_SCORED
+        elif targets < FEWEST_SCORED * sequences[entry.name]:
+            found[entry.name] = PARTLY_SCORED
+    return found
