@@ -4,8 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from attnscope.diagnose.chains import chains, linked
+from attnscope.diagnose.rules.axes import attention_over_batch, keys_repeated
 from attnscope.diagnose.rules.batches import poisoned_batch, repeated_batch
-from attnscope.diagnose.rules.clipping import clipping_always_on
+from attnscope.diagnose.rules.clipping import clipped_after_step, clipped_before_unscaling, clipping_always_on
 from attnscope.diagnose.rules.collapse import entropy_collapse, rank_collapse
 from attnscope.diagnose.rules.data import first_loss_too_high, loss_too_low, plateau
 from attnscope.diagnose.rules.depth import gradients_explode_with_depth, gradients_vanish_with_depth
@@ -18,6 +19,7 @@ from attnscope.diagnose.rules.loss import failed, loss_explosion, loss_spike, st
 from attnscope.diagnose.rules.masks import padding_attended, rows_fully_masked, wrong_softmax_axis
 from attnscope.diagnose.rules.modes import dropout_in_evaluation, evaluation_in_training
 from attnscope.diagnose.rules.nonfinite import nonfinite, nonfinite_loss_passed, updates_skipped
+from attnscope.diagnose.rules.norms import norm_over_one_feature
 from attnscope.diagnose.rules.optimizer import adam_epsilon_too_large, loss_summed, weight_decay_too_strong
 from attnscope.diagnose.rules.parameters import (
     gradients_accumulate,
@@ -37,6 +39,9 @@ Rule = Callable[[Run], Finding | NotLooked | None]
 
 RULES: tuple[Rule, ...] = (
     wrong_softmax_axis,
+    attention_over_batch,
+    norm_over_one_feature,
+    keys_repeated,
     future_visible,
     labels_shifted_wrong,
     rows_fully_masked,
@@ -45,6 +50,8 @@ RULES: tuple[Rule, ...] = (
     parameters_without_gradient,
     parameters_frozen,
     gradients_accumulate,
+    clipped_before_unscaling,
+    clipped_after_step,
     evaluation_in_training,
     dropout_in_evaluation,
     repeated_batch,

@@ -9,11 +9,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from attnscope.runs.probe_events import (
+    ClippedScaled,
     CrossEntropySeen,
     DropoutInEvaluation,
     EvaluationInTraining,
     FirstTargets,
+    InputsSeen,
+    KeysRepeated,
     KeysSeen,
+    NormsOverOne,
     RowsWithoutKeys,
     TargetsSeen,
     Upkeep,
@@ -301,6 +305,10 @@ What = (
     | WithoutOptimizer
     | DropoutInEvaluation
     | EvaluationInTraining
+    | ClippedScaled
+    | NormsOverOne
+    | InputsSeen
+    | KeysRepeated
     | Untyped
 )
 
@@ -333,6 +341,10 @@ EVENTS: Mapping[str, type[What]] = {
     "without_optimizer": WithoutOptimizer,
     "dropout_in_evaluation": DropoutInEvaluation,
     "evaluation_in_training": EvaluationInTraining,
+    "clipped_scaled": ClippedScaled,
+    "norms_over_one": NormsOverOne,
+    "inputs_seen": InputsSeen,
+    "keys_repeated": KeysRepeated,
 }
 _KINDS = {what: kind for kind, what in EVENTS.items()}
 

@@ -113,6 +113,8 @@ class Upkeep:
         unused_names: of the first.
         lr_zero: its parameters that had gradients, and a learning rate of 0 at every update.
         lr_zero_names: of the first.
+        clipped: how often its gradients were clipped between a backward pass and its update, from its second update on.
+        clipped_after: how often they were made smaller by clipping only after its update, among the first times.
     """
 
     number: int
@@ -129,6 +131,8 @@ class Upkeep:
     unused_names: tuple[str, ...] = ()
     lr_zero: int
     lr_zero_names: tuple[str, ...] = ()
+    clipped: int = 0
+    clipped_after: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,3 +186,73 @@ class EvaluationInTraining:
     losses_before: int
     dropouts: int
     batch_norms: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClippedScaled:
+    """`clipped_scaled`: gradients of watched code were clipped while they were still multiplied by the loss scale.
+
+    Attributes:
+        optimizer: its class.
+        loss_scale: that they were multiplied by.
+        threshold: of clipping.
+        kept: what clipping multiplied them by.
+    """
+
+    optimizer: str = ""
+    loss_scale: float
+    threshold: float
+    kept: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NormsOverOne:
+    """`norms_over_one`: norms of watched code that normalize over a single number.
+
+    Attributes:
+        norms: modules with a norm that were seen in the first steps.
+        over_one: of them, over a single number.
+        sign_left: of those, how many leave the number its sign (RMSNorm); the others leave nothing of it.
+        names: of the first.
+    """
+
+    norms: int
+    over_one: int
+    sign_left: int
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputsSeen:
+    """`inputs_seen`: the axes of what a model of watched code was given, in one of the first steps.
+
+    Attributes:
+        given: the first two axes of token ids that were looked up, and of what the outermost module was given.
+        inside: of what modules around an attention call were given.
+        positions: that were looked up, counted through; 0 = none were, or different numbers of them.
+        labels: targets of a cross-entropy, on one axis; 0 = none was seen, or several.
+    """
+
+    given: tuple[tuple[object, ...], ...] = ()
+    inside: tuple[tuple[object, ...], ...] = ()
+    positions: int
+    labels: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeysRepeated:
+    """`keys_repeated`: the keys of an attention layer of watched code are the same at all positions, although its input is not.
+
+    Attributes:
+        layer: its number in the tables.
+        heads: that have such keys.
+        of: heads.
+        times: that each key stands there; 0 = all are the same.
+        looks: at different steps, at each of which it was so.
+    """
+
+    layer: int
+    heads: int
+    of: int
+    times: int
+    looks: int

@@ -4,10 +4,14 @@ from dataclasses import dataclass, fields, replace
 from typing import Generic, TypeVar
 
 from attnscope.runs.foreign import printable
+from attnscope.runs.manifest import is_whole
 from attnscope.runs.probe_events import (
     DropoutInEvaluation,
     EvaluationInTraining,
+    InputsSeen,
+    KeysRepeated,
     KeysSeen,
+    NormsOverOne,
     RowsWithoutKeys,
     TargetsSeen,
     Upkeep,
@@ -29,6 +33,8 @@ _What = TypeVar(
     WithoutOptimizer,
     DropoutInEvaluation,
     EvaluationInTraining,
+    NormsOverOne,
+    KeysRepeated,
 )
 
 
@@ -59,6 +65,19 @@ def upkeep_of(run: Run) -> tuple[Told[Upkeep], ...]:
 def without_optimizer_of(run: Run) -> tuple[Told[WithoutOptimizer], ...]:
     """Of each member what was said last."""
     return tuple({each.member: each for each in told(run, WithoutOptimizer)}.values())
+
+
+def inputs_of(run: Run) -> dict[str, InputsSeen]:
+    """Member to the axes of what its model was given, those that make sense."""
+    found: dict[str, InputsSeen] = {}
+    for _, member, what in run.happened(InputsSeen):
+        if member is not None and _is_sound(what):
+            found.setdefault(member, replace(what, given=_pairs(what.given), inside=_pairs(what.inside)))
+    return found
+
+
+def _pairs(said: tuple[tuple[object, ...], ...]) -> tuple[tuple[object, ...], ...]:
+    return tuple(pair for pair in said if len(pair) == 2 and all(is_whole(size, 0, MOST_COUNT) for size in pair))
 
 
 def _is_sound(what: object) -> bool:

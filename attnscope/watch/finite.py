@@ -7,6 +7,7 @@ numbers of 1e35 would overflow, too: nobody trains with those). The host looks a
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from attnscope.watch.kept import Kept
 
 # What the modules of transformers are made of; what comes between them shows in the next one's output.
 OPERATORS = ("linear", "embedding", "layer_norm", "rms_norm", "addmm")  # Conv1D of Hugging Face is an addmm
+NORMS = ("layer_norm", "rms_norm")  # of them
 MOST = 4096  # outputs of one step
 
 
@@ -50,14 +52,24 @@ class Finite:
         *,
         on_call: Callable[[nn.Module | None], None],
         on_call_without_gradients: Callable[[Any], None],
+        on_norm: Callable[[nn.Module | None, str, tuple[Any, ...]], None],
     ) -> None:
-        """`on_call` is told of each call in training before its output is looked at, the other one of any other's output."""
+        """What is told.
+
+        Args:
+            patches: that listen.
+            on_call: each call in training, before its output is looked at.
+            on_call_without_gradients: the output of any other.
+            on_norm: each norm in training, by its operator and what that was given.
+        """
         self._on_call = on_call
         self._on_call_without_gradients = on_call_without_gradients
+        self._on_norm = on_norm
         self._modules: list[Callable[[], nn.Module | None]] = []
         self._sums = Kept(columns=1, most=MOST)
         for name in OPERATORS:
-            patches.listen(name, self._look)
+            patches.listen(name, partial(self._look, name if name in NORMS else ""))
+        patches.listen("group_norm", self._look_at_groups)
 
     def end_step(self) -> Outputs | None:
         """What was collected; None where nothing was."""
@@ -65,7 +77,7 @@ class Finite:
         total_N1 = self._sums.take()
         return None if total_N1 is None else Outputs(modules=tuple(modules), total_N=total_N1[:, 0])
 
-    def _look(self, _args: tuple[Any, ...], _kwargs: dict[str, Any], out: Any) -> None:
+    def _look(self, norm: str, args: tuple[Any, ...], _kwargs: dict[str, Any], out: Any) -> None:
         if not torch.is_grad_enabled():
             self._on_call_without_gradients(out)
         elif why_unseen(out) is None and not in_backward():
@@ -73,6 +85,13 @@ class Finite:
             with Unobserved():
                 self._on_call(module)
                 self._add(module, outside(out).detach())
+                if norm:
+                    self._on_norm(module, norm, args)
+
+    def _look_at_groups(self, args: tuple[Any, ...], _kwargs: dict[str, Any], out: Any) -> None:
+        if torch.is_grad_enabled() and why_unseen(out) is None and not in_backward():
+            with Unobserved():
+                self._on_norm(module_of_call(), "group_norm", args)
 
     def _add(self, module: nn.Module | None, out: Tensor) -> None:
         if self._sums.is_full:

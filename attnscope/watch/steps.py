@@ -214,10 +214,18 @@ class Steps:
             self._parameters.see_gradients(self.now, parameters)
 
     @_guarded("clipping")
-    def clipped(self, factor: Tensor | None, total_norm_before: Tensor | None) -> None:
+    def clipped(
+        self,
+        factor: Tensor | None,
+        total_norm_before: Tensor | None,
+        parameters: list[Tensor],
+        threshold: float | Tensor | None,
+    ) -> None:
         """See `OnTraining`."""
         now = self.now
         if not self._turns.is_mine(trains=True):
+            return
+        if self._probes.clipped(now, parameters, factor, threshold):  # of gradients that have been used
             return
         if now.grad_norm is None:
             now.grad_norm = total_norm_before
@@ -228,6 +236,11 @@ class Steps:
     def scaled(self, loss_scale: Tensor) -> None:
         """See `OnTraining`."""
         self.now.loss_scale = loss_scale
+
+    @_guarded("loss scale")
+    def unscaling(self, optimizer: torch.optim.Optimizer, loss_scale: Tensor) -> None:
+        """See `OnTraining`."""
+        self._probes.unscaling(self.now, optimizer, loss_scale)
 
     @_guarded("skipped update")
     def skipped(self, optimizer: torch.optim.Optimizer) -> None:
@@ -241,6 +254,7 @@ class Steps:
         what = SkippedUpdate(why="GradScaler found NaN or Inf in the gradient", where=where)
         self._guard.event(what, step=now.number)
         self._parameters.skip(now)
+        self._probes.skipped(optimizer)
         now.drop(parameters)
         now.grad_norm = now.clip_factor = None
 
@@ -322,7 +336,7 @@ class Steps:
             self._lacks_gradient = True
             self._guard.event(StepWithoutGradient(optimizer=self._moved_nothing), step=now.number)
         self._moved_nothing = ""
-        self._probes.end_step()
+        self._probes.end_step(now)
         self._recorder.add(now)
         self.stepped = False
         self._open.clear()

@@ -2,6 +2,7 @@
 
 import functools
 import sys
+import weakref
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from types import FrameType
@@ -45,8 +46,14 @@ class OnTraining(Protocol):
     def before_clipping(self, parameters: list[Tensor]) -> None:
         """Gradients are about to be clipped."""
 
-    def clipped(self, factor: Tensor | None, total_norm: Tensor | None) -> None:
-        """Gradients have been clipped: by this factor and from this L2 norm, where the call tells."""
+    def clipped(
+        self,
+        factor: Tensor | None,
+        total_norm: Tensor | None,
+        parameters: list[Tensor],
+        threshold: float | Tensor | None,
+    ) -> None:
+        """Gradients of these have been clipped: by this factor, from this L2 norm and at this, where the call tells."""
 
     def before_update(self, optimizer: torch.optim.Optimizer) -> None:
         """The optimizer is about to step."""
@@ -56,6 +63,9 @@ class OnTraining(Protocol):
 
     def scaled(self, loss_scale: Tensor) -> None:
         """GradScaler is about to step, with this scale."""
+
+    def unscaling(self, optimizer: torch.optim.Optimizer, loss_scale: Tensor) -> None:
+        """GradScaler is about to divide gradients that have its scale in them, for the first time since the last step."""
 
     def skipped(self, optimizer: torch.optim.Optimizer) -> None:
         """GradScaler kept the optimizer from stepping."""
@@ -67,6 +77,7 @@ class Training:
     def __init__(self, patches: Patches, told: OnTraining) -> None:
         self._told = told
         self._scaled = WeakIdKeyDictionary()  # what GradScaler gave to what it was given
+        self._scalers: weakref.WeakSet[Any] = weakref.WeakSet()  # that have multiplied something
         self._last_root: Any = None
         self._stepped = False
         replace = patches.replace
@@ -77,6 +88,7 @@ class Training:
         replace([utils, utils.clip_grad], "clip_grad_value_", self._clip_value)
         replace([torch.amp.GradScaler], "scale", self._scale)
         replace([torch.amp.GradScaler], "step", self._scaler_step)
+        replace([torch.amp.GradScaler], "unscale_", self._unscale)
         replace([torch.optim.Optimizer], "zero_grad", self._zero_grad)
         replace([torch.nn.Module], "zero_grad", self._zero_grad)
         patches.listen("cross_entropy_loss", self._cross_entropy)
@@ -144,6 +156,7 @@ class Training:
         args, kwargs = _kept(args, kwargs, "outputs", at=1)
         scaled = original(*args, **kwargs)
         with self._told.trying("loss"):
+            self._scalers.add(args[0])
             given = args[1] if len(args) > 1 else kwargs.get("outputs")
             for one, made in zip(_listed(given), _listed(scaled), strict=False):
                 if isinstance(one, Tensor) and isinstance(made, Tensor) and made is not one:
@@ -168,8 +181,23 @@ class Training:
                 logits, targets = outside(args[:2])
                 self._told.cross_entropy(logits, targets, args[4] if len(args) > 4 else -100)
 
+    def _unscale(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with self._told.trying("loss scale"):
+            self._about_to_unscale(args, kwargs)
+        return original(*args, **kwargs)
+
+    def _about_to_unscale(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        scaler, optimizer = args[0], args[1] if len(args) > 1 else kwargs.get("optimizer")
+        value = getattr(scaler, "_scale", None) if scaler.is_enabled() else None
+        state = getattr(scaler, "_per_optimizer_states", {}).get(id(optimizer)) or {}
+        is_scaled = getattr(state.get("stage"), "name", "READY") == "READY"
+        if value is not None and is_scaled and scaler in self._scalers and isinstance(optimizer, torch.optim.Optimizer):
+            self._told.unscaling(optimizer, value)
+
     def _scaler_step(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._stepped = False
+        with self._told.trying("loss scale"):
+            self._about_to_unscale(args, kwargs)
         scaler = args[0]
         value = getattr(scaler, "_scale", None) if scaler.is_enabled() else None
         if value is not None:
@@ -182,8 +210,10 @@ class Training:
 
     def _clip_norm(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         args, kwargs = _kept(args, kwargs, "parameters")
+        parameters: list[Tensor] = []
         with self._told.trying("clipping"):
-            self._told.before_clipping(_tensors(args[0] if args else kwargs["parameters"]))
+            parameters = _tensors(args[0] if args else kwargs["parameters"])
+            self._told.before_clipping(parameters)
         total = original(*args, **kwargs)
         with self._told.trying("clipping"):
             max_norm = args[1] if len(args) > 1 else kwargs.get("max_norm")
@@ -193,7 +223,7 @@ class Training:
                 norm = norm.full_tensor()
             most = max_norm.detach() if isinstance(max_norm, Tensor) else float(max_norm or 0.0)
             factor = (most / (norm + 1e-6)).clamp(max=1.0)
-            self._told.clipped(factor, norm if float(norm_type) == 2.0 else None)
+            self._told.clipped(factor, norm if float(norm_type) == 2.0 else None, parameters, most)
         return total
 
     def _clip_value(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -208,7 +238,9 @@ class Training:
         with self._told.trying("clipping"):
             after = None if before is None else total_norm(parameters)
             factor = None if before is None or after is None else after / before
-            self._told.clipped(factor, before)
+            most = args[1] if len(args) > 1 else kwargs.get("clip_value")
+            threshold = most.detach() if isinstance(most, Tensor) else float(most or 0.0)
+            self._told.clipped(factor, before, parameters, threshold)
         return result
 
 

@@ -3,6 +3,7 @@
 Looked at in the first updates; from then on it costs a look at a few Python objects for each update.
 """
 
+import math
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from attnscope.watch.step import Step
 
 FIRST_UPDATES = 5  # of an optimizer that are looked at; then it is said what was found, and at the end once more
 MOST_NAMES = 10  # of parameters that an event names
+MOST_LATE = 20  # calls of clipping after an update that are looked at
 SMALL = 1 << 16  # numbers of such a parameter
 
 
@@ -41,6 +43,9 @@ class _Kept:
         names: of what may be told, by id.
         steps_without: steps of it after a loss was differentiated, at which nothing had a gradient.
         zeroed: of those, how many its gradients had been thrown away before.
+        is_due: a loss was differentiated since its last update.
+        clipped: how often its gradients were clipped while it was due.
+        late: by what they were multiplied by clipping after its updates, the first times.
     """
 
     optimizer: str
@@ -56,6 +61,9 @@ class _Kept:
     names: dict[int, str] = field(default_factory=dict)
     steps_without: int = 0
     zeroed: int = 0
+    is_due: bool = True
+    clipped: int = 0
+    late: list[Tensor] = field(default_factory=list)
 
 
 class Optimizers:
@@ -82,6 +90,7 @@ class Optimizers:
     def differentiated(self) -> None:
         """A loss is about to be differentiated: what gradients there are come from before."""
         for kept in self._all:
+            kept.is_due = True
             if kept.updates and len(kept.smallest) < FIRST_UPDATES - 1:
                 kept.sizes.append(_size([p for ref in kept.samples if (p := ref()) is not None]))
 
@@ -89,6 +98,7 @@ class Optimizers:
         """An optimizer that has gradients is about to step."""
         kept = self._kept(optimizer)
         kept.updates += 1
+        kept.is_due = False
         kept.moved |= {id(group["params"]) for group in optimizer.param_groups if _moves(group.get("lr"))}
         if kept.updates == 1:
             alone = [p for p in parameters_of(optimizer, with_gradient=False) if p.requires_grad and p.grad is None]
@@ -102,6 +112,27 @@ class Optimizers:
         kept.sizes.clear()
         if kept.updates <= FIRST_UPDATES:
             self._first_updates(kept.updates)
+
+    def skipped(self, optimizer: torch.optim.Optimizer) -> None:
+        """It was kept from stepping: what gradients it had are used up."""
+        kept = self._optimizers.get(optimizer)
+        if kept is not None:
+            kept.is_due = False
+
+    def clipped(self, parameters: Iterable[Tensor], factor: Tensor, threshold: float | Tensor) -> bool:
+        """Gradients have been clipped; whether all optimizers that are known to have them had stepped with them before."""
+        ids = {id(p) for p in parameters}
+        mine = [kept for kept in self._all if any((p := ref()) is not None and id(p) in ids for ref in kept.samples)]
+        for kept in mine:
+            if (
+                isinstance(threshold, float) and threshold == math.inf
+            ):  # nothing is clipped: who calls it wants to know the norm
+                continue
+            if kept.is_due:
+                kept.clipped += 1
+            elif len(kept.late) < MOST_LATE:
+                kept.late.append(factor)
+        return bool(mine) and not any(kept.is_due for kept in mine)
 
     def without_gradient(self, optimizer: torch.optim.Optimizer, *, zeroed: bool) -> None:
         """An optimizer stepped after a loss was differentiated, and none of its parameters had a gradient."""
@@ -192,6 +223,8 @@ def _told(number: int, kept: _Kept) -> Upkeep:
         unused_names=_names(kept, unused),
         lr_zero=len(lr_zero),
         lr_zero_names=_names(kept, lr_zero),
+        clipped=kept.clipped,
+        clipped_after=sum(float(factor) < 1 for factor in kept.late),
     )
 
 

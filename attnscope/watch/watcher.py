@@ -116,6 +116,7 @@ class Watcher:
             self._checking,
             on_call=self._on_forward,
             on_call_without_gradients=self._first_looks.computed_without_gradients,
+            on_norm=lambda *norm: self._first_looks.normalized(self._steps.now, *norm),
         )
         self._reading.listen("embedding", self._on_embedding)
         self._training = Training(self._hearing, self._steps)

@@ -1,14 +1,21 @@
-"""Rules of clipping: what it does to training where it never lets go.
+"""Rules of clipping: what it does to training where it never lets go, or comes at the wrong moment.
 
 Shape key: N rows, M member in the order of run.json.
 """
+
+import math
 
 import numpy as np
 from numpy.typing import NDArray
 
 from attnscope.diagnose.blindness import answer, without_optimizer, without_steps
+from attnscope.diagnose.concern import Concern, finding_of
+from attnscope.diagnose.rules.parameters import without_upkeep
 from attnscope.findings import Evidence, Finding, NotLooked, of_several, worst_first
 from attnscope.runs.by_member import configs_of, diverged_at, mean_by_member, sorted_by_member
+from attnscope.runs.foreign import printable
+from attnscope.runs.probe_events import ClippedScaled, Upkeep
+from attnscope.runs.probed import Told, upkeep_of
 from attnscope.runs.reader import Run
 from attnscope.runs.watched import optimizers_of
 
@@ -19,6 +26,11 @@ FEWEST_STEPS = 20  # with fewer there is no always
 HARMLESS_FACTOR = 0.5
 # Above it, it costs at most what was measured at 0.58: clipping at 1 of norms of 1 to 3 is what most recipes do.
 COSTLY_FACTOR = 0.35
+
+# What clipping before unscaling comes to: its threshold over the loss scale. Nobody clips gradients at so little; who multiplies
+# the threshold by the scale stays far above it.
+LEAST_THRESHOLD = 0.01
+FEWEST_LATE = 3  # calls after a step that would have clipped something
 
 
 def clipping_always_on(run: Run) -> Finding | NotLooked | None:
@@ -95,6 +107,110 @@ def clipping_always_on(run: Run) -> Finding | NotLooked | None:
         explains=("stalled",),
     )
     return answer(run, "clipping_always_on", finding, blind)
+
+
+def clipped_before_unscaling(run: Run) -> Finding | NotLooked | None:
+    """Gradients are clipped while the loss scale is still in them.
+
+    What it looks at: in watched runs, clip_grad_norm_ and clip_grad_value_ between the backward pass of a loss that GradScaler
+    has multiplied and the moment at which it divides the gradients by its scale, where they made them smaller. It is found
+    where the threshold over the scale is below LEAST_THRESHOLD.
+    Why it matters: gradients are 65,536 times as large at first: clipped at 1, next to nothing is left of each once they are
+    divided. SGD stands still, Adam comes near its eps, and what is left changes with every change of the scale.
+    What to try: scaler.unscale_(optimizer) before clipping.
+    Known limits: loss scaling that is no torch.amp.GradScaler is not seen, nor clipping by hand. With a small scale the threshold may
+    be meant so.
+    Source: PyTorch's notes on automatic mixed precision, working with unscaled gradients.
+    """
+    concerns: dict[str, Concern] = {}
+    for step, member, what in run.happened(ClippedScaled):
+        numbers = (what.loss_scale, what.threshold, what.kept)
+        if member is None or not all(map(math.isfinite, numbers)) or what.loss_scale <= 1 or not 0 < what.kept < 1:
+            continue
+        left = what.threshold / what.loss_scale
+        if 0 < left < LEAST_THRESHOLD and member not in concerns:
+            concerns[member] = Concern(
+                member=member,
+                step=step,
+                badness=1 / left,
+                said=(
+                    f"At step {step} the gradients of {printable(what.optimizer, 60)} are clipped at {what.threshold:.3g} while they "
+                    f"are multiplied by a loss scale of {what.loss_scale:,.0f}: {what.kept:.2g} of them is left, as if they were "
+                    f"clipped at {left:.2g}."
+                ),
+                evidence=(
+                    Evidence(member=member, step=step, quantity="events", value=left, threshold=LEAST_THRESHOLD),
+                ),
+                severity="warning",
+            )
+    finding = finding_of(
+        run,
+        list(concerns.values()),
+        rule="clipped_before_unscaling",
+        title="Gradients are clipped before they are unscaled",
+        kind="cause",
+        several="clip gradients that have the loss scale in them",
+        remedy="Call scaler.unscale_(optimizer) between backward() and clipping.",
+        source="PyTorch's notes on automatic mixed precision",
+        explains=("clipping_always_on", "adam_epsilon_too_large", "learning_rate_too_low", "plateau", "stalled"),
+    )
+    blind = without_optimizer(run) if run.kind == "watch" else {}
+    return answer(run, "clipped_before_unscaling", finding, blind | without_steps(run))
+
+
+def clipped_after_step(run: Run) -> Finding | NotLooked | None:
+    """Gradients are clipped after the optimizer has used them.
+
+    What it looks at: in watched runs, calls of clip_grad_norm_ and clip_grad_value_ whose parameters an optimizer has updated
+    since the last backward pass. It is found where at least FEWEST_LATE of those made gradients smaller, none was clipped
+    before an update from the second one on, and the gradients are zeroed.
+    Why it matters: it does nothing: the update is made, and the gradients are thrown away before the next one.
+    What to try: clip between backward() and optimizer.step().
+    Known limits: clipping by hand is not seen; a threshold that no gradient reaches is no finding.
+    Source: the definition; Pascanu et al. 2013 clip what the update is made of.
+    """
+    concerns = [
+        Concern(
+            member=each.member,
+            step=each.step,
+            badness=float(each.what.clipped_after),
+            said=(
+                f"The gradients of {each.what.optimizer} are clipped after its steps ({each.what.clipped_after} times among the first), "
+                "and never between backward() and step(): clipping changes nothing."
+            ),
+            evidence=(
+                Evidence(
+                    member=each.member,
+                    step=each.step,
+                    quantity="events",
+                    value=float(each.what.clipped_after),
+                    threshold=float(FEWEST_LATE),
+                ),
+            ),
+            severity="warning",
+        )
+        for each in reversed({each.member: each for each in reversed(_clipped_late(run))}.values())
+    ]
+    finding = finding_of(
+        run,
+        concerns,
+        rule="clipped_after_step",
+        title="Gradients are clipped after the step",
+        kind="cause",
+        several="clip gradients after the step",
+        remedy="Clip between backward() and optimizer.step().",
+        source="the definition",
+        explains=("learning_rate_too_high", "loss_explosion", "loss_spike", "nonfinite"),
+    )
+    return answer(run, "clipped_after_step", finding, without_upkeep(run))
+
+
+def _clipped_late(run: Run) -> list[Told[Upkeep]]:
+    return [
+        each
+        for each in upkeep_of(run)
+        if each.what.clipped_after >= FEWEST_LATE and not each.what.clipped and not each.what.gradients_kept
+    ]
 
 
 def _blind(

@@ -61,7 +61,7 @@ def parameters_without_optimizer(run: Run) -> Finding | NotLooked | None:
         source="what nn.Module.parameters() finds",
         explains=(*TRAINED_BADLY, *(["parameters_without_gradient"] if is_reason else [])),
     )
-    return answer(run, "parameters_without_optimizer", finding, _without_upkeep(run))
+    return answer(run, "parameters_without_optimizer", finding, without_upkeep(run))
 
 
 def parameters_without_gradient(run: Run) -> Finding | NotLooked | None:
@@ -95,7 +95,7 @@ def parameters_without_gradient(run: Run) -> Finding | NotLooked | None:
         source="torch.autograd leaves .grad as None where no gradient arrives",
         explains=TRAINED_BADLY,
     )
-    return answer(run, "parameters_without_gradient", finding, _without_upkeep(run))
+    return answer(run, "parameters_without_gradient", finding, without_upkeep(run))
 
 
 def parameters_frozen(run: Run) -> Finding | NotLooked | None:
@@ -137,7 +137,7 @@ def parameters_frozen(run: Run) -> Finding | NotLooked | None:
         source="the learning rates of the optimizer's groups at every update",
         explains=TRAINED_BADLY,
     )
-    return answer(run, "parameters_frozen", finding, _without_upkeep(run))
+    return answer(run, "parameters_frozen", finding, without_upkeep(run))
 
 
 def gradients_accumulate(run: Run) -> Finding | NotLooked | None:
@@ -179,7 +179,7 @@ def gradients_accumulate(run: Run) -> Finding | NotLooked | None:
             *TRAINED_BADLY,
         ),
     )
-    return answer(run, "gradients_accumulate", finding, _without_upkeep(run))
+    return answer(run, "gradients_accumulate", finding, without_upkeep(run))
 
 
 def _worst_of_each(concerns: Sequence[Concern]) -> list[Concern]:
@@ -293,7 +293,7 @@ def _listed(count: int, names: Sequence[str]) -> str:
     return f" ({', '.join(names[:3])}{more})"
 
 
-def _without_upkeep(run: Run) -> dict[str, str]:
+def without_upkeep(run: Run) -> dict[str, str]:
     """Members of a watched script whose optimizers were not looked at."""
     if run.kind != "watch":
         return without_steps(run)  # trains all of its parameters
