@@ -8,17 +8,22 @@ from attnscope.diagnose import examine
 from attnscope.runs.probe_events import (
     DropoutInEvaluation,
     EvaluationInTraining,
+    InputsSeen,
+    KeysRepeated,
     KeysSeen,
+    NormsOverOne,
     RowsWithoutKeys,
     TargetsSeen,
     Upkeep,
     WithoutOptimizer,
 )
-from attnscope.runs.probed import MOST_NAMES, told, upkeep_of
+from attnscope.runs.probed import MOST_NAMES, inputs_of, told, upkeep_of
 from tests.diagnose.probed import ORPHANS, SIGHT, TARGETS, UPKEEP, probed
 
 LINES = {
-    "keys_seen": (KeysSeen, SIGHT | {"layer": 0}),
+    "keys_seen": (KeysSeen, SIGHT | {"layer": 0, "batch": 4}),
+    "keys_repeated": (KeysRepeated, {"layer": 0, "heads": 1, "of": 2, "times": 2, "looks": 3}),
+    "norms_over_one": (NormsOverOne, {"norms": 3, "over_one": 2, "sign_left": 1, "names": ["a", "b"]}),
     "targets": (TargetsSeen, TARGETS),
     "rows_without_keys": (RowsWithoutKeys, {"layer": 0, "rows": 1, "of": 2}),
     "upkeep": (Upkeep, UPKEEP),
@@ -65,3 +70,10 @@ def test_no_value_of_anybodys_harms_a_reader_or_a_rule(tmp_path, kind):
 def test_names_are_few_and_printable(tmp_path):
     (one,) = upkeep_of(probed(tmp_path / "r", ("upkeep", UPKEEP | {"unused_names": ["a\nb"] * 99})))
     assert len(one.what.unused_names) == MOST_NAMES and "\n" not in one.what.unused_names[0]
+
+
+def test_axes_of_inputs_are_pairs_of_sizes(tmp_path):
+    fields = {"given": [[2, 3], [4], [-1, 2], ["a", 1], 7, [5, 6]], "inside": "no", "positions": 3, "labels": 2}
+    (what,) = inputs_of(probed(tmp_path / "r", ("inputs_seen", fields))).values()
+    assert what == InputsSeen(given=((2, 3), (5, 6)), inside=(), positions=3, labels=2)
+    assert inputs_of(probed(tmp_path / "s", ("inputs_seen", fields | {"labels": -1}))) == {}
