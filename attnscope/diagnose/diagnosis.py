@@ -26,6 +26,7 @@ from attnscope.diagnose.rules.parameters import (
     parameters_without_optimizer,
 )
 from attnscope.diagnose.rules.precision import half_precision_headroom, loss_scale_collapse, updates_round_away
+from attnscope.diagnose.rules.residual import residual_missing
 from attnscope.diagnose.rules.saturation import saturated_at_start
 from attnscope.diagnose.rules.scale import applied_scale, unusual_scale
 from attnscope.diagnose.rules.schedule import learning_rate_jump, missing_warmup
@@ -47,6 +48,7 @@ RULES: tuple[Rule, ...] = (
     gradients_accumulate,
     evaluation_in_training,
     dropout_in_evaluation,
+    residual_missing,
     repeated_batch,
     loss_rises,
     applied_scale,

@@ -9,11 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from attnscope.runs.probe_events import (
+    AttentionInOtherMode,
     CrossEntropySeen,
     DropoutInEvaluation,
     EvaluationInTraining,
     FirstTargets,
+    InputCarried,
     KeysSeen,
+    PassesSeen,
     RowsWithoutKeys,
     TargetsSeen,
     Upkeep,
@@ -301,6 +304,9 @@ What = (
     | WithoutOptimizer
     | DropoutInEvaluation
     | EvaluationInTraining
+    | InputCarried
+    | AttentionInOtherMode
+    | PassesSeen
     | Untyped
 )
 
@@ -333,6 +339,9 @@ EVENTS: Mapping[str, type[What]] = {
     "without_optimizer": WithoutOptimizer,
     "dropout_in_evaluation": DropoutInEvaluation,
     "evaluation_in_training": EvaluationInTraining,
+    "input_carried": InputCarried,
+    "attention_in_other_mode": AttentionInOtherMode,
+    "passes": PassesSeen,
 }
 _KINDS = {what: kind for kind, what in EVENTS.items()}
 

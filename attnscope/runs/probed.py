@@ -5,9 +5,12 @@ from typing import Generic, TypeVar
 
 from attnscope.runs.foreign import printable
 from attnscope.runs.probe_events import (
+    AttentionInOtherMode,
     DropoutInEvaluation,
     EvaluationInTraining,
+    InputCarried,
     KeysSeen,
+    PassesSeen,
     RowsWithoutKeys,
     TargetsSeen,
     Upkeep,
@@ -29,6 +32,9 @@ _What = TypeVar(
     WithoutOptimizer,
     DropoutInEvaluation,
     EvaluationInTraining,
+    InputCarried,
+    AttentionInOtherMode,
+    PassesSeen,
 )
 
 
