@@ -18,7 +18,7 @@ from attnscope.diagnose.rules.loss import failed, loss_explosion, loss_spike, st
 from attnscope.diagnose.rules.masks import padding_attended, rows_fully_masked, wrong_softmax_axis
 from attnscope.diagnose.rules.modes import dropout_in_evaluation, evaluation_in_training
 from attnscope.diagnose.rules.nonfinite import nonfinite, nonfinite_loss_passed, updates_skipped
-from attnscope.diagnose.rules.optimizer import adam_epsilon_too_large, loss_summed, weight_decay_too_strong
+from attnscope.diagnose.rules.optimizer import adam_epsilon_too_large, weight_decay_too_strong
 from attnscope.diagnose.rules.parameters import (
     gradients_accumulate,
     parameters_frozen,
@@ -30,6 +30,7 @@ from attnscope.diagnose.rules.residual import residual_missing
 from attnscope.diagnose.rules.saturation import saturated_at_start
 from attnscope.diagnose.rules.scale import applied_scale, unusual_scale
 from attnscope.diagnose.rules.schedule import learning_rate_jump, missing_warmup
+from attnscope.diagnose.rules.sums import accumulation_not_divided, loss_summed
 from attnscope.findings import Finding, NotLooked, to_table
 from attnscope.runs.layout import to_json
 from attnscope.runs.reader import Run
@@ -57,6 +58,7 @@ RULES: tuple[Rule, ...] = (
     half_precision_headroom,
     updates_round_away,
     loss_summed,
+    accumulation_not_divided,
     adam_epsilon_too_large,
     weight_decay_too_strong,
     learning_rate_jump,
