@@ -12,7 +12,8 @@ def linked(findings: Sequence[Finding]) -> tuple[Finding, ...]:
 
     A finding explains another that its rule may explain, in a member that both concern, if it did not begin after it; at one
     step the first in the given order explains.
-    Causes come before symptoms, the worst first, what nothing explains before what something does; notes come last.
+    Causes come before symptoms, the worst first, what nothing explains before what something does. A finding is as bad as the
+    worst that it explains: a note that does not lead to anything comes last.
     """
     places = {finding.rule: place for place, finding in enumerate(findings)}
     found = [
@@ -20,11 +21,21 @@ def linked(findings: Sequence[Finding]) -> tuple[Finding, ...]:
         for finding in findings
     ]
     explained = {rule for finding in found for rule in finding.explains}
+    by_rule = {finding.rule: finding for finding in found}
+    ranks: dict[str, int] = {}
 
-    def order(finding: Finding) -> tuple[bool, bool, int, bool]:
+    def rank(finding: Finding) -> int:
+        """Place in SEVERITIES of the worst among it and what it leads to."""
+        if finding.rule not in ranks:
+            led_to = [rank(by_rule[rule]) for rule in finding.explains]
+            ranks[finding.rule] = min([SEVERITIES.index(finding.severity), *led_to])
+        return ranks[finding.rule]
+
+    def order(finding: Finding) -> tuple[bool, bool, int, int, bool]:
         return (
-            finding.severity == "note",
+            rank(finding) == SEVERITIES.index("note"),
             finding.kind == "symptom",
+            rank(finding),
             SEVERITIES.index(finding.severity),
             finding.rule in explained,
         )

@@ -20,7 +20,7 @@ from attnscope.diagnose.rules.masks import padding_attended, rows_fully_masked, 
 from attnscope.diagnose.rules.modes import dropout_in_evaluation, evaluation_in_training
 from attnscope.diagnose.rules.nonfinite import nonfinite, nonfinite_loss_passed, updates_skipped
 from attnscope.diagnose.rules.norms import norm_over_one_feature
-from attnscope.diagnose.rules.optimizer import adam_epsilon_too_large, loss_summed, weight_decay_too_strong
+from attnscope.diagnose.rules.optimizer import adam_epsilon_too_large, weight_decay_too_strong
 from attnscope.diagnose.rules.parameters import (
     gradients_accumulate,
     parameters_frozen,
@@ -28,9 +28,11 @@ from attnscope.diagnose.rules.parameters import (
     parameters_without_optimizer,
 )
 from attnscope.diagnose.rules.precision import half_precision_headroom, loss_scale_collapse, updates_round_away
+from attnscope.diagnose.rules.residual import residual_missing
 from attnscope.diagnose.rules.saturation import saturated_at_start
 from attnscope.diagnose.rules.scale import applied_scale, unusual_scale
 from attnscope.diagnose.rules.schedule import learning_rate_jump, missing_warmup
+from attnscope.diagnose.rules.sums import accumulation_not_divided, loss_summed
 from attnscope.findings import Finding, NotLooked, to_table
 from attnscope.runs.layout import to_json
 from attnscope.runs.reader import Run
@@ -54,6 +56,7 @@ RULES: tuple[Rule, ...] = (
     clipped_after_step,
     evaluation_in_training,
     dropout_in_evaluation,
+    residual_missing,
     repeated_batch,
     loss_rises,
     applied_scale,
@@ -62,6 +65,7 @@ RULES: tuple[Rule, ...] = (
     half_precision_headroom,
     updates_round_away,
     loss_summed,
+    accumulation_not_divided,
     adam_epsilon_too_large,
     weight_decay_too_strong,
     learning_rate_jump,

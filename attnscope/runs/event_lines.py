@@ -157,6 +157,7 @@ def _place_in_json(table: object) -> Place | None:
 _READERS: Mapping[object, Callable[[Mapping[str, object], str], object]] = {
     str: _text,
     bool: _flag,
+    bool | None: _flag,
     int: _whole,
     int | None: _whole,
     float: _number,
@@ -167,4 +168,4 @@ _READERS: Mapping[object, Callable[[Mapping[str, object], str], object]] = {
     tuple[Place, ...] | None: _places,
     Mapping[str, object]: _table,
 }
-_OPTIONAL = (int | None, float | None, tuple[Place, ...] | None)
+_OPTIONAL = (bool | None, int | None, float | None, tuple[Place, ...] | None)

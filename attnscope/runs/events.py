@@ -9,15 +9,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from attnscope.runs.probe_events import (
+    AttentionInOtherMode,
     ClippedScaled,
     CrossEntropySeen,
     DropoutInEvaluation,
     EvaluationInTraining,
     FirstTargets,
+    InputCarried,
     InputsSeen,
     KeysRepeated,
     KeysSeen,
     NormsOverOne,
+    PassesSeen,
     RowsWithoutKeys,
     TargetsSeen,
     Upkeep,
@@ -309,6 +312,9 @@ What = (
     | NormsOverOne
     | InputsSeen
     | KeysRepeated
+    | InputCarried
+    | AttentionInOtherMode
+    | PassesSeen
     | Untyped
 )
 
@@ -345,6 +351,9 @@ EVENTS: Mapping[str, type[What]] = {
     "norms_over_one": NormsOverOne,
     "inputs_seen": InputsSeen,
     "keys_repeated": KeysRepeated,
+    "input_carried": InputCarried,
+    "attention_in_other_mode": AttentionInOtherMode,
+    "passes": PassesSeen,
 }
 _KINDS = {what: kind for kind, what in EVENTS.items()}
 

@@ -256,3 +256,56 @@ class KeysRepeated:
     of: int
     times: int
     looks: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputCarried:
+    """`input_carried`: whether a block of watched code adds to the stream that it is given, in the first steps.
+
+    Attributes:
+        layer: number of the block, as in the layers table.
+        attention: whether the output of its attention is added to the stream.
+        mlp: whether what comes after attention is; None where nothing does.
+    """
+
+    layer: int
+    attention: bool | None
+    mlp: bool | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionInOtherMode:
+    """`attention_in_other_mode`: how a layer of watched code attends in evaluation, beside training at the same step.
+
+    Attributes:
+        layer: its number in the tables.
+        queries: T in both, which is S, too.
+        scale_ratio: the smaller of the two scales by the larger; None where one of them is not known.
+        is_larger: whether evaluation's is the larger one.
+        later_rows: share of query rows that see a later key, in evaluation.
+        later_rows_trained: the same in training.
+    """
+
+    layer: int
+    queries: int
+    scale_ratio: float | None
+    is_larger: bool
+    later_rows: float | None
+    later_rows_trained: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassesSeen:
+    """`passes`: how many losses watched code differentiates for an update, in the first steps.
+
+    Attributes:
+        steps: that were looked at.
+        fewest: losses of one of these steps.
+        most: of another.
+        weight: what such a loss is by the mean cross-entropy that it was computed from, median; None where it is not told.
+    """
+
+    steps: int
+    fewest: int
+    most: int
+    weight: float | None

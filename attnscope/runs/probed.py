@@ -6,12 +6,15 @@ from typing import Generic, TypeVar
 from attnscope.runs.foreign import printable
 from attnscope.runs.manifest import is_whole
 from attnscope.runs.probe_events import (
+    AttentionInOtherMode,
     DropoutInEvaluation,
     EvaluationInTraining,
+    InputCarried,
     InputsSeen,
     KeysRepeated,
     KeysSeen,
     NormsOverOne,
+    PassesSeen,
     RowsWithoutKeys,
     TargetsSeen,
     Upkeep,
@@ -35,6 +38,9 @@ _What = TypeVar(
     EvaluationInTraining,
     NormsOverOne,
     KeysRepeated,
+    InputCarried,
+    AttentionInOtherMode,
+    PassesSeen,
 )
 
 

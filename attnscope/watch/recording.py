@@ -27,6 +27,7 @@ from attnscope.signals.conditions import Condition
 from attnscope.signals.journal import Journal
 from attnscope.signals.nonfinite import Looked
 from attnscope.watch.output import Targets
+from attnscope.watch.passes import PassesTold
 from attnscope.watch.step import FIRST, Step
 from attnscope.watch.tables import Array, fill_in, heads_of, layers_of, params_of, seen_losses, steps_of
 
@@ -115,6 +116,7 @@ class WatchRecorder:
         self._journal = Journal(writer, Alarms(self._place))
         self._tokens = 0
         self._targets = Targets(FIRST)
+        self._passes = PassesTold(FIRST)
         self._filled: set[str] = set()
         self.broken: str | None = None
         self.losses_not_seen = 0
@@ -202,6 +204,10 @@ class WatchRecorder:
             calls = [(step.number, step.output.first) for step in block if step.counts]
             for step, what in self._targets.add(calls, is_end=is_end):
                 self.event(what, step=step)
+        with measuring("losses of an update", block[-1].number if block else 0):
+            losses = [(step.number, step.passes.losses[step.first_counted :]) for step in block if step.updated]
+            for step, passes in self._passes.add(losses, is_end=is_end):
+                self.event(passes, step=step)
 
     def finish(
         self,

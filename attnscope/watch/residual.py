@@ -27,6 +27,7 @@ from attnscope.capture.names import ModuleCall, Modules, NumberedBlock, block_at
 from attnscope.capture.patches import Patches
 from attnscope.capture.seen import Seen
 from attnscope.runs.events import BlocksSeen
+from attnscope.watch.carried import Carriers, place_in_graph
 from attnscope.watch.kept import Kept
 from attnscope.watch.layers import MOST_EVALUATED
 from attnscope.watch.passed import Passed, measure_stream
@@ -82,7 +83,8 @@ class _Entered:
         number: there.
         trains: whether the module was in training mode.
         shapes: of what it was called with.
-        begin: place of the newest of that; -1 where nothing has one.
+        places: of these.
+        begin: the newest of them; -1 where nothing has one.
         last: place of the newest output in it of an operator that is listened to.
         is_last: that is the output of the last of those operators.
         was_left: something was computed outside of it since.
@@ -94,6 +96,7 @@ class _Entered:
     number: int
     trains: bool
     shapes: tuple[torch.Size, ...]
+    places: tuple[int, ...]
     begin: int
     last: int
     is_last: bool = False
@@ -121,6 +124,7 @@ class Residual:
     def __init__(self, modules: Modules, *, on_event: Callable[..., None]) -> None:
         self._modules = modules
         self._on_event = on_event
+        self._carriers = Carriers(on_event)
         self._stacks: list[_Stack] = []
         self._stack_of = WeakIdKeyDictionary()  # block to its stack
         self._around = WeakIdKeyDictionary()  # what attends to the block that it is in, or None
@@ -217,7 +221,7 @@ class Residual:
                 self._enter(step, call, stack, place.number)
                 self._note(out)
                 return
-        self._leave(operator, args, calls)
+        self._leave(step, operator, args, calls)
 
     def _place_of(self, module: nn.Module) -> NumberedBlock | None:
         name = self._modules.known_name_of(module)
@@ -286,8 +290,9 @@ class Residual:
             elif not before.is_seen:
                 x = _passed_on(before, streams)
                 if x is not None:
-                    self._add(before, x)
-        begin = max(map(_place_in_graph, streams), default=-1)
+                    self._add(step, before, x)
+        places = tuple(map(place_in_graph, streams))
+        begin = max(places, default=-1)
         self._why = COMPILED if self._why == COMPILED else NOTHING_PASSED
         self._now = _Entered(
             block=weakref.ref(call.module),
@@ -295,6 +300,7 @@ class Residual:
             number=number,
             trains=call.module.training,
             shapes=tuple(x.shape for x in streams),
+            places=places,
             begin=begin,
             last=begin,
         )
@@ -303,11 +309,11 @@ class Residual:
         """An operator in the block that was entered last has put this out."""
         now = self._now
         if now is not None:
-            place = _place_in_graph(outside(out))
+            place = place_in_graph(outside(out))
             now.is_last = place > now.begin
             now.last = max(now.last, place)
 
-    def _leave(self, operator: str, args: tuple[Any, ...], calls: Sequence[ModuleCall]) -> None:
+    def _leave(self, step: int, operator: str, args: tuple[Any, ...], calls: Sequence[ModuleCall]) -> None:
         """Something is computed outside of blocks: the first time, its input may be what the block has put out."""
         now = self._now
         if now is None or now.was_left:
@@ -317,12 +323,12 @@ class Residual:
         if x is None or not _may_be_stream(x):
             return
         x = outside(x)
-        place = _place_in_graph(x)
+        place = place_in_graph(x)
         is_norm = operator in (*NORMS, "rsqrt")
         # Made after all that was heard in the block; or what it was that was heard there last, whoever takes it.
         comes_from_it = place >= now.last if is_norm else now.is_last and place == now.last
         if x.shape in now.shapes and place > now.begin and comes_from_it:
-            self._add(now, x)
+            self._add(step, now, x)
 
     def _learn_axes(self, module: nn.Module, seen: Seen) -> None:
         """Which axis of the stream attention runs over; that of a batch as large as its sequences looks like either."""
@@ -341,10 +347,12 @@ class Residual:
             if isinstance(said, bool):
                 now.stack.batch_first = said
 
-    def _add(self, block: _Entered, x: Tensor) -> None:
+    def _add(self, step: int, block: _Entered, x: Tensor) -> None:
         """A block has put this out."""
         block.is_seen = True
         layer = block.stack.first + block.number
+        given = [place for shape, place in zip(block.shapes, block.places, strict=True) if shape == x.shape]
+        self._carriers.look(step, layer, x, given)
         n_evaluated = self._n_evaluated.get(layer, 0)
         if self._kept.is_full or not x.numel() or (not block.trains and n_evaluated >= MOST_EVALUATED):
             return
@@ -363,12 +371,6 @@ def _may_be_stream(x: Tensor) -> bool:
     return x.dim() >= 3 and x.is_floating_point() and why_unseen(x) is None
 
 
-def _place_in_graph(x: Tensor) -> int:
-    """The number of the function that made it: later ones have larger numbers; -1 where there is none."""
-    function: Any = x.grad_fn
-    return -1 if function is None else int(function._sequence_nr())
-
-
 def _passed_on(before: _Entered, streams: Sequence[Tensor]) -> Tensor | None:
     """What the block before has put out, among what the next one was called with; None where that could be several.
 
@@ -377,10 +379,10 @@ def _passed_on(before: _Entered, streams: Sequence[Tensor]) -> Tensor | None:
     """
     if before.last < 0:  # nothing there is differentiated
         return streams[0] if len(streams) == 1 else None
-    late = [x for x in streams if _place_in_graph(x) >= before.last and _place_in_graph(x) > before.begin]
+    late = [x for x in streams if place_in_graph(x) >= before.last and place_in_graph(x) > before.begin]
     if len(late) != 1:
         return None
-    fresh = [x for x in streams if _place_in_graph(x) > before.begin and x.shape == late[0].shape]
+    fresh = [x for x in streams if place_in_graph(x) > before.begin and x.shape == late[0].shape]
     return late[0] if len(fresh) == 1 else None
 
 

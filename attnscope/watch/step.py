@@ -12,6 +12,7 @@ from torch import Tensor
 from attnscope.watch.finite import Outputs
 from attnscope.watch.output import Output
 from attnscope.watch.passed import Passed
+from attnscope.watch.passes import Passes
 
 FIRST = 20  # steps that are all measured, whatever the cadence: what explodes, explodes early
 
@@ -42,6 +43,7 @@ class Step:
         gradients: what has a gradient along P, and its norm before clipping, (P,); at every step.
         outputs: sums over the outputs of modules.
         output: what cross-entropy was given.
+        passes: losses beside the cross-entropies that they are made of; only in the first steps.
         passed: the residual stream, as it passed from block to block.
         lrs: of all parameter groups that were updated.
     """
@@ -59,6 +61,7 @@ class Step:
     gradients: list[tuple[list[ParameterPlace], Tensor]] = field(default_factory=list)
     outputs: Outputs | None = None
     output: Output = field(default_factory=Output)
+    passes: Passes = field(default_factory=Passes)
     passed: Passed | None = None
     grad_norm: Tensor | None = None
     clip_factor: Tensor | None = None
@@ -83,6 +86,10 @@ class Step:
 
     def counted_losses(self) -> list[Tensor]:
         """Those whose sum is the loss of the step."""
-        if self.first_loss is None and self.dropped:
-            return self.losses[-1:]
-        return self.losses[self.first_loss or 0 :] or self.losses[-1:]
+        return self.losses[self.first_counted :]
+
+    @property
+    def first_counted(self) -> int:
+        """Place among the losses of the first one that counts; it and all after it do."""
+        last = max(0, len(self.losses) - 1)
+        return last if self.first_loss is None and self.dropped else min(self.first_loss or 0, last)

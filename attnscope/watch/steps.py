@@ -162,13 +162,15 @@ class Steps:
         self._layers.unmeasured(self.now, module, backend, shapes, reason)
 
     @_guarded("cross-entropy")
-    def cross_entropy(self, logits: Tensor, targets: Tensor, ignore_index: int) -> None:
+    def cross_entropy(self, logits: Tensor, targets: Tensor, ignore_index: int, *, loss: Tensor, is_mean: bool) -> None:
         """See `OnTraining`."""
         if not self.repeats and self._turns.is_mine(trains=False):
             self._begin()
             now = self.now
             self._probes.cross_entropy(now, targets, ignore_index)
             is_first = now.number < FIRST
+            if is_first:
+                now.passes.cross_entropy(loss, logits, is_mean=is_mean)
             see_cross_entropy(now.output, logits, targets, ignore_index, measured=now.measured, is_first=is_first)
 
     @_guarded("evaluation")
@@ -197,6 +199,8 @@ class Steps:
         self._probes.differentiated(self.now)
         self.stepped = self.updates_itself
         self.now.losses.append(number)
+        if self.now.number < FIRST:
+            self.now.passes.differentiated(number)
 
     @_guarded("gradients")
     def zeroed(self, owner: torch.optim.Optimizer | nn.Module) -> None:

@@ -22,6 +22,8 @@ from attnscope.watch.parameters import parameters_of, total_norm
 # Stands on the stack, with the optimizer among its variables, while an optimizer steps.
 _STEP = getattr(torch.optim.Optimizer.profile_hook_step(lambda *_, **__: None), "__code__", None)
 
+_MEAN = 1  # the operator's number for reduction="mean"
+
 
 class OnTraining(Protocol):
     """What is told of a step, in the order in which things happen."""
@@ -37,8 +39,8 @@ class OnTraining(Protocol):
     def zeroed(self, owner: torch.optim.Optimizer | torch.nn.Module) -> None:
         """The gradients of its parameters are about to be thrown away."""
 
-    def cross_entropy(self, logits: Tensor, targets: Tensor, ignore_index: int) -> None:
-        """Cross-entropy is computed in training."""
+    def cross_entropy(self, logits: Tensor, targets: Tensor, ignore_index: int, *, loss: Tensor, is_mean: bool) -> None:
+        """Cross-entropy is computed in training: with this result, which is the mean over the targets that count, or not."""
 
     def evaluated(self) -> None:
         """Cross-entropy is computed without gradients, of what was computed without them."""
@@ -178,8 +180,14 @@ class Training:
             self._told.evaluated()
         if loss.requires_grad:
             with self._told.trying("cross-entropy"):
-                logits, targets = outside(args[:2])
-                self._told.cross_entropy(logits, targets, args[4] if len(args) > 4 else -100)
+                logits, targets, result = outside((*args[:2], loss))
+                self._told.cross_entropy(
+                    logits,
+                    targets,
+                    args[4] if len(args) > 4 else -100,
+                    loss=result,
+                    is_mean=len(args) < 4 or args[3] == _MEAN,
+                )
 
     def _unscale(self, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with self._told.trying("loss scale"):

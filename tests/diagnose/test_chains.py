@@ -62,6 +62,21 @@ def test_causes_come_before_symptoms_the_worst_first_and_notes_last():
     assert [each.rule for each in told] == ["leak", "rate", "collapse", "nan", "odd", "spike"]
 
 
+def test_a_finding_is_as_bad_as_the_worst_that_it_leads_to():
+    told = linked(
+        [
+            finding("odd", severity="note", step=0),
+            finding("idle", severity="note", step=0, explains=("spike",)),
+            finding("slow", severity="warning", step=0),
+            finding("rate", severity="note", step=0, explains=("growth",)),
+            finding("growth", severity="warning", step=2, explains=("loss",)),
+            finding("loss", kind="symptom", step=5),
+            finding("spike", kind="symptom", severity="note", step=6),
+        ]
+    )
+    assert [each.rule for each in told] == ["growth", "rate", "slow", "loss", "odd", "idle", "spike"]
+
+
 def test_a_chain_is_the_longest_way_from_a_cause_to_what_became_of_it():
     told = linked(
         [

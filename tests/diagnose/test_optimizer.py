@@ -1,9 +1,7 @@
-"""Weight decay, Adam's epsilon, and losses that are sums: at their thresholds, and on real runs beside healthy ones."""
+"""Weight decay and Adam's epsilon: at their thresholds, and on real runs beside healthy ones."""
 
 import numpy as np
 import pytest
-import torch
-from torch import nn
 
 import attnscope
 from attnscope.diagnose import examine
@@ -12,14 +10,11 @@ from attnscope.diagnose.movement import NO_PARAMS
 from attnscope.diagnose.rules.optimizer import (
     ADAM_SHARE,
     FEWEST_MEASURED,
-    FEWEST_TOKENS,
     LEFT_OVER,
     MARGIN,
-    NEARLY_EQUAL,
     SLOW_RATIO,
     TOWARDS_ZERO,
     adam_epsilon_too_large,
-    loss_summed,
     weight_decay_too_strong,
 )
 from attnscope.runs.layout import MemberEntry
@@ -65,7 +60,6 @@ def healthy(tmp_path_factory):
 def test_healthy_training_has_none_of_these(healthy):
     assert weight_decay_too_strong(healthy) is None
     assert adam_epsilon_too_large(healthy) is None
-    assert loss_summed(healthy) is None
 
 
 def shrinking(path, *, left=LEFT_OVER / 2, towards=0.9, n=60, **other):
@@ -202,48 +196,3 @@ def test_an_epsilon_that_is_too_large_leads_the_real_run_that_it_stopped(tmp_pat
     said = examine(trained(tmp_path / "r", eps=1.0))
     assert said.findings[0].rule == "adam_epsilon_too_large" and said.findings[0].severity == "warning"
     assert said.chains[0][0].rule == "adam_epsilon_too_large"
-
-
-def summed(path, times, *, tokens=64, log_z=4.0, optimizer="SGD", losses=None):
-    losses = np.r_[times * log_z * tokens, np.full(39, 50.0)] if losses is None else losses
-    steps = steps_table(losses, log_z=np.full(len(losses), log_z), tokens=tokens * (1 + np.arange(len(losses))))
-    return watched(path, steps=steps, optimizer=optimizer)
-
-
-@pytest.mark.parametrize(
-    ("times", "is_named"),
-    [
-        (1 + 0.98 * NEARLY_EQUAL, True),
-        (1 + 1.02 * NEARLY_EQUAL, False),
-        (1 - 1.02 * NEARLY_EQUAL, False),
-        (1 / 64, False),
-    ],
-)
-def test_a_first_loss_of_as_many_log_partitions_as_tokens_is_a_sum(tmp_path, times, is_named):
-    assert (loss_summed(summed(tmp_path / "r", times)) is not None) is is_named
-
-
-def test_a_sum_is_as_bad_as_its_optimizer_and_its_end(tmp_path):
-    assert loss_summed(summed(tmp_path / "a", 1.0)).severity == "warning"
-    assert loss_summed(summed(tmp_path / "b", 1.0, optimizer="AdamW")).severity == "note"
-    losses = np.r_[256.0, np.full(20, 250.0), np.full(40, 1e6)]
-    assert loss_summed(summed(tmp_path / "c", 1.0, losses=losses)).severity == "error"
-    assert loss_summed(summed(tmp_path / "d", 1.0, tokens=FEWEST_TOKENS - 1)) is None
-    assert loss_summed(summed(tmp_path / "e", 1.0, log_z=np.nan)).why == "log_z was not seen at the first step"
-
-
-@pytest.mark.parametrize(("reduction", "is_named"), [("sum", True), ("mean", False)])
-def test_a_watched_loop_that_sums_its_loss_is_told_from_one_that_averages_it(tmp_path, reduction, is_named):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Embedding(32, 16), nn.Linear(16, 32))
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
-    with attnscope.watch_model(model, optimizer, tmp_path / "r"):
-        for _ in range(5):
-            x = torch.randint(32, (4, 16))
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x).flatten(0, 1), x.flatten(), reduction=reduction).backward()
-            optimizer.step()
-    finding = loss_summed(attnscope.open_run(tmp_path / "r"))
-    assert (finding is not None) is is_named
-    if finding is not None:
-        assert "and the step has 64 tokens: it is their sum." in finding.summary

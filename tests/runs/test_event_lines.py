@@ -36,6 +36,7 @@ PLACES = st.builds(
 VALUES = {
     str: TEXTS,
     bool: st.booleans(),
+    bool | None: st.none() | st.booleans(),
     int: WHOLE,
     int | None: st.none() | WHOLE,
     float: NUMBERS,

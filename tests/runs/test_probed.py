@@ -6,12 +6,15 @@ import pytest
 
 from attnscope.diagnose import examine
 from attnscope.runs.probe_events import (
+    AttentionInOtherMode,
     DropoutInEvaluation,
     EvaluationInTraining,
+    InputCarried,
     InputsSeen,
     KeysRepeated,
     KeysSeen,
     NormsOverOne,
+    PassesSeen,
     RowsWithoutKeys,
     TargetsSeen,
     Upkeep,
@@ -33,6 +36,19 @@ LINES = {
         EvaluationInTraining,
         {"model": "GPT", "dropouts": 1, "batch_norms": 1, "losses_before": 2},
     ),
+    "input_carried": (InputCarried, {"layer": 0, "attention": False, "mlp": True}),
+    "attention_in_other_mode": (
+        AttentionInOtherMode,
+        {
+            "layer": 0,
+            "queries": 16,
+            "scale_ratio": 0.25,
+            "is_larger": True,
+            "later_rows": 1.0,
+            "later_rows_trained": 0.0,
+        },
+    ),
+    "passes": (PassesSeen, {"steps": 20, "fewest": 4, "most": 4, "weight": 1.0}),
 }
 HOSTILE = (None, -1, 1e400, math.nan, True, "1", [], {}, 10**30, "\x1b[31m", [[]], -0.5, 7.5)
 

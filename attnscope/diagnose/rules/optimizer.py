@@ -1,4 +1,4 @@
-"""Rules of the optimizer's other settings: weight decay, Adam's epsilon, and the scale of the loss that it is given.
+"""Rules of the optimizer's other settings: weight decay and Adam's epsilon.
 
 Shape key: N rows, G parameter groups of all members, M member in the order of run.json.
 """
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from attnscope.diagnose.blindness import answer, without_loss, without_optimizer, without_steps
+from attnscope.diagnose.blindness import answer, without_optimizer, without_steps
 from attnscope.diagnose.concern import Concern, finding_of
 from attnscope.diagnose.movement import NO_PARAMS, movement_of, without_movement
 from attnscope.diagnose.twins import Twin, better_twins, number_of, setting_of
 from attnscope.findings import Evidence, Finding, NotLooked, Severity
-from attnscope.runs.by_member import diverged_at, members_of_rows, sorted_by_member
+from attnscope.runs.by_member import diverged_at, members_of_rows
 from attnscope.runs.reader import Run
 from attnscope.runs.watched import optimizers_of
 
@@ -32,14 +32,10 @@ SLOW_RATIO = 1e-4  # typical update_ratio: with less, 200 steps of Adam left the
 MARGIN = 0.1  # nats, see learning_rate_too_high
 ADAMS = {"Adam", "AdamW", "NAdam"}
 
-FEWEST_TOKENS = 8  # that are summed over
-NEARLY_EQUAL = 0.25  # of the number of tokens: the loss by log_z of a model that knows nothing
-
 DECAY_SOURCE = "measured: 26 members of which a quarter of the weights was left ended 0.12 to 2.3 nats above their likes without decay"
 EPSILON_SOURCE = (
     "Kingma and Ba 2015; measured: with eps 1e-2 and lr 1e-3 the loss is 0.4 to 0.5 nats higher after 150 steps"
 )
-SUM_SOURCE = "the loss of a model that knows nothing is near its log-partition, once, not once for each token"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,76 +193,6 @@ def adam_epsilon_too_large(run: Run) -> Finding | NotLooked | None:
         explains=("learning_rate_too_low", "stalled", "plateau"),
     )
     return answer(run, "adam_epsilon_too_large", finding, blind)
-
-
-def loss_summed(run: Run) -> Finding | NotLooked | None:
-    """The loss is summed over tokens instead of averaged.
-
-    What it looks at: the first loss of a watched script by log_z, the mean log-partition of its output, against the number of
-    tokens of that step: within NEARLY_EQUAL of it, from FEWEST_TOKENS tokens on. The loss of this lab is a mean. It is an error where the
-    member diverged, a warning where SGD trains it, whose updates grow with it, else a note.
-    Why it matters: gradients are as many times too large as there are tokens, and change with every batch size and length:
-    clipping is always on, float16 overflows, and no usual learning rate fits.
-    What to try: the mean (reduction="mean"), and each loss divided by the number of batches that are accumulated.
-    Known limits: only cross-entropy of class indices tells log_z. A sum over sequences alone, or over accumulated batches, cannot be
-    told from several losses that are added up. A script may divide gradients later, or have a learning rate that fits.
-    Source: SUM_SOURCE.
-    """
-    if run.kind != "watch":
-        return None
-    blind = without_loss(run)
-    seen = optimizers_of(run)
-    concerns = []
-    codes_N, step_N, loss_N, log_z_N, tokens_N = sorted_by_member(run.steps, ("step", "loss", "log_z", "tokens"))
-    for m, record in enumerate(run.members):
-        mine = np.flatnonzero(codes_N == m)
-        if not len(mine) or record.name in blind:
-            continue
-        at = mine[0]
-        step, loss, log_z, tokens = int(step_N[at]), float(loss_N[at]), float(log_z_N[at]), float(tokens_N[at])
-        if not (np.isfinite(log_z) and log_z > 0 and np.isfinite(loss)):
-            blind[record.name] = "log_z was not seen at the first step"
-            continue
-        times = loss / log_z
-        if tokens < FEWEST_TOKENS or abs(times / tokens - 1) > NEARLY_EQUAL:
-            continue
-        by_size = seen.get(record.name) == {"SGD"}
-        severity: Severity = "error" if record.diverged_at is not None else "warning" if by_size else "note"
-        concerns.append(
-            Concern(
-                member=record.name,
-                step=step,
-                badness=times,
-                said=(
-                    f"The first loss of {record.name} is {loss:.4g}, {times:.3g} times the log-partition of its output ({log_z:.3g}), "
-                    f"and the step has {tokens:.0f} tokens: it is their sum."
-                ),
-                evidence=(
-                    Evidence(member=record.name, step=step, quantity="loss", value=loss, threshold=log_z),
-                    Evidence(member=record.name, step=step, quantity="tokens", value=tokens),
-                ),
-                severity=severity,
-            )
-        )
-    finding = finding_of(
-        run,
-        concerns,
-        rule="loss_summed",
-        title="The loss is a sum over tokens",
-        kind="cause",
-        several="are trained on a sum",
-        remedy='Take the mean (reduction="mean"), and divide by the number of batches that are accumulated.',
-        source=SUM_SOURCE,
-        explains=(
-            "learning_rate_too_high",
-            "clipping_always_on",
-            "first_loss_too_high",
-            "half_precision_headroom",
-            "nonfinite",
-            "loss_explosion",
-        ),
-    )
-    return answer(run, "loss_summed", finding, blind)
 
 
 def _shrunk_groups(run: Run) -> _Shrunk:
