@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from attnscope.runs.found_live import FoundLive
 from attnscope.runs.probe_events import (
     CrossEntropySeen,
     DropoutInEvaluation,
@@ -224,7 +225,7 @@ class LossNotSeen:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stopped:
-    """`stopped`: the watched script was stopped.
+    """`stopped`: training was stopped where somebody had asked for it.
 
     Attributes:
         on: the condition as it was typed.
@@ -294,6 +295,7 @@ What = (
     | SnapshotFailed
     | TrackerFailed
     | CheckpointLeftOut
+    | FoundLive
     | KeysSeen
     | RowsWithoutKeys
     | TargetsSeen
@@ -326,6 +328,7 @@ EVENTS: Mapping[str, type[What]] = {
     "snapshot_failed": SnapshotFailed,
     "tracker_failed": TrackerFailed,
     "checkpoint_left_out": CheckpointLeftOut,
+    "finding": FoundLive,
     "keys_seen": KeysSeen,
     "rows_without_keys": RowsWithoutKeys,
     "targets": TargetsSeen,

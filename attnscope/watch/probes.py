@@ -77,12 +77,12 @@ class FirstLooks:
     def before_update(self, step: Step, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer that has gradients is about to step."""
         with self._guard.measuring("upkeep of parameters", step.number):
-            self._upkeep.before_update(optimizer)
+            self._upkeep.before_update(step, optimizer)
 
     def without_gradient(self, step: Step, optimizer: torch.optim.Optimizer, *, zeroed: bool) -> None:
         """An optimizer stepped after a loss was differentiated, and none of its parameters had a gradient."""
         with self._guard.measuring("upkeep of parameters", step.number):
-            self._upkeep.without_gradient(optimizer, zeroed=zeroed)
+            self._upkeep.without_gradient(step, optimizer, zeroed=zeroed)
 
     def end_step(self) -> None:
         """Let go of the script's tensors."""
@@ -91,12 +91,14 @@ class FirstLooks:
     def flush(self, step: Step) -> None:
         """Say what was found; waits for the device."""
         with self._guard.measuring("keys that attention sees", step.number):
-            self._sights.flush()
+            self._sights.flush(step)
         with self._guard.measuring("upkeep of parameters", step.number):
-            self._upkeep.flush(step)
+            self._upkeep.flush()
 
     def finish(self, step: Step) -> None:
         """Nothing more comes."""
         self.flush(step)
+        with self._guard.measuring("keys that attention sees", step.number):
+            self._sights.finish()
         with self._guard.measuring("upkeep of parameters", step.number):
             self._upkeep.finish(step)
