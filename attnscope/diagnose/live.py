@@ -119,7 +119,7 @@ def found_live(path: Path, part: int, step: int, before: int | None, also: Colle
         also: rules that are asked for by name, notes included.
     """
     run = open_run(path, part=part, until=step)
-    told = {(what.rule, name) for _, _, what in run.happened(FoundLive) for name in what.members}
+    told = {(what.rule, name) for at, _, what in run.happened(FoundLive) if at < step for name in what.members}
     earlier: list[Run] = []
 
     def run_before() -> Run | None:
