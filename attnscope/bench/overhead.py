@@ -13,6 +13,7 @@ from attnscope.bench.plain import PlainLoop
 from attnscope.bench.timing import Ratio, interleave, ratio
 from attnscope.config import Config, apply_changes, members_of
 from attnscope.data import Corpus, data_of
+from attnscope.diagnose.live import live
 from attnscope.runs.writer import RunWriter
 from attnscope.signals.alarms import Alarms
 from attnscope.signals.journal import FLUSH_SECONDS, Journal
@@ -125,7 +126,7 @@ class _Loop:
                 data={},
             ).part(0)
             self._recorder = Recorder(configs[0])
-            self._journal = Journal(writer, Alarms())
+            self._journal = Journal(writer, Alarms(), live())
             self._finish = lambda: writer.finish("finished")
 
     def step(self) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from attnscope.cli.app import INTERRUPTED, app, note, one_line_errors
+from attnscope.cli.app import FOUND, INTERRUPTED, app, note, one_line_errors
 
 
 @app.command()
@@ -39,6 +39,15 @@ def train(
             show_default=False,
         ),
     ] = None,
+    stop_on: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CONDITION",
+            help="Stop, with a checkpoint, at nonfinite, explosion, what a rule such as entropy_collapse finds, or "
+            "COLUMN>NUMBER such as max_logit>1e4; exit code 3.",
+            show_default=False,
+        ),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run directory.", show_default=False)] = None,
     out: Annotated[Path, typer.Option(help="Folder of the run directory.")] = Path("runs"),
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with this run.", show_default=False)] = None,
@@ -67,16 +76,16 @@ def train(
         }
         if resume is not None:
             refuse_with_resume(config, {**flags, "--no-scale": no_scale or None, "--name": name, "--set": settings})
-            path, status = watch_training(None, resume, command=command_line())
+            path, status = watch_training(None, resume, stop_on=stop_on or [], command=command_line())
         else:
             resolved = config_to_train(config, flags, settings or [], no_scale=no_scale, control=not no_control)
             stem = "no-scale" if no_scale else config.stem if config else "train"
             where = run_path(out, name, stem)
-            path, status = watch_training(resolved, where, command=command_line())
+            path, status = watch_training(resolved, where, stop_on=stop_on or [], command=command_line())
         print_result(path, as_json=json_output)
         if status != "finished":
-            note(f"Interrupted. Go on with: attnscope train --resume {shlex.quote(str(path))}")
-            raise typer.Exit(INTERRUPTED)
+            note(f"{status.capitalize()}. Go on with: attnscope train --resume {shlex.quote(str(path))}")
+            raise typer.Exit(FOUND if status == "stopped" else INTERRUPTED)
 
 
 @app.command()
@@ -133,6 +142,15 @@ def sweep(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be trained, how long and how large.")
     ] = False,
+    stop_on: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CONDITION",
+            help="Stop all parts, with a checkpoint, at nonfinite, explosion, what a rule such as entropy_collapse finds, or "
+            "COLUMN>NUMBER such as max_logit>1e4; exit code 3.",
+            show_default=False,
+        ),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run directory.", show_default=False)] = None,
     out: Annotated[Path, typer.Option(help="Folder of the run directory.")] = Path("runs"),
     resume: Annotated[
@@ -167,7 +185,7 @@ def sweep(
                 baseline=baseline or [],
                 settings=settings or [],
             )
-        with workers_for(jobs, resolved, ray=use_ray, address=ray_address) as workers:
+        with workers_for(jobs, resolved, ray=use_ray, address=ray_address, stop_on=stop_on or []) as workers:
             if resolved is not None:
                 plan = plan_of(resolved, workers, jobs=jobs, memory_bytes=limit)
                 if dry_run:
@@ -186,4 +204,5 @@ def sweep(
         if end.status != "finished":
             again = f"attnscope sweep --resume {shlex.quote(str(path))}"
             note(f"{end.status.capitalize()}. Train what is missing: {again}")
-            raise typer.Exit(1 if end.failures else INTERRUPTED)
+            codes = {"failed": 1, "stopped": FOUND}
+            raise typer.Exit(codes.get(end.status, INTERRUPTED))

@@ -5,7 +5,7 @@ import math
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -19,7 +19,8 @@ from rich.table import Table
 from rich.text import Text
 
 from attnscope.report.numbers import number
-from attnscope.runs.events import Diverged, Event, Nonfinite
+from attnscope.runs.events import Diverged, Event, Nonfinite, Stopped
+from attnscope.runs.found_live import FoundLive, line_of
 
 if TYPE_CHECKING:
     from attnscope.config import Config, Member
@@ -29,19 +30,24 @@ if TYPE_CHECKING:
 BARS = "▁▂▃▄▅▆▇█"
 SPARKLINE_WIDTH = 32
 PLAIN_SECONDS = 5.0  # between plain lines
+FOUND_STYLES = {"error": "bold red", "warning": "yellow"}
 LIVE_MEMBERS = 6  # shown one by one; more would scroll the terminal away
 
 
-def watch_training(config: "Config | None", path: Path, *, command: Sequence[str]) -> tuple[Path, str]:
+def watch_training(
+    config: "Config | None", path: Path, *, stop_on: Sequence[str] = (), command: Sequence[str]
+) -> tuple[Path, str]:
     """Train `config` into `path`, or go on with `path` where config is None, and show how it goes.
 
     Returns:
-        The run directory and "finished" or "interrupted".
+        The run directory and "finished", "interrupted", or "stopped" on a condition.
     """
     from attnscope.config import members_of
+    from attnscope.diagnose.live import live
     from attnscope.runs.reader import open_run
     from attnscope.train.run import resume_run, train_run
 
+    looked_for = live(stop_on)
     console = Console(stderr=True, highlight=False)
     members = members_of(config if config is not None else open_run(path).config)
     view = PartView(members)
@@ -56,16 +62,36 @@ def watch_training(config: "Config | None", path: Path, *, command: Sequence[str
                 console.print(Text(f"Run {path}: {', '.join(m.name for m in members[:8])}"))
             for line in view.update(part, progress):
                 console.print(line)
+            for line in findings_in(progress.events):
+                print_line(console, line)
             if isinstance(shown, Live):
                 shown.refresh()
             elif standing := view.plain_line():
                 console.print(standing)
 
         if config is None:
-            status = resume_run(path, on_progress=on_progress, should_stop=should_stop)
+            status = resume_run(path, live=looked_for, on_progress=on_progress, should_stop=should_stop)
         else:
-            status = train_run(config, path, command=command, on_progress=on_progress, should_stop=should_stop)
+            status = train_run(
+                config, path, command=command, live=looked_for, on_progress=on_progress, should_stop=should_stop
+            )
     return path, status
+
+
+def findings_in(events: Iterable[Event]) -> Iterator[Text]:
+    """A line for each finding, and for what training was stopped on."""
+    for event in events:
+        if isinstance(event.what, FoundLive):
+            yield Text(line_of(event.step, event.what), FOUND_STYLES.get(event.what.severity, ""))
+        elif isinstance(event.what, Stopped):
+            yield Text(f"step {event.step}: stopped on {event.what.on}: {event.what.found}", "bold red")
+
+
+def print_line(console: Console, line: Text) -> None:
+    """One line, whatever its length: on a terminal, what there is room for."""
+    if console.is_terminal:
+        line.truncate(console.width, overflow="ellipsis")
+    console.print(line, soft_wrap=True)
 
 
 @contextmanager

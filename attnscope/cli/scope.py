@@ -48,7 +48,8 @@ def watch(
         list[str] | None,
         typer.Option(
             metavar="CONDITION",
-            help="Stop the script at nonfinite, explosion, or COLUMN>NUMBER such as max_logit>1e4; exit code 3.",
+            help="Stop the script at nonfinite, explosion, what a rule such as entropy_collapse finds, or COLUMN>NUMBER such as "
+            "max_logit>1e4; exit code 3.",
             show_default=False,
         ),
     ] = None,

@@ -13,7 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from attnscope.cli.live import asked_to_stop
+from attnscope.cli.live import asked_to_stop, findings_in, print_line
 
 if TYPE_CHECKING:
     from attnscope.config import Config
@@ -28,22 +28,26 @@ STYLES = {"finished": "green", "training": "cyan", "interrupted": "yellow", "fai
 
 
 @contextlib.contextmanager
-def workers_for(jobs: int, config: "Config | None", *, ray: bool, address: str | None) -> "Iterator[Workers]":
+def workers_for(
+    jobs: int, config: "Config | None", *, ray: bool, address: str | None, stop_on: Sequence[str] = ()
+) -> "Iterator[Workers]":
     """Who trains the parts; ended with the block.
 
     Raises:
-        AttnscopeError: Ray is not installed or does not answer.
+        AttnscopeError: a condition to stop on cannot be understood, Ray is not installed or does not answer.
     """
+    from attnscope.diagnose.live import live
     from attnscope.sweep.on_ray import RayWorkers
     from attnscope.sweep.plan import threads_for
     from attnscope.sweep.workers import LocalWorkers
 
+    live(stop_on)  # what is wrong with it is said here, once
     workers: Workers
     if ray or address is not None:
         device = config.train.device if config is not None else "auto"
-        workers = RayWorkers(address, cpus=threads_for(jobs), use_gpus=device in ("auto", "cuda"))
+        workers = RayWorkers(address, cpus=threads_for(jobs), use_gpus=device in ("auto", "cuda"), stop_on=stop_on)
     else:
-        workers = LocalWorkers(jobs)
+        workers = LocalWorkers(jobs, stop_on=stop_on)
     try:
         yield workers
     finally:
@@ -94,6 +98,8 @@ def watch_sweep(
         def on_look(standings: "Mapping[int, Standing]") -> None:
             for line in view.update(standings):
                 console.print(line, soft_wrap=True)
+            for line in view.found():
+                print_line(console, line)
             if isinstance(shown, Live):
                 shown.refresh()
             elif standing := view.plain_line():
@@ -131,6 +137,16 @@ class SweepView:
         self._began: dict[int, tuple[float, int]] = {}
         self._plain_at = time.monotonic()
         self._is_new = True
+        self._said: dict[int, int] = {}  # part to how many of its findings were said
+
+    def found(self) -> list[Text]:
+        """What was found since this was last asked, in a line each."""
+        lines = []
+        for part, standing in self._standings.items():
+            new = standing.found[self._said.get(part, 0) :]
+            self._said[part] = len(standing.found)
+            lines += [Text.assemble(f"part {part} ", line) for line in findings_in(new)]
+        return lines
 
     def update(self, standings: "Mapping[int, Standing]") -> list[Text]:
         """Take in how all parts are doing; returns the lines to print at once."""

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from attnscope.runs.found_live import FoundLive
 from attnscope.runs.probe_events import (
     AttentionInOtherMode,
     ClippedScaled,
@@ -231,7 +232,7 @@ class LossNotSeen:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stopped:
-    """`stopped`: the watched script was stopped.
+    """`stopped`: training was stopped where somebody had asked for it.
 
     Attributes:
         on: the condition as it was typed.
@@ -301,6 +302,7 @@ What = (
     | SnapshotFailed
     | TrackerFailed
     | CheckpointLeftOut
+    | FoundLive
     | KeysSeen
     | RowsWithoutKeys
     | TargetsSeen
@@ -340,6 +342,7 @@ EVENTS: Mapping[str, type[What]] = {
     "snapshot_failed": SnapshotFailed,
     "tracker_failed": TrackerFailed,
     "checkpoint_left_out": CheckpointLeftOut,
+    "finding": FoundLive,
     "keys_seen": KeysSeen,
     "rows_without_keys": RowsWithoutKeys,
     "targets": TargetsSeen,

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from attnscope.config import nearest
 from attnscope.errors import RunError
+from attnscope.runs.atomic import reason_of, remedy_of
 from attnscope.runs.foreign import printable
 from attnscope.runs.holder import writer_of
 from attnscope.runs.layout import RUN_FILE
@@ -64,3 +66,26 @@ def runs_in(folder: Path) -> list[Path]:
     except OSError:
         return []
     return [path for path in paths if not path.name.startswith(".")]  # one that is being made
+
+
+def check_is_run(path: Path) -> None:
+    """See that a run directory is there.
+
+    Raises:
+        RunError: it is not.
+    """
+    shown = printable(path, 400)
+    try:
+        is_run, is_dir, is_file = (path / RUN_FILE).exists(), path.is_dir(), path.is_file()
+    except OSError as error:
+        raise RunError(f"{shown}: {reason_of(error)}. {remedy_of(error)} and try again.") from None
+    if is_file:
+        raise RunError(f"{shown} is a file, not a run directory. Give the folder with {RUN_FILE}.")
+    if not is_dir:
+        beside = [printable(run.name) for run in runs_in(path.parent)]
+        hint = nearest(path.name, beside)
+        raise RunError(f"{shown}: no such run.{hint} List them: attnscope runs")
+    if not is_run:
+        inside = runs_in(path)
+        hint = f" It holds runs, for example {printable(inside[0], 400)}." if inside else ""
+        raise RunError(f"{shown} is not a run directory: it has no {RUN_FILE}.{hint}")

@@ -17,16 +17,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from attnscope.config import Config, nearest, parse_table
+from attnscope.config import Config, parse_table
 from attnscope.errors import ConfigError, RunError
-from attnscope.runs.atomic import reason_of, remedy_of
 from attnscope.runs.divergence import FED
 from attnscope.runs.event_lines import fields_of
 from attnscope.runs.events import Event, Nonfinite, Started
 from attnscope.runs.foreign import printable
 from attnscope.runs.holder import writer_of
 from attnscope.runs.layout import RUN_FILE, Manifest, table_file
-from attnscope.runs.listing import runs_in
+from attnscope.runs.listing import check_is_run
 from attnscope.runs.manifest import change_of, is_whole, read_manifest
 from attnscope.runs.members import MemberRecord, end_status_of, losses_seen, member_record
 from attnscope.runs.parts import (
@@ -69,7 +68,7 @@ class Run:
         ends: part to what its end.json says; parts without one are missing.
     """
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Path, manifest: Manifest, until: int | None = None) -> None:
         """Use `open_run`."""
         self.path = path
         self.name = printable(path.resolve().name)
@@ -83,8 +82,11 @@ class Run:
         self.entries = manifest.members
         self._names = [entry.name for entry in manifest.members]
         self._parts = parts_of(path, manifest)
-        self._is_held = (holder := writer_of(path)) is not None
-        self.status = status_of(self._parts, holder)
+        if until is not None:
+            self._parts = tuple(replace(part, end=None) for part in self._parts)
+        self._limit = NEVER if until is None else until + 1
+        self._is_held = (holder := writer_of(path)) is not None or until is not None
+        self.status = "running" if until is not None else status_of(self._parts, holder)
         self.writer = written_elsewhere(self._parts, holder)
         self.ends = {part.index: part.end for part in self._parts if part.end}
         self._notes = [note for part in self._parts for note in part.lost]
@@ -322,7 +324,7 @@ class Run:
         A segment begins at the step it says or at its first record, but replaces nothing until it has one.
         """
         ends: dict[int, int] = {}
-        limit = NEVER
+        limit = self._limit
         for segment in reversed(part.segments):
             ends[segment] = limit
             tables = [self._table(part, segment, "steps"), *filter(None, [decoded.get(segment)])]
@@ -362,34 +364,21 @@ class Run:
         return events
 
 
-def open_run(path: str | Path, *, part: int | None = None) -> Run:
+def open_run(path: str | Path, *, part: int | None = None, until: int | None = None) -> Run:
     """Open a run directory.
 
     Args:
         path: of the directory.
         part: look at the members and tables of this part only; None = all.
+        until: the last step to look at: the run as it was then, still running; None = all that is there.
 
     Raises:
         RunError: there is none at `path`, or its run.json cannot be used.
     """
     path = Path(path)
-    shown = printable(path, 400)
-    try:
-        is_run, is_dir, is_file = (path / RUN_FILE).exists(), path.is_dir(), path.is_file()
-    except OSError as error:
-        raise RunError(f"{shown}: {reason_of(error)}. {remedy_of(error)} and try again.") from None
-    if is_file:
-        raise RunError(f"{shown} is a file, not a run directory. Give the folder with {RUN_FILE}.")
-    if not is_dir:
-        beside = [printable(run.name) for run in runs_in(path.parent)]
-        hint = nearest(path.name, beside)
-        raise RunError(f"{shown}: no such run.{hint} List them: attnscope runs")
-    if not is_run:
-        inside = runs_in(path)
-        hint = f" It holds runs, for example {printable(inside[0], 400)}." if inside else ""
-        raise RunError(f"{shown} is not a run directory: it has no {RUN_FILE}.{hint}")
+    check_is_run(path)
     manifest = read_manifest(path)
     if part is not None:
         members = tuple(entry for entry in manifest.members if entry.part == part)
         manifest = replace(manifest, members=members)
-    return Run(path, manifest)
+    return Run(path, manifest, until)

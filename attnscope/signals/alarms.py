@@ -3,6 +3,7 @@
 Shape key: N rows of a table, S steps.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -28,6 +29,21 @@ def first_places(places: Iterable[Place]) -> tuple[Place, ...]:
     return tuple(by_words.values())[:MOST_PLACES]
 
 
+def _first_to_show(before: LossWatch, *columns: Array) -> int:
+    """The position of the loss from which on a watch that has seen others before knows; the last one, if it is the end that tells."""
+
+    def knows(n: int) -> bool:
+        watch = copy.copy(before)
+        watch.feed(*(x[:n] for x in columns))
+        return watch.diverged_at is not None
+
+    low, high = 1, len(columns[0])  # once it knows, it goes on knowing
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if knows(middle) else (middle + 1, high)
+    return low - 1
+
+
 class Alarms:
     """Looks through each block of tables: says when a tensor of a member breaks, and again when it breaks after it was sound.
 
@@ -41,11 +57,17 @@ class Alarms:
         self._diverged: dict[int, Event] = {}
         self._is_broken: dict[tuple[int, str], bool] = {}
         self._times: dict[tuple[int, str], int] = {}
+        self._shown: list[int] = []
 
     @property
     def diverged(self) -> Event | None:
         """The first divergence of those that have been seen so far."""
         return min(self._diverged.values(), key=lambda event: event.step, default=None)
+
+    def take_shown(self) -> list[int]:
+        """The steps whose losses were the first to show that a member diverged, since this was last asked."""
+        shown, self._shown = self._shown, []
+        return shown
 
     def look(self, tables: Tables, more: Sequence[Looked] = ()) -> list[Event]:
         """The events of a block, in the order of their steps, and of one step in the order in which it computes the tensors.
@@ -68,8 +90,12 @@ class Alarms:
     def feed(self, member: int, steps: Array, losses: Array, grad_norms: Array, loss_scales: Array) -> list[Event]:
         """Watch a member's loss alone: columns FED. A resumed run feeds what was recorded before it went on."""
         watch = self._watches.setdefault(member, LossWatch())
+        before = copy.copy(watch)  # what it holds is replaced, never changed
         watch.feed(steps, losses, grad_norms, loss_scales)
-        return self._new_verdict(member, watch)
+        events = self._new_verdict(member, watch)
+        if events:
+            self._shown.append(int(steps[_first_to_show(before, steps, losses, grad_norms, loss_scales)]))
+        return events
 
     def end(self, members: Sequence[int]) -> list[Event]:
         """These members record nothing more: what that decides."""

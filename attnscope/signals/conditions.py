@@ -1,18 +1,24 @@
-"""Conditions on what is recorded, typed by a person: nonfinite, explosion, max_logit>1e4; and whether the newest records meet one."""
+"""Conditions on what is recorded, typed by a person: nonfinite, explosion, max_logit>1e4, the name of a rule.
+
+And whether the newest records meet one.
+"""
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from attnscope.config import nearest
 from attnscope.errors import ConfigError
 from attnscope.runs.events import Diverged, Event
+from attnscope.runs.found_live import FoundLive
 from attnscope.runs.layout import COLUMNS, KEYS
 from attnscope.signals.nonfinite import TENSORS, Looked, Tables, looked_at, norms_looked_at
 
 NAMED = ("nonfinite", "explosion")
+IS_NAME = re.compile(r"[a-z]\w+")
 COMPARED = re.compile(r"(?P<column>\w+)\s*(?P<sign>[<>])\s*(?P<threshold>[-+.\w]+)")
 # What may be compared: every column with numbers, and the table it is first found in.
 TABLE_OF = {
@@ -25,33 +31,49 @@ TABLE_OF = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Condition:
-    """When to stop: one of NAMED, or a column of a table above or below a threshold.
+    """When to stop: one of NAMED, where a rule finds something, or a column of a table above or below a threshold.
 
     Attributes:
         text: as it was typed.
-        column: None for one of NAMED.
+        rule: its name; None where it is no rule.
+        column: None for one of NAMED, and for a rule.
         sign: < or >.
         threshold: in the unit of the column.
     """
 
     text: str
+    rule: str | None = None
     column: str | None = None
     sign: str = ""
     threshold: float = 0.0
 
 
-def parse_condition(text: str) -> Condition:
-    """Read nonfinite, explosion, or COLUMN>NUMBER.
+def parse_condition(text: str, rules: Collection[str] = (), not_live: Mapping[str, str] | None = None) -> Condition:
+    """Read nonfinite, explosion, the name of a rule, or COLUMN>NUMBER.
+
+    Args:
+        text: as it was typed.
+        rules: names of those that can be asked while training goes on.
+        not_live: why others cannot, by their names.
 
     Raises:
         ConfigError: it is none of these.
     """
     if text in NAMED:
         return Condition(text=text)
+    if text in rules:
+        return Condition(text=text, rule=text)
+    if not_live and text in not_live:
+        raise ConfigError(
+            f"--stop-on {text}: this rule cannot be asked while training goes on: {not_live[text]}. Ask it afterwards: "
+            f"attnscope diagnose RUN --fail-on {text}"
+        )
     match = COMPARED.fullmatch(text.strip())
     if match is None:
+        hint = nearest(text, [*NAMED, *rules]) if IS_NAME.fullmatch(text) else ""
         raise ConfigError(
-            f"--stop-on is {text!r}, but must be nonfinite, explosion, or a column and a threshold, as in max_logit>1e4."
+            f"--stop-on is {text!r}, but must be nonfinite, explosion, the name of a rule, or a column and a threshold, as in "
+            f"max_logit>1e4.{hint}"
         )
     if match["column"] not in TABLE_OF:
         raise ConfigError(
@@ -68,16 +90,21 @@ def parse_condition(text: str) -> Condition:
     return Condition(text=text, column=match["column"], sign=match["sign"], threshold=threshold)
 
 
-def first_met(conditions: Sequence[Condition], tables: Tables, diverged: Event | None) -> tuple[Condition, str] | None:
+def first_met(
+    conditions: Sequence[Condition], tables: Tables, diverged: Event | None, found: Sequence[Event] = ()
+) -> tuple[Condition, str] | None:
     """The first condition that the newest records meet, and what met it; None if none does.
 
     Args:
         conditions: in the order in which they are asked.
         tables: the newest records, and as `losses` those of the steps table that were seen.
         diverged: what the alarms say of the losses up to here; None = none has diverged.
+        found: by rules, in them.
     """
     for condition in conditions:
-        if condition.text == "explosion":
+        if condition.rule is not None:
+            said = _found(condition.rule, found)
+        elif condition.text == "explosion":
             said = _explosion(diverged)
         elif condition.text == "nonfinite":
             said = _nonfinite(tables)
@@ -99,8 +126,17 @@ def _beyond(condition: Condition, tables: Tables) -> str | None:
     if not bad.any():
         return None
     worst = np.flatnonzero(bad)[0]
-    place = ", ".join(f"{key} {table[key][worst]}" for key in KEYS[TABLE_OF[column]] if key != "member")
+    is_one = len(np.unique(table["member"])) == 1 if "member" in table else True
+    keys = [key for key in KEYS[TABLE_OF[column]] if key != "member" or not is_one]
+    place = ", ".join(f"{key} {table[key][worst]}" for key in keys)
     return f"{column} {values[worst]:.4g} at {place}"
+
+
+def _found(rule: str, found: Sequence[Event]) -> str | None:
+    for event in found:
+        if isinstance(event.what, FoundLive) and event.what.rule == rule:
+            return f"{event.what.in_short} (found at step {event.step})"
+    return None
 
 
 def _explosion(diverged: Event | None) -> str | None:

@@ -1,12 +1,13 @@
 """Between who records and the disk: the one place where what is recorded is looked at while training goes on."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 from attnscope.runs.events import Event
 from attnscope.runs.part_writer import PartWriter
 from attnscope.signals.alarms import Alarms
 from attnscope.signals.conditions import Condition, first_met
+from attnscope.signals.moments import Live, Moments
 from attnscope.signals.nonfinite import Looked, Tables
 
 FLUSH_SECONDS = 0.75  # between blocks: a killed process loses at most this and the step it was in
@@ -16,15 +17,17 @@ Trying = Callable[[str], AbstractContextManager[object]]
 
 
 class Journal:
-    """Appends tables, asks the alarms what happened in them, and writes that down.
+    """Appends tables, asks the alarms what happened in them, and now and then the rules what they find; writes that down.
 
     Invariants: tables arrive in the order of their steps, and the events do not depend on where they are cut into blocks.
     """
 
-    def __init__(self, writer: PartWriter | None, alarms: Alarms) -> None:
-        """`writer` is None where nothing is recorded; alarms look all the same."""
+    def __init__(self, writer: PartWriter | None, alarms: Alarms, live: Live | None = None) -> None:
+        """`writer` is None where nothing is recorded: alarms look all the same, rules do not; nor where `live` is None."""
         self._writer = writer
         self._alarms = alarms
+        self._moments = Moments(live, writer.path) if writer is not None and live is not None else None
+        self._found: list[Event] = []
 
     def add(
         self,
@@ -43,7 +46,7 @@ class Journal:
             trying: a context for each table, and for the alarms.
 
         Returns:
-            What happened in it, in the order of steps; it is written.
+            What happened in it, in the order of steps, and then what was found up to it; all of it is written.
 
         Raises:
             RunWriteError: the disk did not take it.
@@ -56,11 +59,29 @@ class Journal:
         with trying("alarms"):
             events = self._alarms.look(tables if looked_at is None else looked_at, more)
         self.note(events)
-        return events
+        self._found = []
+        if self._moments is not None:
+            with trying("rules"):
+                self._keep(self._moments.passed(tables, events, self._alarms.take_shown()))
+        return [*events, *self._found]
+
+    def _keep(self, answers: Iterable[Sequence[Event]]) -> None:
+        """Write each before the next one is asked for: a rule tells nothing twice."""
+        for answer in answers:
+            self.note(answer)
+            self._found += answer
+
+    def last_found(self, *, trying: Trying = lambda _what: nullcontext()) -> list[Event]:
+        """What was found in what rules have not been asked about yet, where nothing more is recorded; it is written."""
+        self._found = []
+        if self._moments is not None:
+            with trying("rules"):
+                self._keep(self._moments.end())
+        return self._found
 
     def met(self, conditions: Sequence[Condition], tables: Tables) -> tuple[Condition, str] | None:
         """The first condition that the block last added meets, and what met it; see `conditions.first_met`."""
-        return first_met(conditions, tables, self._alarms.diverged)
+        return first_met(conditions, tables, self._alarms.diverged, self._found)
 
     def end(self, members: Sequence[int]) -> list[Event]:
         """These members record nothing more; what that decides is written and returned."""

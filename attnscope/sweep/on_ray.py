@@ -2,6 +2,7 @@
 
 import logging
 import socket
+from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,14 @@ class RayWorkers:
     Invariant: a task runs at most once; what to do about one that dies is decided by whoever submitted it.
     """
 
-    def __init__(self, address: str | None, *, cpus: int, use_gpus: bool = True) -> None:
+    def __init__(self, address: str | None, *, cpus: int, use_gpus: bool = True, stop_on: Sequence[str] = ()) -> None:
         """Connect to a cluster, or start one on this machine where `address` is None.
 
         Args:
             address: as in `ray.init`; "auto" = the cluster that runs here.
             cpus: cores of each task.
             use_gpus: each task gets one, where the cluster has any.
+            stop_on: conditions at which a part is stopped.
 
         Raises:
             AttnscopeError: ray is not installed or the cluster does not answer.
@@ -53,6 +55,7 @@ class RayWorkers:
         gpus = int(use_gpus and self._ray.cluster_resources().get("GPU", 0) >= 1)
         self._task = ray.remote(max_retries=0, num_cpus=cpus, num_gpus=gpus)(_train_there)
         self._cpus = cpus
+        self._stop_on = tuple(stop_on)
         self._memory_bytes = 0
         self._references: dict[Future[str], Any] = {}
 
@@ -73,7 +76,7 @@ class RayWorkers:
         if active >= WAITING * max(1, int(room)):
             return None
         task = self._task.options(memory=self._memory_bytes)
-        reference = task.remote(str(path.resolve()), part, self._cpus)
+        reference = task.remote(str(path.resolve()), part, self._cpus, self._stop_on)
         future: Future[str] = reference.future()
         self._references[future] = reference
         return future
@@ -102,5 +105,5 @@ def _check_answer(address: str) -> None:
         raise AttnscopeError(f"--ray-address {address}: {error}. Start the cluster first: ray start --head") from None
 
 
-def _train_there(path: str, part: int, cpus: int) -> str:
-    return train_here(Path(path), part, threads=cpus)
+def _train_there(path: str, part: int, cpus: int, stop_on: Sequence[str]) -> str:
+    return train_here(Path(path), part, threads=cpus, stop_on=stop_on)

@@ -50,10 +50,10 @@ class Failure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepEnd:
-    """How a sweep ended: finished, interrupted or failed; `failures` says which parts are missing.
+    """How a sweep ended: finished, interrupted, stopped or failed; `failures` says which parts are missing.
 
     Attributes:
-        status: finished even if all members diverged; failed if a part could not be trained.
+        status: finished even if all members diverged; stopped on a condition; failed if a part could not be trained.
         failures: parts that could not.
         divided: one line for each part that died and was divided.
     """
@@ -130,6 +130,7 @@ class _Supervisor:
         self._divided: list[str] = []
         self._stopping = False
         self._interrupted = False
+        self._stopped = False
         self._standings = {part: self._look_at(part) for part in self._steps}
         self._look_at_s = 0.0  # when to look again
 
@@ -153,6 +154,8 @@ class _Supervisor:
                 self._take(self._running.pop(future), future)
             self._look(always=bool(done))
         status = "interrupted" if self._interrupted or self._waiting else "finished"
+        if self._stopped:
+            status = "stopped"
         if self._failures:
             status = "failed"
         return SweepEnd(status=status, failures=tuple(self._failures), divided=tuple(self._divided))
@@ -164,6 +167,9 @@ class _Supervisor:
             declare_dead(self._path / part_folder(part))  # on whatever machine it was
         if error is None:
             self._interrupted |= future.result() == "interrupted"
+            if future.result() == "stopped" and not self._stopped:
+                self._stopped = self._stopping = True
+                self._workers.stop()
         elif isinstance(error, RunWriteError):
             raise error  # the next part would find the same disk
         elif self._stopping:

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from attnscope.runs.events import Event, Stopped
+from attnscope.runs.found_live import FoundLive
 from attnscope.runs.reader import open_run
 
 
@@ -19,6 +21,7 @@ class Standing:
         steps: planned.
         outcomes: status to number of members (`attnscope.runs.outcome` says what the words mean).
         state: waiting, training, finished, interrupted or failed.
+        found: by rules while it was trained, and what it was stopped on, as they were recorded.
     """
 
     part: int
@@ -27,6 +30,7 @@ class Standing:
     steps: int
     outcomes: Mapping[str, int]
     state: str
+    found: tuple[Event, ...] = ()
 
     @property
     def diverged(self) -> int:
@@ -66,4 +70,5 @@ def standing_of(path: Path, part: int, *, steps: int, training: bool) -> Standin
         steps=steps,
         outcomes=Counter(member.status for member in run.members),
         state="training" if training else str(end["status"]) if end else "waiting",
+        found=tuple(event for _, event in run.happenings if isinstance(event.what, FoundLive | Stopped)),
     )

@@ -5,6 +5,7 @@ the other kind. What a worker does is the same everywhere: `train_here`.
 """
 
 import signal
+from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -42,7 +43,9 @@ class LocalWorkers:
     Invariant: each is a pool of its own, so that one that dies takes no other with it.
     """
 
-    def __init__(self, jobs: int) -> None:
+    def __init__(self, jobs: int, *, stop_on: Sequence[str] = ()) -> None:
+        """`stop_on`: conditions at which a part is stopped."""
+        self._stop_on = tuple(stop_on)
         self._threads = threads_for(jobs)
         self._context = fresh_processes()
         self._asked_to_stop = self._context.Event()
@@ -66,7 +69,7 @@ class LocalWorkers:
                 # It may be dead, and what is left of a failure in memory is not wanted either.
                 self._pools[index].shutdown(wait=False, cancel_futures=True)
                 self._pools[index] = self._pool()
-            future = self._pools[index].submit(train_here, path, part, threads=self._threads)
+            future = self._pools[index].submit(train_here, path, part, threads=self._threads, stop_on=self._stop_on)
             self._work[index] = future
             return future
         return None
@@ -91,17 +94,18 @@ class LocalWorkers:
         )
 
 
-def train_here(path: Path, part: int, *, threads: int | None = None) -> str:
+def train_here(path: Path, part: int, *, threads: int | None = None, stop_on: Sequence[str] = ()) -> str:
     """Train one part of a run in this process, with so many threads unless the run began with another number.
 
     Returns:
-        "finished" or "interrupted".
+        "finished", "interrupted", or "stopped" on one of the conditions.
 
     Raises:
         AttnscopeError: it cannot be trained, or the disk is full.
     """
     import torch
 
+    from attnscope.diagnose.live import live
     from attnscope.runs.checkpoint import remove_checkpoints
     from attnscope.runs.layout import part_folder
     from attnscope.runs.reader import open_run
@@ -111,7 +115,8 @@ def train_here(path: Path, part: int, *, threads: int | None = None) -> str:
         torch.set_num_threads(threads)
     run = open_run(path)
     members = [member for member in members_in(run) if member.part == part]
-    status = train_part_of(run, part, members, should_stop=_stop.is_set if _stop else lambda: False)
+    should_stop = _stop.is_set if _stop else lambda: False
+    status = train_part_of(run, part, members, live=live(stop_on), should_stop=should_stop)
     if status == "finished":  # checkpoints of a thousand members are gigabytes
         remove_checkpoints(path / part_folder(part))
     return status

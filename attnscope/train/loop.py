@@ -11,10 +11,12 @@ from dataclasses import dataclass
 
 from attnscope.data import Corpus
 from attnscope.errors import AttnscopeError
-from attnscope.runs.events import Dropped, Evaluated, Event, Generated
+from attnscope.runs.events import Dropped, Evaluated, Event, Generated, Stopped
 from attnscope.runs.part_writer import PartWriter
 from attnscope.signals.alarms import Alarms
+from attnscope.signals.conditions import Condition
 from attnscope.signals.journal import FLUSH_SECONDS, Journal
+from attnscope.signals.moments import Live
 from attnscope.train import evaluation
 from attnscope.train.block import Block
 from attnscope.train.part import Part
@@ -39,32 +41,38 @@ def train_part(
     *,
     writer: PartWriter | None,
     alarms: Alarms,
+    live: Live | None = None,
     on_progress: Callable[[Progress], None],
     should_stop: Callable[[], bool],
 ) -> str:
-    """Train until the configured steps are done, nobody is left, or `should_stop` says so.
+    """Train until the configured steps are done, nobody is left, a condition is met, or `should_stop` says so.
 
     Args:
         part: where to start; moved on in place.
         data: what to train on.
         writer: where to record; None = record nothing, and train exactly the same.
         alarms: finds what is worth an event.
+        live: what is looked for meanwhile, and what training stops on: with conditions, the host waits for every step.
         on_progress: called after every block with what was recorded.
         should_stop: asked between steps.
 
     Returns:
-        "finished" or "interrupted".
+        "finished", "interrupted", or "stopped" on a condition.
 
     Raises:
         RunWriteError: the record could not be written.
     """
     config = part.configs[0]
     recorder = Recorder(config) if writer else None
-    journal = Journal(writer, alarms)
+    journal = Journal(writer, alarms, live)
+    conditions = live.stop_on if live is not None else ()
+    met: tuple[Condition, str] | None = None
 
     def hand_over(*extra: Event) -> None:
+        nonlocal met
         block, tables = recorder.flush(part.alive) if recorder else (None, {})
         events = [*journal.add(tables), *extra]
+        met = met or journal.met(conditions, {**tables, "losses": tables.get("steps", {})})
         on_progress(Progress(steps_done=part.step, block=block, events=events))
 
     try:
@@ -84,14 +92,23 @@ def train_part(
                 ended = journal.end(dropped)
                 journal.note(gone)
                 hand_over(*ended, *gone)
-            if recorder and recorder.due(FLUSH_SECONDS):
+            if recorder and (conditions or recorder.due(FLUSH_SECONDS)):
                 hand_over()
+            if met is not None and part.setup is not None:
+                condition, found = met
+                stopped = Event(step=part.step - 1, what=Stopped(on=condition.text, found=found))
+                journal.note([stopped])
+                hand_over(stopped)
+                if writer:
+                    part.save(writer)
+                return "stopped"
             every = config.train.checkpoint_every
             if writer and every and part.step % every == 0 and part.step < config.train.steps:
                 hand_over()
                 part.save(writer)
         hand_over()
         hand_over(*journal.end(part.alive))
+        hand_over(*journal.last_found())
     except AttnscopeError:
         raise
     except BaseException:

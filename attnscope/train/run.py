@@ -24,6 +24,7 @@ from attnscope.runs.part_writer import PartWriter
 from attnscope.runs.reader import Run, open_run
 from attnscope.runs.writer import RunWriter
 from attnscope.signals.alarms import Alarms
+from attnscope.signals.moments import Live
 from attnscope.train.loop import Progress, train_part
 from attnscope.train.part import Part, device_of
 
@@ -35,6 +36,7 @@ def train_run(
     path: Path,
     *,
     command: Sequence[str] = (),
+    live: Live | None = None,
     on_progress: OnProgress = lambda _part, _progress: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> str:
@@ -44,23 +46,25 @@ def train_run(
         config: what to train.
         path: of the run directory; must not exist.
         command: the command line, for run.json.
+        live: what is looked for while it trains, and what it stops on; None = nothing.
         on_progress: called with the part's number and its progress after every block of steps.
         should_stop: asked between steps; True ends the run with a checkpoint.
 
     Returns:
-        "finished" or "interrupted".
+        "finished", "interrupted", or "stopped" on a condition.
 
     Raises:
         AttnscopeError: the config, the data or the directory cannot be used, or the disk is full.
     """
     create_run(config, members_of(config), path, command=command)
     with holding(path):
-        return _train_parts(path, on_progress, should_stop)
+        return _train_parts(path, live, on_progress, should_stop)
 
 
 def resume_run(
     path: Path,
     *,
+    live: Live | None = None,
     on_progress: OnProgress = lambda _part, _progress: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> str:
@@ -68,11 +72,12 @@ def resume_run(
 
     Args:
         path: of the run directory.
+        live: as in `train_run`.
         on_progress: as in `train_run`.
         should_stop: as in `train_run`.
 
     Returns:
-        "finished" or "interrupted".
+        "finished", "interrupted", or "stopped" on a condition.
 
     Raises:
         RunError: another process still writes it, there is nothing left to do, or the data is not what the run began with.
@@ -80,7 +85,7 @@ def resume_run(
     if not parts_left(open_run(path)):
         raise RunError(f"{path} is finished: there is nothing to resume. Read it: attnscope report {path}")
     with holding(path):
-        return _train_parts(path, on_progress, should_stop)
+        return _train_parts(path, live, on_progress, should_stop)
 
 
 def create_run(config: Config, members: Sequence[Member], path: Path, *, command: Sequence[str]) -> None:
@@ -133,6 +138,7 @@ def train_part_of(
     index: int,
     members: Sequence[Member],
     *,
+    live: Live | None = None,
     report: Callable[[Progress], None] = lambda _progress: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> str:
@@ -142,11 +148,12 @@ def train_part_of(
         run: opened before this part was last written to, or never since.
         index: of the part.
         members: all of the part's, from `members_in`.
+        live: what is looked for while it trains, and what it stops on, with a checkpoint; None = nothing.
         report: called after every block of steps.
         should_stop: asked between steps; True ends the part with a checkpoint.
 
     Returns:
-        "finished" or "interrupted".
+        "finished", "interrupted", or "stopped" on a condition.
 
     Raises:
         AttnscopeError: the data is not what the run began with, or the disk is full.
@@ -159,8 +166,10 @@ def train_part_of(
         with _said_how_it_ended(writer):
             for note in notes:
                 writer.event(Event(step=part.step, what=CheckpointLeftOut(why=note)))
-            status = train_part(part, data, writer=writer, alarms=alarms, on_progress=report, should_stop=should_stop)
-            writer.finish(status)
+            status = train_part(
+                part, data, writer=writer, alarms=alarms, live=live, on_progress=report, should_stop=should_stop
+            )
+            writer.finish("interrupted" if status == "stopped" else status)
             return status
 
 
@@ -180,11 +189,13 @@ def _begun(run: Run, index: int, members: Sequence[Member], data: Corpus) -> tup
     return part, alarms, checkpoint.notes if checkpoint is not None else ()
 
 
-def _train_parts(path: Path, on_progress: OnProgress, should_stop: Callable[[], bool]) -> str:
+def _train_parts(path: Path, live: Live | None, on_progress: OnProgress, should_stop: Callable[[], bool]) -> str:
     run = open_run(path)
     parts = by_part(members_in(run))
     for index in parts_left(run):
-        status = train_part_of(run, index, parts[index], report=partial(on_progress, index), should_stop=should_stop)
+        status = train_part_of(
+            run, index, parts[index], live=live, report=partial(on_progress, index), should_stop=should_stop
+        )
         if status != "finished":
             return status
     return "finished"

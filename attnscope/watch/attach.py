@@ -1,8 +1,11 @@
 """Watches the training that goes on in this process, into a run directory."""
 
 import os
+import shutil
+import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ from torch import nn
 from attnscope.capture.names import Modules
 from attnscope.errors import RunError
 from attnscope.runs.environment import environment
+from attnscope.runs.events import Event
+from attnscope.runs.found_live import FoundLive, line_of
 from attnscope.runs.layout import RUN_FILE, MemberEntry
 from attnscope.runs.writer import RunWriter, next_run_path
 from attnscope.watch.parameters import parameters_of
@@ -20,6 +25,8 @@ from attnscope.watch.recording import WatchRecorder
 from attnscope.watch.settings import EVERY, ROWS, Settings
 from attnscope.watch.trackers import TrackerLog
 from attnscope.watch.watcher import Watcher, watching
+
+SAYS = "attnscope:"  # before what is said on stderr
 
 RANK_SECONDS = 60  # that other ranks wait for the run directory
 
@@ -51,7 +58,7 @@ def watch_model(
             norms at all.
         rows: query rows per head and call, or "all".
         layers: names of the attention layers to measure, with * and ? as in a shell; none = all.
-        stop_on: conditions at which training is stopped by SystemExit: nonfinite, explosion, max_logit>1e4, ...
+        stop_on: conditions at which training is stopped by SystemExit: nonfinite, explosion, the name of a rule, max_logit>1e4, ...
         snapshot: keep so many of the last steps, weights and batches, and write them when training breaks, as
             `load_snapshot` reads them. Each is a copy of the weights; numbers are looked at after every step.
         log_to: tensorboard, wandb or mlflow: a few columns go to the script's active run there, too (watch.trackers).
@@ -90,7 +97,7 @@ def open_watcher(path: Path, settings: Settings, *, command: Sequence[str]) -> W
     already = watching()
     if already is not None:
         raise RunError(f"{path}: this process is being watched already, into {already.path}. Stop that one first.")
-    settings.checked()
+    live = settings.checked()
     rank, n_ranks = _rank()
     if rank == 0:
         names = ["watched"] if n_ranks == 1 else [f"rank {r}" for r in range(n_ranks)]
@@ -107,9 +114,25 @@ def open_watcher(path: Path, settings: Settings, *, command: Sequence[str]) -> W
     log = TrackerLog(settings.log_to, path) if settings.log_to is not None and rank == 0 else None
     modules = Modules()
     part = RunWriter(path.absolute()).part(rank)  # the script may change its folder
-    watcher = Watcher(path, WatchRecorder(part, modules, log), modules, settings)
+    recorder = WatchRecorder(
+        part,
+        modules,
+        live=live if rank == 0 or live.rules else None,  # one for all ranks, unless each has to stop
+        on_block=log,
+        on_found=partial(_say, log) if rank == 0 else lambda _event: None,
+    )
+    watcher = Watcher(path, recorder, modules, settings)
     watcher.start()
     return watcher
+
+
+def _say(log: TrackerLog | None, event: Event) -> str | None:
+    """What a rule found, in a line on stderr, as stdout is the script's, and to the tracker; what went wrong there."""
+    assert isinstance(event.what, FoundLive)
+    is_terminal = sys.stderr.isatty()
+    width = shutil.get_terminal_size().columns - len(SAYS) - 1 if is_terminal else None
+    print(f"{SAYS} {line_of(event.step, event.what, width)}", file=sys.stderr, flush=True)
+    return None if log is None else log.alert(event.step, event.what)
 
 
 def next_path() -> Path:

@@ -84,7 +84,7 @@ class Orphans:
             containers=tuple(hidden)[:MOST_NAMES],
         )
 
-    def tell(self, step: Step) -> None:
+    def tell(self, step: int) -> None:
         """Say which no optimizer has, if something has changed; waits for the device."""
         described, self._described = self._described, None
         moved = any(float(now) != float(before) for before, now in self._sums)
@@ -92,7 +92,7 @@ class Orphans:
             return
         if described != self._told and (described.parameters or self._told):
             self._told = described
-            self._on_event(described, step=step.number)
+            self._on_event(described, step=step)
 
 
 def _hidden(models: Iterable[nn.Module], orphans: Mapping[int, Tensor]) -> Iterator[tuple[str, int]]:

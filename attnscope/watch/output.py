@@ -86,6 +86,7 @@ class Targets:
         self._counts_V: dict[int, int] = {}
         self._looked_at = 0
         self._steps = 0
+        self._last = 0  # step whose targets were looked at
         self._same = 0
         self._told = False
 
@@ -95,7 +96,6 @@ class Targets:
         Yields:
             Step of an event, and what it is.
         """
-        step = 0
         for step, call in calls:
             if call is None or step >= self._first or call.classes != (self._classes or call.classes):
                 continue
@@ -105,6 +105,7 @@ class Targets:
                 counted = int(call.counted)
                 yield step, CrossEntropySeen(classes=call.classes, loss=float(call.loss), targets=counted)
             self._steps += 1
+            self._last = step
             self._looked_at += len(targets_N)
             self._same += bool(np.array_equal(targets_N, self._firsts_N))
             values_K, counts_K = np.unique(targets_N[targets_N != call.ignore_index], return_counts=True)
@@ -112,7 +113,7 @@ class Targets:
                 self._counts_V[value] = self._counts_V.get(value, 0) + count
         if self._steps and not self._told and (is_end or any(number >= self._first - 1 for number, _ in calls)):
             self._told = True
-            yield step, self._described()
+            yield (self._last if is_end else self._first - 1), self._described()
 
     def _described(self) -> FirstTargets:
         counts_K = np.array(list(self._counts_V.values()), dtype=np.float64)

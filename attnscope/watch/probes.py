@@ -97,12 +97,12 @@ class FirstLooks:
     def before_update(self, step: Step, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer that has gradients is about to step."""
         with self._guard.measuring("upkeep of parameters", step.number):
-            self._upkeep.before_update(optimizer)
+            self._upkeep.before_update(step, optimizer)
 
     def without_gradient(self, step: Step, optimizer: torch.optim.Optimizer, *, zeroed: bool) -> None:
         """An optimizer stepped after a loss was differentiated, and none of its parameters had a gradient."""
         with self._guard.measuring("upkeep of parameters", step.number):
-            self._upkeep.without_gradient(optimizer, zeroed=zeroed)
+            self._upkeep.without_gradient(step, optimizer, zeroed=zeroed)
 
     def skipped(self, optimizer: torch.optim.Optimizer) -> None:
         """GradScaler kept an optimizer from stepping."""
@@ -134,7 +134,7 @@ class FirstLooks:
     def flush(self, step: Step, *, is_end: bool = False) -> None:
         """Say what was found; waits for the device."""
         with self._guard.measuring("keys that attention sees", step.number):
-            self._sights.flush()
+            self._sights.flush(step)
         with self._guard.measuring("keys and inputs of attention", step.number):
             self._inputs.flush()
             self._same_keys.flush(step, is_end=is_end)
@@ -143,10 +143,12 @@ class FirstLooks:
         with self._guard.measuring("clipping", step.number):
             self._clips.flush()
         with self._guard.measuring("upkeep of parameters", step.number):
-            self._upkeep.flush(step)
+            self._upkeep.flush()
 
     def finish(self, step: Step) -> None:
         """Nothing more comes."""
         self.flush(step, is_end=True)
+        with self._guard.measuring("keys that attention sees", step.number):
+            self._sights.finish()
         with self._guard.measuring("upkeep of parameters", step.number):
             self._upkeep.finish(step)

@@ -14,6 +14,7 @@ from attnscope.capture.seen import scale_of
 from attnscope.runs.event_lines import as_plain
 from attnscope.runs.events import (
     AttentionSeen,
+    Diverged,
     Event,
     Nonfinite,
     NotRecorded,
@@ -21,10 +22,12 @@ from attnscope.runs.events import (
     TrackerFailed,
     What,
 )
+from attnscope.runs.found_live import FoundLive
 from attnscope.runs.part_writer import PartWriter
 from attnscope.signals.alarms import Alarms, place_of
 from attnscope.signals.conditions import Condition
 from attnscope.signals.journal import Journal
+from attnscope.signals.moments import Live
 from attnscope.signals.nonfinite import Looked
 from attnscope.watch.output import Targets
 from attnscope.watch.passes import PassesTold
@@ -48,6 +51,8 @@ Tables = dict[str, dict[str, Array]]
 # Called with steps and heads of each block that is on disk, and whether each loss was seen, as `loss_seen` among the steps;
 # returns what went wrong, to be recorded.
 OnBlock = Callable[[dict[str, Array], dict[str, Array]], str | None]
+# Called with an event of a rule that found something; returns what went wrong, to be recorded.
+OnFound = Callable[[Event], str | None]
 # Called with what is measured or written, and a step: what fails inside the context is said, and goes no further.
 Measuring = Callable[[str, int], AbstractContextManager[None]]
 
@@ -105,15 +110,24 @@ class WatchRecorder:
     Invariant: a block has whole steps only.
     """
 
-    def __init__(self, writer: PartWriter, modules: Modules, on_block: OnBlock | None = None) -> None:
+    def __init__(
+        self,
+        writer: PartWriter,
+        modules: Modules,
+        *,
+        live: Live | None = None,
+        on_block: OnBlock | None = None,
+        on_found: OnFound = lambda _event: None,
+    ) -> None:
         self._writer = writer
         self._modules = modules
         self._on_block = on_block
+        self._on_found = on_found
         self._block: list[Step] = []
         self._since = time.perf_counter()
         self._layers: dict[int, str] = {}
         self._undescribed: list[tuple[int, Layer]] = []
-        self._journal = Journal(writer, Alarms(self._place))
+        self._journal = Journal(writer, Alarms(self._place), live)
         self._tokens = 0
         self._targets = Targets(FIRST)
         self._passes = PassesTold(FIRST)
@@ -184,8 +198,10 @@ class WatchRecorder:
             more=more,
             trying=lambda what: measuring(what, last),
         )
-        if events and self.broken is None:
-            self.broken = _in_words(events[0])
+        broken = [event for event in events if isinstance(event.what, Nonfinite | Diverged)]
+        if broken and self.broken is None:
+            self.broken = _in_words(broken[0])
+        self._say_found(events, measuring)
         if self._on_block is not None:
             with measuring("tracker", last):
                 is_seen = np.array([bool(step.losses) for step in block if step.counts])
@@ -194,6 +210,14 @@ class WatchRecorder:
                 if failure is not None:
                     self.event(TrackerFailed(reason=failure), step=last)
         return {**tables, "losses": seen}
+
+    def _say_found(self, events: Sequence[Event], measuring: Measuring) -> None:
+        for event in events:
+            if isinstance(event.what, FoundLive):
+                with measuring("findings", event.step):
+                    failure = self._on_found(event)
+                    if failure is not None:
+                        self.event(TrackerFailed(reason=failure), step=event.step)
 
     def met(self, conditions: Sequence[Condition], tables: Tables) -> tuple[Condition, str] | None:
         """The first condition that the block last flushed meets, and what met it; None if none does."""
@@ -222,6 +246,7 @@ class WatchRecorder:
         self.flush(measuring)
         self._look_at_targets([], measuring, is_end=True)
         self._journal.end([0])
+        self._say_found(self._journal.last_found(trying=lambda what: measuring(what, step)), measuring)
         with measuring("event not_recorded", step):
             empty = {name: why for name, why in {**WHY_EMPTY, **why_empty}.items() if name not in self._filled}
             if empty:

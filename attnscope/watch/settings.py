@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from attnscope.errors import ConfigError
-from attnscope.signals.conditions import Condition, parse_condition
+from attnscope.signals.moments import Live
 from attnscope.watch.trackers import check_tracker
 
 EVERY = 10  # steps between those at which attention, the residual stream and parameters are measured
@@ -19,7 +19,7 @@ class Settings:
         every: attention, the residual stream and parameters are measured at the first 20 steps and at every so many.
         rows: query rows per head and call, or "all".
         layers: names of attention layers, with * and ? as in a shell; none = all.
-        stop_on: conditions at which training is stopped.
+        stop_on: conditions at which training is stopped, names of rules among them.
         log_to: a tracker; None = none.
         snapshot: how many of the last steps to keep, weights and batches; 0 = none.
     """
@@ -31,12 +31,16 @@ class Settings:
     log_to: str | None = None
     snapshot: int = 0
 
-    def checked(self) -> list[Condition]:
-        """The conditions, if everything can be done.
+    def checked(self) -> Live:
+        """What is looked for and stopped on, if everything can be done.
 
         Raises:
             ConfigError: a number is too small, a condition cannot be understood, the tracker is unknown or not installed.
         """
+        from attnscope.diagnose.live import (
+            live,
+        )  # many modules, which a script that only imports attnscope.watch need not wait for
+
         if self.every < 1:
             raise ConfigError(f"every is {self.every!r}, but must be at least 1.")
         if self.rows != "all" and (isinstance(self.rows, str) or self.rows < 1):
@@ -47,4 +51,4 @@ class Settings:
             raise ConfigError("layers and stop_on are lists: write stop_on=['nonfinite'].")
         if self.log_to is not None:
             check_tracker(self.log_to)
-        return [parse_condition(text) for text in self.stop_on]
+        return live(self.stop_on)

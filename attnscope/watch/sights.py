@@ -118,7 +118,12 @@ class Sights:
         """Let go of the script's tensors."""
         self._tokens.clear()
 
-    def flush(self) -> None:
+    def flush(self, step: Step) -> None:
+        """Say what was found in the first steps, once they are over; waits for the device."""
+        if not self.looks_at(step):
+            self.finish()
+
+    def finish(self) -> None:
         """Say what was found; waits for the device."""
         looks, self._looks = self._looks, []
         for layer in dict.fromkeys(each.layer for each in looks):

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnscope.errors import ConfigError
+from attnscope.runs.found_live import FoundLive
 
 PREFIX = "attnscope"
 STEP_COLUMNS = ("loss", "grad_norm", "clip_factor")
@@ -79,6 +80,19 @@ class TrackerLog:
                 f"{self._name} has no active run, so nothing is logged to it until the script calls {BEGINS[self._name]}."
             )
         self._has_logged = self._has_logged or is_active
+        return None
+
+    def alert(self, step: int, found: FoundLive) -> str | None:
+        """Raise an alert of what a rule found, where the tracker has alerts; why that failed."""
+        alert = ALERTS.get(self._name)
+        if alert is None or self._write is None:
+            return None
+        try:
+            alert(step, found)
+        except Exception as error:
+            reason = " ".join(f"{self._name}: {type(error).__name__}: {error}"[:MOST_TEXT].split())
+            self._say(f"{reason}. No alert was raised; {self._path} has the finding.")
+            return reason
         return None
 
     def _say(self, line: str) -> None:
@@ -200,6 +214,17 @@ def to_mlflow(_path: Path) -> Write:
     return write
 
 
+def alert_in_wandb(step: int, found: FoundLive) -> None:
+    """As the script's own alerts are: by mail or Slack, as its user has set it up."""
+    wandb = sys.modules.get("wandb")
+    run = getattr(wandb, "run", None)
+    if wandb is not None and run is not None:
+        level = wandb.AlertLevel.ERROR if found.severity == "error" else wandb.AlertLevel.WARN
+        run.alert(title=f"{PREFIX}: {found.title}", text=f"step {step}: {found.summary}", level=level)
+
+
+# Trackers that have alerts, which show outside of their pages.
+ALERTS: Mapping[str, Callable[[int, FoundLive], None]] = {"wandb": alert_in_wandb}
 TRACKERS: Mapping[str, Callable[[Path], Write]] = {
     "tensorboard": to_tensorboard,
     "wandb": to_wandb,

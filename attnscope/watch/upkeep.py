@@ -79,7 +79,9 @@ class Optimizers:
         self._on_event = on_event
         self._optimizers: weakref.WeakKeyDictionary[torch.optim.Optimizer, _Kept] = weakref.WeakKeyDictionary()
         self._all: list[_Kept] = []
-        self._is_waiting = False  # for a block of steps to be written
+        self._waits_since: int | None = (
+            None  # the step at which the first updates were over; None = it was told, or they are not
+        )
         self._is_over = False
 
     @property
@@ -94,7 +96,7 @@ class Optimizers:
             if kept.updates and len(kept.smallest) < FIRST_UPDATES - 1:
                 kept.sizes.append(_size([p for ref in kept.samples if (p := ref()) is not None]))
 
-    def before_update(self, optimizer: torch.optim.Optimizer) -> None:
+    def before_update(self, step: Step, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer that has gradients is about to step."""
         kept = self._kept(optimizer)
         kept.updates += 1
@@ -111,7 +113,7 @@ class Optimizers:
             kept.smallest.append(torch.stack([size.to(kept.sizes[0].device) for size in kept.sizes]).amin())
         kept.sizes.clear()
         if kept.updates <= FIRST_UPDATES:
-            self._first_updates(kept.updates)
+            self._first_updates(step, kept.updates)
 
     def skipped(self, optimizer: torch.optim.Optimizer) -> None:
         """It was kept from stepping: what gradients it had are used up."""
@@ -134,24 +136,24 @@ class Optimizers:
                 kept.late.append(factor)
         return bool(mine) and not any(kept.is_due for kept in mine)
 
-    def without_gradient(self, optimizer: torch.optim.Optimizer, *, zeroed: bool) -> None:
+    def without_gradient(self, step: Step, optimizer: torch.optim.Optimizer, *, zeroed: bool) -> None:
         """An optimizer stepped after a loss was differentiated, and none of its parameters had a gradient."""
         kept = self._kept(optimizer)
         kept.steps_without += 1
         kept.zeroed += zeroed
         if kept.steps_without <= FIRST_UPDATES and not kept.updates:
-            self._first_updates(kept.steps_without)
+            self._first_updates(step, kept.steps_without)
 
-    def flush(self, step: Step) -> None:
+    def flush(self) -> None:
         """Say what was found in the first updates, once they are over; waits for the device."""
-        if self._is_waiting:
-            self._is_waiting = False
-            self._tell(step)
+        since, self._waits_since = self._waits_since, None
+        if since is not None:
+            self._tell(since)
 
     def finish(self, step: Step) -> None:
         """Say what was found in all of them; waits for the device."""
         self._describe()
-        self._tell(step)
+        self._tell(step.number)
 
     def _kept(self, optimizer: torch.optim.Optimizer) -> _Kept:
         kept = self._optimizers.get(optimizer)
@@ -161,12 +163,12 @@ class Optimizers:
             self._all.append(kept)
         return kept
 
-    def _first_updates(self, n_updates: int) -> None:
+    def _first_updates(self, step: Step, n_updates: int) -> None:
         if self._is_over:
             return
         self._orphans.look(self._optimizers)
         if n_updates == FIRST_UPDATES:
-            self._is_over = self._is_waiting = True
+            self._is_over, self._waits_since = True, step.number
             self._describe()
 
     def _describe(self) -> None:
@@ -194,10 +196,10 @@ class Optimizers:
             names = self._modules.names_of_parameters(list(new.values()))
             kept.names |= dict(zip(new, names, strict=True))
 
-    def _tell(self, step: Step) -> None:
+    def _tell(self, step: int) -> None:
         for number, kept in enumerate(self._all):
             if kept.used is not None:
-                self._on_event(_told(number, kept), step=step.number)
+                self._on_event(_told(number, kept), step=step)
         self._orphans.tell(step)
 
 

@@ -53,7 +53,7 @@ class Watcher:
         """Use `watch_model` or `watch_script`."""
         self.path = path
         self._recorder = recorder
-        self._conditions = tuple(settings.checked())
+        self._conditions = settings.checked().stop_on
         self._process = os.getpid()
         self._modules = modules
         self._guard = Guard(recorder, on_failure=self.mute)

@@ -5,15 +5,18 @@ import pytest
 
 from attnscope.errors import ConfigError
 from attnscope.runs.events import Diverged, Event
+from attnscope.runs.found_live import FoundLive
 from attnscope.signals.conditions import first_met, parse_condition
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("nan", "--stop-on is 'nan', but must be nonfinite, explosion, or a column and a threshold, as in max_logit>1e4."),
-        ("max_logit>=4", "--stop-on is 'max_logit>=4', but must be nonfinite, explosion, or a column and a threshold, as in max_logit>1e4."),
+        ("nan", "--stop-on is 'nan', but must be nonfinite, explosion, the name of a rule, or a column and a threshold, as in max_logit>1e4."),
+        ("max_logit>=4", "--stop-on is 'max_logit>=4', but must be nonfinite, explosion, the name of a rule, or a column and a threshold, as in max_logit>1e4."),
         ("max_logits>4", "--stop-on max_logits>4: there is no column max_logits. Columns: "),
+        ("entropy_colapse", "--stop-on is 'entropy_colapse', but must be nonfinite, explosion, the name of a rule, or a column and a threshold, as in max_logit>1e4. Did you mean entropy_collapse?"),
+        ("stalled", "--stop-on stalled: this rule cannot be asked while training goes on: it ends. Ask it afterwards: attnscope diagnose RUN --fail-on stalled"),
         ("loss>high", "--stop-on loss>high: 'high' is not a number. Write it as in max_logit>1e4."),
         ("loss>nan", "--stop-on loss>nan: 'nan' is not a number. Write it as in max_logit>1e4."),
         ("step>4", "--stop-on step>4: there is no column step. Columns: "),
@@ -21,7 +24,7 @@ from attnscope.signals.conditions import first_met, parse_condition
 )  # fmt: skip
 def test_conditions_that_cannot_be_understood(text, message):
     with pytest.raises(ConfigError) as caught:
-        parse_condition(text)
+        parse_condition(text, ["entropy_collapse", "loss_rises"], {"stalled": "it ends"})
     assert str(caught.value).startswith(message)
 
 
@@ -35,6 +38,32 @@ def test_a_threshold_names_the_first_place_that_passes_it():
     assert condition.text == "max_logit > 1e4"
     assert found == "max_logit 2e+04 at step 3, layer 1, head 2"
     assert first_met(conditions, {}, None) is None and first_met(conditions, {"heads": {}}, None) is None
+
+
+def test_of_several_members_the_one_is_named():
+    heads = {"step": np.array([3, 3]), "member": np.array([0, 1]), "layer": np.array([0, 0]), "head": np.array([1, 1])}
+    tables = {"heads": {**heads, "max_logit": np.array([1.0, 2e4])}}
+    assert (
+        first_met([parse_condition("max_logit>1e4")], tables, None)[1]
+        == "max_logit 2e+04 at step 3, member 1, layer 0, head 1"
+    )
+
+
+def test_a_rule_is_met_where_it_finds_something():
+    condition = parse_condition("entropy_collapse", ["entropy_collapse"])
+    found = FoundLive(
+        rule="entropy_collapse",
+        severity="warning",
+        title="Attention collapses",
+        members=("a", "b"),
+        summary="The entropy is 0.1 of it. And more.",
+    )
+    other = FoundLive(rule="loss_rises", severity="error", title="Uphill", members=("a",), summary="It rises.")
+    assert first_met([condition], {}, None, [Event(step=9, what=other)]) is None
+    assert first_met([condition], {}, None, [Event(step=9, what=other), Event(step=9, what=found)]) == (
+        condition,
+        "Attention collapses (a, b): The entropy is 0.1 of it. (found at step 9)",
+    )
 
 
 def test_an_explosion_is_what_the_alarms_say():

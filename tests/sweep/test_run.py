@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 import attnscope
+from attnscope.cli.sweeping import SweepView
 from attnscope.errors import AttnscopeError, RunError
+from attnscope.runs.events import Stopped
+from attnscope.runs.found_live import FoundLive, line_of
 from attnscope.runs.reader import open_run
 from attnscope.sweep.plan import PartPlan, Plan
 from attnscope.sweep.run import resume_sweep, run_sweep
@@ -86,6 +89,42 @@ def test_two_processes_give_the_same(uninterrupted, plan, tmp_path):
         workers.close()
     assert end.status == "finished" and end.failures == ()
     assert table_of(tmp_path / "two") == table_of(uninterrupted)
+
+
+def test_what_rules_find_is_told_by_part_and_once(plan, tmp_path):
+    view, lines = SweepView(tmp_path / "r", plan), []
+
+    def look(standings):
+        view.update(standings)
+        lines.extend(str(line) for line in view.found())
+
+    workers = LocalWorkers(1)
+    try:
+        assert run_sweep(tiny(), plan, tmp_path / "r", workers=workers, on_look=look).status == "finished"
+    finally:
+        workers.close()
+    run = open_run(tmp_path / "r")
+    told = [(what.rule, name) for _, _, what in run.happened(FoundLive) for name in what.members]
+    assert "loss_explosion" in {rule for rule, _ in told} and len(told) == len(set(told))
+    expected = [
+        f"part {part} {line_of(step, what)}"
+        for part in (0, 1)
+        for step, _, what in open_run(tmp_path / "r", part=part).happened(FoundLive)
+    ]
+    assert sorted(lines) == sorted(expected)
+
+
+def test_a_sweep_stops_where_a_rule_finds_something(plan, tmp_path):
+    workers = LocalWorkers(1, stop_on=["loss_explosion"])
+    try:
+        end = run_sweep(tiny(), plan, tmp_path / "r", workers=workers)
+    finally:
+        workers.close()
+    run = open_run(tmp_path / "r")
+    ((step, _, stopped),) = run.happened(Stopped)
+    assert end.status == "stopped" and stopped.on == "loss_explosion"
+    assert run.steps["step"].max() == step < 39
+    assert resume_sweep(tmp_path / "r", workers=Here()).status == "finished"
 
 
 def test_a_part_that_dies_is_divided_and_all_finish(uninterrupted, plan, tmp_path):

@@ -233,6 +233,8 @@ def _cannot_compare(record: MemberRecord, twin: MemberRecord) -> str:
         return ""
     if record.last_step is None or record.last_step + 1 < FEWEST_STEPS:
         return f"fewer than {FEWEST_STEPS} steps to compare with the twin that has 1/sqrt(d_head)"
+    if "running" in (record.status, twin.status):
+        return "the twin that has 1/sqrt(d_head) is compared with when training has ended"
     if record.last_step != twin.last_step:
         return "the twin that has 1/sqrt(d_head) was trained for another number of steps"
     return ""
@@ -246,7 +248,7 @@ def _worse(record: MemberRecord, twin: MemberRecord) -> Harm | None:
         said = f"It diverged at step {record.diverged_at}, and {twin.name}, which differs in the scale alone, did not"
         return Harm(said=said, evidence=Evidence(member=record.name, step=record.diverged_at, quantity="loss"))
     last = record.last_step
-    if last != twin.last_step or last is None or last + 1 < FEWEST_STEPS:
+    if "running" in (record.status, twin.status) or last != twin.last_step or last is None or last + 1 < FEWEST_STEPS:
         return None
     if not record.final_loss - twin.final_loss > WORSE:
         return None
