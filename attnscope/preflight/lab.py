@@ -4,6 +4,7 @@ import math
 import statistics
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,10 +48,14 @@ def preflight_config(config: Config, *, target: str = "config", command: Sequenc
         expected = tuple(_expected(member, rehearsed) for member in members)
     checks: list[tuple[str, Checked]] = []
     needs = []
+    checked: set[tuple[object, ...]] = set()
     for index, part in by_part(members).items():
-        first = part[0]  # of one part all have the same masks
-        batch, weights = rehearsed.batches[index], rehearsed.weights[index]
-        checks += [(first.name, check) for check in checks_of(first.config, weights, 0, batch)]
+        first = part[0]
+        what = _what_sees(first.config)
+        if what not in checked:
+            checked.add(what)
+            batch, weights = rehearsed.batches[index], rehearsed.weights[index]
+            checks += [(first.name, check) for check in checks_of(first.config, weights, 0, batch)]
         needs.append(_needed(part, rehearsed.costs[index], vocab_size=rehearsed.data[index].vocab_size))
     return Preflight(
         target=target,
@@ -60,6 +65,11 @@ def preflight_config(config: Config, *, target: str = "config", command: Sequenc
         diagnosis=diagnosis,
         rules=rules_that_looked(diagnosis),
     )
+
+
+def _what_sees(config: Config) -> tuple[object, ...]:
+    """What decides who sees whom: members that are alike in it are checked once."""
+    return config.model, replace(config.attention, scale=1.0), config.data
 
 
 def rules_that_looked(diagnosis: Diagnosis) -> tuple[int, int]:
@@ -79,7 +89,8 @@ def _expected(member: Member, rehearsed: Rehearsed) -> Expected:
     by_layer = heads.groupby("layer")[list(TOLD)]
     means, most = by_layer.mean(), by_layer.max()
     rms = layers.set_index("layer")["activation_rms"]
-    grad_norm = params.set_index(["layer", "group"])["grad_norm"].astype(float).to_dict()
+    places = zip(params["layer"].tolist(), params["group"].tolist(), strict=True)
+    grad_norm: dict[tuple[int, str], float] = dict(zip(places, params["grad_norm"].astype(float).tolist(), strict=True))
     facts = []
     for layer, told in enumerate(theory.layers):
         measured = {name: float((most if name == "max_logit" else means)[name].loc[layer]) for name in TOLD}
@@ -163,9 +174,7 @@ def _updates(config: Config, theory: Theory, params: "pd.DataFrame", lr: float) 
             measured=typical,
             compared=at,
         ),
-        Quantity(
-            name="update_ratio, largest", predicted=max(predicted) if known else None, measured=most, compared=at
-        ),
+        Quantity(name="update_ratio, largest", predicted=max(predicted) if known else None, measured=most, compared=at),
     ]
     peak = config.optimizer.lr
     if lr and peak != lr:

@@ -106,7 +106,9 @@ def _softmax(
         for name in ("q", "k")
     )
     cpu = torch.device("cpu")
-    scale = scale_of(attention.scale, d_head=config.d_head, layer=layer) or config.d_head**-0.5  # a learned one begins so
+    scale = (
+        scale_of(attention.scale, d_head=config.d_head, layer=layer) or config.d_head**-0.5
+    )  # a learned one begins so
     visible = visible_keys(mask=attention.mask, window=config.windows[layer], n_queries=n, n_keys=n, device=cpu)
     if batch.visible_BS is not None:
         real_BT = batch.visible_BS[: len(q)].cpu()
