@@ -64,13 +64,13 @@ def weight_variance(config: Config, name: str, *, vocab_size: int) -> float:
         "xavier_normal": 2 / sum(shape),
         "kaiming": 2 / shape[0],
         "orthogonal": 1 / max(shape),
-    }.get(init.scheme, init.std**2)
-    return gain**2 * variance
+    }.get(init.scheme, init.std * init.std)
+    return gain * gain * variance
 
 
 def embedded(config: Config, batch: Batch) -> Stream:
     """What the first layer is given; how often a token comes again in a sequence is counted in the batch."""
-    variance = config.init.embedding_std**2
+    variance = config.init.embedding_std * config.init.embedding_std
     square, shared = variance, variance * _same_token(batch.tokens_BT)
     if config.model.position == "learned":
         square += variance

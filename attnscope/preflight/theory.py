@@ -165,7 +165,8 @@ def _first_loss(config: Config, stream: Stream, batch: Batch, *, vocab_size: int
     model = config.model
     given = stream.normed(model.norm_kind) if model.norm == "pre" else stream
     tied = model.tie_embeddings
-    variance = config.init.embedding_std**2 if tied else weight_variance(config, "head", vocab_size=vocab_size)
+    std = config.init.embedding_std
+    variance = std * std if tied else weight_variance(config, "head", vocab_size=vocab_size)
     spread = math.sqrt(given.square * model.d_model * variance)
     rows = max(1, MOST_OUTPUTS // vocab_size)
     z_RV = spread * torch.randn(min(rows, 4096), vocab_size, generator=Generator().manual_seed(SEED))
