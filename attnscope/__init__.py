@@ -9,8 +9,8 @@ The public API; everything is imported when it is first used, so `import attnsco
     step = attnscope.load_snapshot("runs/mine/part-0000/snapshot-00000041.safetensors")  # what led to a break
     for checked in attnscope.check_model(model, batch): ...          # leaks, masks, scale of any model
 
-Reading order of the package: config, model, metrics, train, runs, sweep, watch, check, diagnose, report,
-export, cli.
+Reading order of the package: config, model, metrics, train, runs, sweep, watch, check, diagnose, preflight,
+report, export, cli.
 """
 
 from collections.abc import Callable, Mapping

@@ -49,17 +49,22 @@ def check_and_print(target: str, *, causal: bool | None, as_json: bool) -> froze
         typer.echo(to_json(said, indent=1))
         return statuses
     console = Console(highlight=False)
+    print_checks(console, results)
+    console.print()
+    again = f"attnscope check {shlex.quote(target)}"
+    after = f"repair it, then again: {again}" if "failed" in statuses else "attnscope watch train.py"
+    console.print(Text(f"Next: {after}"), soft_wrap=True)
+    return statuses
+
+
+def print_checks(console: Console, results: "Sequence[Checked]") -> None:
+    """A line for each check, and what stands behind those that failed."""
     said_by: dict[str, str] = {}
     for result in results:
         _print_line(console, result, said_by.setdefault(_said(result), result.name))
     for result in results:
         if result.status == "failed":
             _print_failed(console, result)
-    console.print()
-    again = f"attnscope check {shlex.quote(target)}"
-    after = f"repair it, then again: {again}" if "failed" in statuses else "attnscope watch train.py"
-    console.print(Text(f"Next: {after}"), soft_wrap=True)
-    return statuses
 
 
 def _said(checked: "Checked") -> str:

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from attnscope.diagnose import Evidence, Finding
+    from attnscope.diagnose import Diagnosis, Evidence, Finding
     from attnscope.runs.reader import Run
 
 STYLES = {"error": "bold red", "warning": "bold yellow", "note": "bold cyan"}
@@ -23,7 +23,7 @@ INDENT = 2
 def print_findings(path: Path, *, as_json: bool) -> "tuple[Finding, ...]":
     """Diagnose a run, print what was found, or what was looked at, and where to look next; returns the findings."""
     from attnscope.diagnose import RULES, examine, findings_json
-    from attnscope.findings import chain_in_words, in_words
+    from attnscope.findings import in_words
     from attnscope.runs.reader import open_run
 
     run = open_run(path)
@@ -35,12 +35,7 @@ def print_findings(path: Path, *, as_json: bool) -> "tuple[Finding, ...]":
     console = Console(highlight=False)
     blind = {each.rule for each in said.not_looked if not each.members}
     looked = sum(rule.__name__ not in blind for rule in RULES)
-    for chain in said.chains:
-        _print_paragraph(console, chain_in_words(chain))
-    if said.chains:
-        console.print()
-    for finding in findings:
-        _print_finding(console, finding)
+    print_diagnosis(console, said)
     _print_paragraph(console, _looked_at(run, looked, len(RULES), len(findings)))
     if said.not_looked:
         console.print()
@@ -54,6 +49,18 @@ def print_findings(path: Path, *, as_json: bool) -> "tuple[Finding, ...]":
     console.print()
     console.print(Text(f"Next: attnscope report {shlex.quote(str(path))}"), soft_wrap=True)
     return findings
+
+
+def print_diagnosis(console: Console, said: "Diagnosis") -> None:
+    """Chains from causes to what came of them, then each finding."""
+    from attnscope.findings import chain_in_words
+
+    for chain in said.chains:
+        _print_paragraph(console, chain_in_words(chain))
+    if said.chains:
+        console.print()
+    for finding in said.findings:
+        _print_finding(console, finding)
 
 
 def fails(fail_on: str | None) -> "Callable[[Finding], bool]":

@@ -42,7 +42,7 @@ def calling(*words):
 
 @pytest.mark.parametrize(
     "words",
-    [(), ("train",), ("watch",), ("check",), ("report",), ("diagnose",), ("export",), ("runs",), ("bench", "overhead")],
+    [(), ("train",), ("preflight",), ("watch",), ("check",), ("report",), ("diagnose",), ("export",), ("runs",), ("bench", "overhead")],
 )  # fmt: skip
 def test_help_is_quick_and_imports_nothing_heavy(words):
     heavy, seconds = imported_by(calling(*words, "--help"), times=5)
