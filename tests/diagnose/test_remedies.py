@@ -158,7 +158,7 @@ def trained(path, settings):
     return run, record, found
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.rule} {list(case.remedies[0])[0]}")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.rule} {next(iter(case.remedies[0]))}")
 def test_each_remedy_alone_removes_the_finding_and_betters_the_loss(tmp_path, case):
     _, fault, found = trained(tmp_path / "fault", case.fault)
     assert case.rule in found
