@@ -90,9 +90,9 @@ STORIES = {
     # A good learning rate and one that is too high.
     "lr_sensitivity": Story(
         steps=100,
-        vary={"attention.scale": ("inverse_sqrt",), "optimizer.lr": (3e-3, 1e-1)},
+        vary={"attention.scale": ("inverse_sqrt",), "optimizer.lr": (1e-3, 1e-1)},
         broken={"scale=inverse_sqrt qk_norm=false lr=0.1": ("learning_rate_too_high",)},
-        sound=("scale=inverse_sqrt qk_norm=false lr=0.003", "scale=inverse_sqrt qk_norm=true lr=0.003"),
+        sound=("scale=inverse_sqrt qk_norm=false lr=0.001", "scale=inverse_sqrt qk_norm=true lr=0.001"),
     ),
     # The loss is below what token frequencies alone give after 60 to 100 steps.
     "missing_causal_mask": Story(steps=100, broken={"no mask": ("future_visible",)}, sound=("causal",)),
