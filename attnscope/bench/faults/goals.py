@@ -83,7 +83,8 @@ def _of_leads(leads: LeadTable | None) -> tuple[Goal, Goal]:
         Goal(
             what=steps,
             wanted=wanted[0],
-            reached=f"{lead.median:g} ({COVERAGE} %: {lead.low:g} to {lead.high:g}) over {lead.runs} runs, {best.signal}",
+            reached=f"{lead.median:g} ({COVERAGE} %: {lead.low:g} to {lead.high:g}) over {lead.runs} runs, {best.signal}; "
+            f"{best.false_alarms} false alarms on {best.healthy}",
             is_met=lead.median >= LEAD,
         ),
         Goal(

@@ -27,7 +27,7 @@ class Answer:
 
     Attributes:
         answered: the program and what was said.
-        is_harmful: it diverged, its held-out loss is worse than its twin's, or the fault is structural.
+        is_harmful: it died or diverged, its held-out loss is worse than its twin's, or the fault is structural.
     """
 
     answered: Answered
@@ -130,7 +130,8 @@ def answers(population: Sequence[Answered]) -> list[Answer]:
             if mine.error is None and math.isfinite(worth(mine)):
                 judged.append(Answer(answered=each, is_harmful=False))
         else:
-            is_harmful = is_worse or mine.error is not None or mine.fault in structural
+            is_broken = mine.error is not None or math.isinf(worth(mine)) or each.diverged_at is not None
+            is_harmful = is_broken or is_worse or mine.fault in structural
             judged.append(Answer(answered=each, is_harmful=is_harmful))
     return judged
 

@@ -86,8 +86,8 @@ def leads_table(leads: LeadTable) -> Table:
         rows=tuple(map(_lead_row, leads.signals)),
         words=2,
         caption=f"Lead: median steps from the first firing to the loss's divergence, bootstrap over runs; a miss counts as 0. Thresholds "
-        f"were set on {leads.tuned_healthy} healthy programs of the other half, for {FALSE_ALARMS:.0%} false alarms; with so many, "
-        f"{leads.expected:.2%} of new ones are to be expected at best. Worst over layers, heads or groups at each measured step, as it "
+        f"were set on {leads.tuned_healthy} healthy programs of the other half, for {FALSE_ALARMS:.0%} false alarms; after so "
+        f"few, up to {leads.expected:.1%} of new ones are to be expected. Worst over layers, heads or groups at each measured step, as it "
         f"is or against the run's first value (x), whichever led longer on the other half. Gradual: diverged at step "
         f"{GRADUAL_FROM} or later, by a fault that was there from the start. AUROC: its worst value, diverged against healthy "
         f"runs; knowing alone whether the model has norms gives {_share(leads.no_norm)}.",
