@@ -56,6 +56,24 @@ class NotLooked:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Confidence:
+    """How often what a rule says was right in `attnscope bench faults`.
+
+    Attributes:
+        right: errors and warnings that named the fault, followed from it, or were a symptom of it.
+        said: all of its errors and warnings, on programs with a fault that did harm and on healthy ones.
+    """
+
+    right: int
+    said: int
+
+    @property
+    def share(self) -> float:
+        """Of what it said, what was right."""
+        return self.right / self.said
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
     """What one rule found in a run.
 
@@ -75,6 +93,7 @@ class Finding:
         explains: rules whose findings it is a reason for, if they were found in its members and not before it; of what `examine`
             answers, those that were.
         also: where the rule could not look.
+        confidence: how often its rule was right; None = not measured. Rules leave it to `examine`.
     """
 
     rule: str
@@ -90,6 +109,7 @@ class Finding:
     step: int | None = None
     explains: tuple[str, ...] = ()
     also: tuple[NotLooked, ...] = ()
+    confidence: Confidence | None = None
 
 
 def worst_first(
@@ -115,6 +135,13 @@ def label(finding: Finding) -> str:
     return "note" if finding.severity == "note" else f"{finding.kind} ({finding.severity})"
 
 
+def confidence_in_words(confidence: Confidence | None) -> str:
+    """A line without its full stop."""
+    if confidence is None:
+        return "Confidence: not measured"
+    return f"Confidence: {confidence.share:.2f} ({confidence.right} of {confidence.said} in bench faults)"
+
+
 def chain_in_words(chain: Sequence[Finding]) -> str:
     """From what became of training back to what it came from."""
     return " ← ".join(
@@ -126,6 +153,8 @@ def to_table(said: Finding | NotLooked) -> dict[str, object]:
     """As JSON has it, without `also`; numbers that are not finite are left to `attnscope.runs.layout.to_json`."""
     table = asdict(said)
     del table["also"]
+    if isinstance(said, Finding) and said.confidence is not None:
+        table["confidence"]["share"] = said.confidence.share
     return table
 
 

@@ -9,11 +9,12 @@ from rich.console import Console
 from rich.table import Table
 
 from attnscope.cli.app import app, one_line_errors
+from attnscope.cli.faults import print_faults
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from attnscope.bench.faults.score import Score
+    from attnscope.bench.faults.answered import Answered
     from attnscope.bench.overhead import Overhead
     from attnscope.bench.reports import ReportCost
     from attnscope.bench.sweeps import SweepGain
@@ -95,11 +96,18 @@ WORTH_IT = 1.2  # times as fast
 @bench_app.command("faults")
 def bench_faults(
     out: Annotated[
-        Path, typer.Option(help="Folder of the programs' runs; what is done in it is not done again.")
-    ] = Path("runs/faults"),
+        Path | None,
+        typer.Option(
+            help="Folder of the programs' runs, and of the data, the score and its figures; what is done in it is not done again. "
+            "Without --published: runs/faults."
+        ),
+    ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes, of one thread each.")] = 2,
     small: Annotated[
         bool, typer.Option("--small", help="Each fault once for each program, at its greatest strength.")
+    ] = False,
+    published: Annotated[
+        bool, typer.Option("--published", help="Score the answers that attnscope comes with; nothing is trained.")
     ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="As JSON on stdout.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Errors with a traceback.")] = False,
@@ -109,23 +117,45 @@ def bench_faults(
     Trains programs written in plain PyTorch, with a known fault in them and without, under watch, and asks every rule.
     Thresholds may be chosen on one half of the programs; what is told is of the other half.
 
-    Example: attnscope bench faults --small
+    Example: attnscope bench faults --published
     """
     with one_line_errors(debug=debug):
-        from attnscope.bench.faults.population import N_HEALTHY, SMALL_HEALTHY, SMALL_SEEDS, Done, cases, train_all
+        from attnscope.bench.faults.answered import PUBLISHED, read_answers
         from attnscope.bench.faults.score import answers, score
 
-        population = cases(
-            n_seeds=SMALL_SEEDS if small else 3, n_healthy=SMALL_HEALTHY if small else N_HEALTHY, strongest=small
-        )
+        if published and small:
+            raise typer.BadParameter("--small trains, --published does not.", param_hint="--small")
+        if published:
+            answered = read_answers(PUBLISHED)
+        else:
+            out = Path("runs/faults") if out is None else out
+            answered = _trained_and_asked(out, jobs=jobs, small=small)
+        scored = score(answers(answered))
+        if out is not None:
+            from attnscope.bench.faults.publish import write_outcome
 
-        def told(done: Done, left: int) -> None:
-            typer.echo(
-                f"{done.case}: loss {done.final_loss:.3g}, held out {done.held_out_loss:.3g}; {left} left", err=True
-            )
+            write_outcome(answered, scored, out)
+        print_faults(scored, as_json=json_output)
 
-        done = train_all(population, out, jobs=jobs, on_done=told)
-        print_faults(score(answers(done, out)), as_json=json_output)
+
+def _trained_and_asked(folder: Path, *, jobs: int, small: bool) -> "list[Answered]":
+    from attnscope.bench.faults.answered import FILE, ask_all, read_answers, write_answers
+    from attnscope.bench.faults.population import N_HEALTHY, SMALL_HEALTHY, SMALL_SEEDS, Done, cases, train_all
+
+    population = cases(
+        n_seeds=SMALL_SEEDS if small else 3, n_healthy=SMALL_HEALTHY if small else N_HEALTHY, strongest=small
+    )
+
+    def told(done: Done, left: int) -> None:
+        typer.echo(f"{done.case}: loss {done.final_loss:.3g}, held out {done.held_out_loss:.3g}; {left} left", err=True)
+
+    def asked(left: int) -> None:
+        if left % 50 == 0:
+            typer.echo(f"every rule was asked; {left} programs left", err=True)
+
+    done = train_all(population, folder, jobs=jobs, on_done=told)
+    write_answers(ask_all(done, folder, jobs=jobs, on_asked=asked), folder / FILE)
+    return read_answers(folder / FILE)  # rounded as they are published, so that both score alike
 
 
 def print_overhead(overhead: "Overhead", *, as_json: bool) -> None:
@@ -200,31 +230,6 @@ def print_report_costs(costs: "Sequence[ReportCost]", *, as_json: bool) -> None:
             ),
         )
     console.print(table)
-
-
-def print_faults(score: "Score", *, as_json: bool) -> None:
-    """Print what `attnscope bench faults` measured."""
-    if as_json:
-        _print_json(asdict(score))
-        return
-    console = Console(highlight=False)
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for title in ("fault", "programs", "seen", "named first", "from step", "named instead"):
-        table.add_column(title, justify="left" if title in ("fault", "named instead") else "right")
-    for kind in score.kinds:
-        if kind.programs:
-            step = "-" if kind.step is None else f"{kind.step:.0f}"
-            shares = (f"{kind.detected:.2f}", f"{kind.named:.2f}")
-            table.add_row(kind.fault, str(kind.programs), *shares, step, ", ".join(kind.instead[:2]))
-        elif kind.harmless:
-            table.add_row(kind.fault, "0", "-", "-", "-", f"harmless in {kind.harmless}")
-    console.print(table)
-    for line in (
-        f"All faults that did harm: seen {score.detected:.2f}, the right cause first {score.named:.2f}.",
-        f"{score.healthy} healthy programs: {score.errors_per_healthy:.3f} errors and {score.warnings_per_healthy:.3f} warnings each.",
-        *(f"  said of healthy programs: {rule}, {count} times" for rule, count in score.said_of_healthy.items()),
-    ):
-        typer.echo(line)
 
 
 def _print_json(said: object) -> None:

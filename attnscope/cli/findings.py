@@ -86,7 +86,7 @@ def fails(fail_on: str | None) -> "Callable[[Finding], bool]":
 
 
 def _print_finding(console: Console, finding: "Finding") -> None:
-    from attnscope.findings import label
+    from attnscope.findings import confidence_in_words, label
 
     console.print(Text.assemble((f"{label(finding)}: ", STYLES[finding.severity]), (finding.title, "bold")))
     _print_paragraph(console, finding.summary, indent=INDENT)
@@ -96,6 +96,7 @@ def _print_finding(console: Console, finding: "Finding") -> None:
         _print_paragraph(console, f"and {finding.evidence_left_out} more", indent=INDENT)
     _print_paragraph(console, f"Try: {finding.remedy}", indent=INDENT)
     _print_paragraph(console, f"Source: {finding.source}", indent=INDENT, style="dim")
+    _print_paragraph(console, confidence_in_words(finding.confidence), indent=INDENT, style="dim")
     console.print()
 
 

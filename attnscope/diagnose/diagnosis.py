@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from attnscope.diagnose.chains import chains, linked
+from attnscope.diagnose.confidence import measured
 from attnscope.diagnose.rules.axes import attention_over_batch, keys_repeated
 from attnscope.diagnose.rules.batches import poisoned_batch, repeated_batch
 from attnscope.diagnose.rules.clipping import clipped_after_step, clipped_before_unscaling, clipping_always_on
@@ -121,7 +122,10 @@ def examine(run: Run) -> Diagnosis:
         for each in ((answer,) if isinstance(answer, NotLooked) else ()) + answer.also
         if isinstance(each, NotLooked)
     ]
-    findings = linked([answer for answer in answers if isinstance(answer, Finding)])
+    confidence = measured()
+    findings = linked(
+        [replace(each, confidence=confidence.get(each.rule)) for each in answers if isinstance(each, Finding)]
+    )
     return Diagnosis(findings=findings, not_looked=tuple(not_looked), chains=chains(findings))
 
 

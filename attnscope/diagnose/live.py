@@ -51,6 +51,9 @@ NOTE = When(is_asked=False)
 
 WHEN: Mapping[str, When] = {
     "wrong_softmax_axis": AT_ONCE,
+    "attention_over_batch": AT_ONCE,
+    "norm_over_one_feature": AT_ONCE,
+    "keys_repeated": AT_ONCE,
     "future_visible": AT_ONCE,
     "labels_shifted_wrong": AT_ONCE,
     "rows_fully_masked": AT_ONCE,
@@ -60,7 +63,10 @@ WHEN: Mapping[str, When] = {
     "parameters_frozen": AT_ONCE,
     "gradients_accumulate": AT_ONCE,
     "evaluation_in_training": AT_ONCE,
+    "clipped_before_unscaling": AT_ONCE,
+    "clipped_after_step": LASTING,
     "dropout_in_evaluation": AT_ONCE,
+    "residual_missing": AT_ONCE,
     "repeated_batch": AT_ONCE,
     "loss_rises": LASTING,
     "applied_scale": AT_ONCE,
@@ -68,6 +74,7 @@ WHEN: Mapping[str, When] = {
     "first_loss_too_high": AT_ONCE,
     "half_precision_headroom": AT_ONCE,
     "loss_summed": AT_ONCE,
+    "accumulation_not_divided": AT_ONCE,
     "adam_epsilon_too_large": LASTING,
     "weight_decay_too_strong": LASTING,
     "learning_rate_jump": When(wait=50),  # `schedule.RECOVERY`

@@ -8,8 +8,10 @@ import re
 from types import ModuleType
 
 from attnscope.diagnose import applied_scale, courses, harm, levels, products
+from attnscope.diagnose.confidence import measured
 from attnscope.diagnose.diagnosis import RULES, Rule
 from attnscope.diagnose.rules import logits, saturation
+from attnscope.findings import confidence_in_words
 from attnscope.runs import divergence, outcome
 from attnscope.signals import spikes
 
@@ -35,7 +37,8 @@ INTRODUCTION = """\
 Each rule looks at one run directory and answers with a finding, with nothing, or that it could not look, and why. A **cause** is
 a setting or a state that training starts from or gets into; a **symptom** is what became of training. An **error** broke training
 or made what it learned worthless, a **warning** did harm that was measured, or does as a rule; a **note** is odd, may be on
-purpose, and no harm of it was measured. Generated from the docstrings of [rules/](rules)."""
+purpose, and no harm of it was measured. **Confidence** is the share of the errors and warnings of a rule that were right in
+`attnscope bench faults` ([how it is counted](../bench/faults/README.md)). Generated from the docstrings of [rules/](rules)."""
 
 
 def pages() -> str:
@@ -60,7 +63,8 @@ def sections_of(rule: Rule) -> dict[str, str]:
 
 def _page(rule: Rule) -> str:
     said = [f"**{name}.** {_begun(text)}" for name, text in sections_of(rule).items()]
-    return "\n\n".join([f"## {_name(rule)}", title_of(rule), *said])
+    word, _, share = confidence_in_words(measured().get(_name(rule))).partition(": ")
+    return "\n\n".join([f"## {_name(rule)}", title_of(rule), *said, f"**{word}.** {_begun(share)}."])
 
 
 def _begun(text: str) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from attnscope.comparison.member import Generation, Softmax
 from attnscope.diagnose import Diagnosis, Evidence
-from attnscope.findings import chain_in_words, evidence_columns, in_words, label
+from attnscope.findings import chain_in_words, confidence_in_words, evidence_columns, in_words, label
 from attnscope.report.blocks import Figure, Heading, Lines, Notes, Paragraph, Section, SectionBlock, Table
 from attnscope.report.comparison import comparison_tables
 from attnscope.report.contents import Contents
@@ -83,7 +83,8 @@ def _findings(diagnosis: Diagnosis) -> list[SectionBlock]:
         blocks += [Heading(text=title), Paragraph(text=finding.summary)]
         if finding.evidence:
             blocks.append(_evidence(finding.evidence, finding.evidence_left_out))
-        blocks.append(Notes(items=(f"Try: {finding.remedy}", f"Source: {finding.source}")))
+        confidence = confidence_in_words(finding.confidence)
+        blocks.append(Notes(items=(f"Try: {finding.remedy}", f"Source: {finding.source}", confidence)))
     if diagnosis.not_looked:
         blocks += [Heading(text="Could not look"), Notes(items=in_words(diagnosis.not_looked))]
     return blocks

@@ -30,7 +30,7 @@ def _block(block: SectionBlock, folder: str) -> str:
         case Heading():
             return f"### {escaped(block.text)}"
         case Table():
-            return _table(block)
+            return table_to_markdown(block)
         case Lines():
             return "\n".join(f"    {line}" for line in block.lines) or "    "
         case Notes():
@@ -42,7 +42,8 @@ def _block(block: SectionBlock, folder: str) -> str:
             )
 
 
-def _table(table: Table) -> str:
+def table_to_markdown(table: Table) -> str:
+    """A table and its caption; of a long one the first rows."""
     numbers = len(table.titles) - table.words
     rows = [[escaped(cell) for cell in row] for row in table.rows[:MOST_ROWS]]
     lines = [[escaped(title) for title in table.titles], ["---"] * table.words + ["---:"] * numbers, *rows]

@@ -13,32 +13,16 @@ from attnscope.bench.faults.population import (
     LIST,
     REPORTED,
     TUNED,
-    Done,
     cases,
     changed,
     read_list,
     train_all,
 )
 from attnscope.bench.faults.recipe import Recipe
-from attnscope.bench.faults.score import Answer, answers, score
 from attnscope.diagnose import RULES
 from attnscope.runs.reader import open_run
 
 SHORT = {"d_model": 32, "n_layers": 2, "steps": 12, "batch_size": 4, "seq_len": 24}
-
-
-def done(fault, base="a", *, half=REPORTED, seed=1, loss=2.0, name=None):
-    return Done(
-        case=name or f"{fault}-{base}-{seed}",
-        fault=fault,
-        base=base,
-        strength=0,
-        half=half,
-        seed=seed,
-        final_loss=loss,
-        held_out_loss=loss,
-        error=None,
-    )
 
 
 def test_every_fault_changes_what_a_recipe_has_and_names_rules_that_there_are():
@@ -92,47 +76,3 @@ def test_what_is_done_is_not_done_again_and_a_list_that_was_cut_short_is_read(tm
     both = train_all([first, second], tmp_path, jobs=1, on_done=lambda one, left: told.append((one.case, left)))
     assert told[1:] == [(second.name, 0)] and both[0] == trained[0]
     assert {open_run(tmp_path / case.name).status for case in (first, second)} == {"finished"}
-
-
-def test_harm_is_a_loss_beyond_the_seeds_and_scores_count_harmful_programs_alone(tmp_path, monkeypatch):
-    kind = next(fault for fault in FAULTS if not fault.is_structural)
-
-    def answer(one, *, rules=(), cause=None, harm=True, errors=0, warnings=0):
-        return Answer(
-            done=one, is_harmful=harm, rules=rules, first_cause=cause, step=3, errors=errors, warnings=warnings
-        )
-
-    said = [
-        answer(done(kind.name, seed=1), rules=(kind.right[0], "loss_explosion"), cause=kind.right[0], errors=2),
-        answer(done(kind.name, seed=3), rules=("clipping_always_on",), cause="clipping_always_on", warnings=1),
-        answer(done(kind.name, seed=5)),
-        answer(done(kind.name, seed=7), harm=False),
-        answer(done(kind.name, seed=0, half=TUNED)),
-        answer(done("twin", seed=1), harm=False),
-        answer(done(HEALTHY, seed=9), rules=("clipping_always_on",), harm=False, warnings=1),
-    ]
-    found = score(said)
-    (of_kind,) = (each for each in found.kinds if each.fault == kind.name)
-    assert (of_kind.programs, of_kind.harmless) == (3, 1)
-    assert of_kind.detected == pytest.approx(2 / 3) and of_kind.named == pytest.approx(1 / 3)
-    assert of_kind.instead == ("clipping_always_on",) and of_kind.step == 3
-    assert (found.healthy, found.errors_per_healthy, found.warnings_per_healthy) == (2, 0.0, 0.5)
-    assert found.said_of_healthy == {"clipping_always_on": 1}
-    assert found.confidence == {kind.right[0]: 1.0, "loss_explosion": 1.0, "clipping_always_on": 0.0}
-
-
-def test_a_program_does_harm_where_it_is_worse_than_its_twin_by_more_than_seeds_differ(tmp_path):
-    recipe = replace(Recipe(), **SHORT)
-    kind = next(fault for fault in FAULTS if not fault.is_structural)
-    population = []
-    for seed, loss in ((1, 2.00), (3, 2.02), (5, 2.04)):
-        population.append(done("twin", seed=seed, loss=loss))
-    population += [
-        done(kind.name, seed=1, loss=2.05),
-        done(kind.name, seed=3, loss=2.30),
-        done(kind.name, seed=5, loss=math.nan),
-    ]
-    for one in population:
-        train(recipe, tmp_path / one.case)
-    said = {answer.done.case: answer for answer in answers(population, tmp_path)}
-    assert [said[one.case].is_harmful for one in population[3:]] == [False, True, True]

@@ -1,19 +1,20 @@
 """How often the rules were right.
 
-Of each kind of fault, how often it was seen and its cause named first; of healthy programs, how often something was said.
+Of each kind of fault, how often it was seen and its cause told first; of healthy programs, how often something was said; of each
+rule, how much of what it said was right.
 """
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from attnscope.bench.faults.kinds import FAULTS
+from attnscope.bench.faults.answered import Answered, Said
+from attnscope.bench.faults.kinds import FAULTS, Fault
+from attnscope.bench.faults.lead import LeadTable, lead_table
 from attnscope.bench.faults.population import HEALTHY, REPORTED, Done, worth
-from attnscope.diagnose import examine
-from attnscope.findings import Finding
-from attnscope.runs.reader import open_run
+from attnscope.findings import Confidence
 
 TWIN = "twin"
 NOISE = 3.0  # standard deviations between seeds, from which on a loss is worse than its twin's
@@ -25,22 +26,34 @@ class Answer:
     """What was said of one program.
 
     Attributes:
-        done: the program.
-        is_harmful: it diverged, its held-out loss is worse than its twin's, or the fault is structural.
-        rules: errors and warnings, in the order in which they are told.
-        first_cause: the first that is a cause, or a note, if there is nothing else.
-        step: of it.
-        errors: how many.
-        warnings: how many.
+        answered: the program and what was said.
+        is_harmful: it died or diverged, its held-out loss is worse than its twin's, or the fault is structural.
     """
 
-    done: Done
+    answered: Answered
     is_harmful: bool
-    rules: tuple[str, ...]
-    first_cause: str | None
-    step: int | None
-    errors: int
-    warnings: int
+
+    @property
+    def done(self) -> Done:
+        return self.answered.done
+
+    @property
+    def is_healthy(self) -> bool:
+        return self.done.fault in (TWIN, HEALTHY)
+
+    @property
+    def told(self) -> tuple[Said, ...]:
+        """Errors and warnings, in the order in which they are told."""
+        return tuple(said for said in self.answered.findings if said.severity != "note")
+
+    @property
+    def first(self) -> Said | None:
+        """What is told first; a note if there is nothing else."""
+        return self.answered.findings[0] if self.answered.findings else None
+
+    def counted(self, severity: str) -> int:
+        """Findings of a severity."""
+        return sum(said.severity == severity for said in self.answered.findings)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,9 +65,10 @@ class KindScore:
         programs: in which it did.
         harmless: in which it did not.
         detected: share in which an error or a warning was found.
-        named: share in which the first cause is right.
-        step: median of the steps from which on the right cause shows; None = none does.
-        instead: first causes that are wrong, the most frequent first.
+        named: share in which what is told first is right.
+        layer: share of these in which the first layer named is one that the fault is in; None = it is in all, or is not named.
+        step: median of the steps from which on what is told first, and right, shows; None = none has a step.
+        instead: what is told first and wrong, the most frequent first.
     """
 
     fault: str
@@ -62,6 +76,7 @@ class KindScore:
     harmless: int
     detected: float
     named: float
+    layer: float | None
     step: float | None
     instead: tuple[str, ...]
 
@@ -73,63 +88,91 @@ class Score:
     Attributes:
         half: which.
         kinds: of faults.
-        detected: share of harmful programs in which an error or a warning was found.
-        named: share of harmful programs whose first cause is right.
+        harmful: programs with a fault that did harm.
+        detected: share of them in which an error or a warning was found.
+        named: share of them in which what is told first is right.
         healthy: programs without a fault that trained.
         errors_per_healthy: findings of severity error.
         warnings_per_healthy: of severity warning.
-        said_of_healthy: rules that said so, and how often.
-        confidence: rule to the share of its errors and warnings in programs with a fault for which it is right, or that are
-            symptoms of one, among all of its errors and warnings, healthy programs included; None = it said nothing.
+        notes_per_healthy: of severity note.
+        said_of_healthy: rules whose errors and warnings these are, and how many.
+        confidence: of each rule, over programs with a fault that did harm and healthy ones; without rules that said nothing.
+        leads: how long before the loss each signal knew.
+        problems: programs that nothing could be asked of, and why.
     """
 
     half: str
     kinds: tuple[KindScore, ...]
+    harmful: int
     detected: float
     named: float
     healthy: int
     errors_per_healthy: float
     warnings_per_healthy: float
+    notes_per_healthy: float
     said_of_healthy: dict[str, int]
-    confidence: dict[str, float]
+    confidence: dict[str, Confidence]
+    leads: LeadTable | None
+    problems: tuple[str, ...]
 
 
-def answers(population: Sequence[Done], folder: Path) -> list[Answer]:
-    """Ask every rule of every program; those without a fault that did not train are left out."""
-    twins: dict[tuple[str, int], float] = {(d.base, d.seed): worth(d) for d in population if d.fault == TWIN}
-    noise = {base: _noise(base, population) for base in {done.base for done in population}}
+def answers(population: Sequence[Answered]) -> list[Answer]:
+    """Which programs were harmed; those without a fault that did not train are left out."""
+    done = [each.done for each in population]
+    twins: dict[tuple[str, int], float] = {(d.base, d.seed): worth(d) for d in done if d.fault == TWIN}
+    noise = {base: _noise(base, done) for base in {each.base for each in done}}
     structural = {fault.name for fault in FAULTS if fault.is_structural}
-    answered = []
-    for done in population:
-        is_worse = worth(done) > twins.get((done.base, done.seed), math.inf) + noise[done.base]
-        if done.fault in (TWIN, HEALTHY):
-            if done.error is None and math.isfinite(worth(done)):
-                answered.append(_answer(done, folder, is_harmful=False))
+    judged = []
+    for each in population:
+        mine = each.done
+        is_worse = worth(mine) > twins.get((mine.base, mine.seed), math.inf) + noise[mine.base]
+        if mine.fault in (TWIN, HEALTHY):
+            if mine.error is None and math.isfinite(worth(mine)):
+                judged.append(Answer(answered=each, is_harmful=False))
         else:
-            answered.append(_answer(done, folder, is_harmful=is_worse or done.fault in structural))
-    return answered
+            is_broken = mine.error is not None or math.isinf(worth(mine)) or each.diverged_at is not None
+            is_harmful = is_broken or is_worse or mine.fault in structural
+            judged.append(Answer(answered=each, is_harmful=is_harmful))
+    return judged
 
 
 def score(said: Sequence[Answer], half: str = REPORTED) -> Score:
-    """Of one half."""
+    """Of one half; the other sets the thresholds of signals."""
     mine = [answer for answer in said if answer.done.half == half]
-    healthy = [answer for answer in mine if answer.done.fault in (TWIN, HEALTHY)]
+    other = [answer for answer in said if answer.done.half != half]
+    healthy = [answer for answer in mine if answer.is_healthy]
     harmful = [answer for answer in mine if answer.is_harmful]
-    false: dict[str, int] = {}
-    for answer in healthy:
-        for rule in answer.rules:
-            false[rule] = false.get(rule, 0) + 1
+    false = Counter(each.rule for answer in healthy for each in answer.told)
     return Score(
         half=half,
-        kinds=tuple(_of_kind(fault.name, fault.right, mine) for fault in FAULTS),
-        detected=_share(bool(answer.rules) for answer in harmful),
+        kinds=tuple(_of_kind(fault, mine) for fault in FAULTS),
+        harmful=len(harmful),
+        detected=_share(bool(answer.told) for answer in harmful),
         named=_share(_is_right(answer) for answer in harmful),
         healthy=len(healthy),
-        errors_per_healthy=sum(answer.errors for answer in healthy) / max(1, len(healthy)),
-        warnings_per_healthy=sum(answer.warnings for answer in healthy) / max(1, len(healthy)),
-        said_of_healthy=dict(sorted(false.items(), key=lambda item: -item[1])),
-        confidence=_confidence(harmful, healthy),
+        errors_per_healthy=_per_program(healthy, "error"),
+        warnings_per_healthy=_per_program(healthy, "warning"),
+        notes_per_healthy=_per_program(healthy, "note"),
+        said_of_healthy=dict(false.most_common()),
+        confidence=_confidence([*harmful, *healthy]),
+        leads=lead_table(
+            tuned=[answer.answered for answer in other if answer.is_healthy or answer.is_harmful],
+            reported=[answer.answered for answer in mine if answer.is_healthy or answer.is_harmful],
+            is_healthy=lambda answered: answered.done.fault in (TWIN, HEALTHY),
+        ),
+        problems=tuple(f"{a.done.case}: {a.answered.problem}" for a in mine if a.answered.problem is not None),
     )
+
+
+def layers_of(fault: Fault, strength: int) -> tuple[int, ...] | None:
+    """Layers that a fault is in; None = nobody says, or it is in all.
+
+    A kind has one set of layers, or one for each strength.
+    """
+    layers = getattr(fault, "layers", None)
+    if layers and isinstance(layers[0], tuple):
+        return tuple(layers[min(strength, len(layers) - 1)])
+    return tuple(layers) if layers else None
 
 
 def _noise(base: str, population: Sequence[Done]) -> float:
@@ -139,51 +182,65 @@ def _noise(base: str, population: Sequence[Done]) -> float:
     return max(LEAST, NOISE * statistics.stdev(finite)) if len(finite) > 1 else 10 * LEAST
 
 
-def _answer(done: Done, folder: Path, *, is_harmful: bool) -> Answer:
-    findings = examine(open_run(folder / done.case)).findings
-    told = [finding for finding in findings if finding.severity != "note"]
-    causes = [finding for finding in findings if finding.kind == "cause"]
-    first: Finding | None = causes[0] if causes else None
-    return Answer(
-        done=done,
-        is_harmful=is_harmful,
-        rules=tuple(finding.rule for finding in told),
-        first_cause=None if first is None else first.rule,
-        step=None if first is None else first.step,
-        errors=sum(finding.severity == "error" for finding in told),
-        warnings=sum(finding.severity == "warning" for finding in told),
-    )
-
-
-def _of_kind(fault: str, right: tuple[str, ...], mine: Sequence[Answer]) -> KindScore:
-    programs = [answer for answer in mine if answer.done.fault == fault and answer.is_harmful]
-    named = [answer for answer in programs if answer.first_cause in right]
-    steps = [answer.step for answer in named if answer.step is not None]
-    wrong = [answer.first_cause for answer in programs if answer.first_cause not in (None, *right)]
+def _of_kind(fault: Fault, mine: Sequence[Answer]) -> KindScore:
+    programs = [answer for answer in mine if answer.done.fault == fault.name and answer.is_harmful]
+    firsts = [answer.first for answer in programs if answer.first is not None]
+    right = [first for first in firsts if first.rule in fault.right]
+    steps = [first.step for first in right if first.step is not None]
+    in_layers = [_is_right_layer(answer, fault) for answer in programs if _is_right(answer)]
     return KindScore(
-        fault=fault,
+        fault=fault.name,
         programs=len(programs),
-        harmless=sum(answer.done.fault == fault and not answer.is_harmful for answer in mine),
-        detected=_share(bool(answer.rules) for answer in programs),
-        named=_share(answer in named for answer in programs),
+        harmless=sum(answer.done.fault == fault.name and not answer.is_harmful for answer in mine),
+        detected=_share(bool(answer.told) for answer in programs),
+        named=len(right) / len(programs) if programs else math.nan,
+        layer=_share(each for each in in_layers if each is not None) if {True, False} & {*in_layers} else None,
         step=statistics.median(steps) if steps else None,
-        instead=tuple(sorted({rule for rule in wrong if rule}, key=lambda rule: -wrong.count(rule))),
+        instead=tuple(rule for rule, _ in Counter(f.rule for f in firsts if f.rule not in fault.right).most_common()),
     )
 
 
 def _is_right(answer: Answer) -> bool:
-    return any(answer.done.fault == fault.name and answer.first_cause in fault.right for fault in FAULTS)
+    return answer.first is not None and answer.first.rule in _right_of(answer)
 
 
-def _confidence(harmful: Sequence[Answer], healthy: Sequence[Answer]) -> dict[str, float]:
-    right = {fault.name: fault.right for fault in FAULTS}
-    causes = {rule for rules in right.values() for rule in rules}
+def _right_of(answer: Answer) -> tuple[str, ...]:
+    return next((fault.right for fault in FAULTS if fault.name == answer.done.fault), ())
+
+
+def _is_right_layer(answer: Answer, fault: Fault) -> bool | None:
+    layers = layers_of(fault, answer.done.strength)
+    if layers is None or answer.first is None or not answer.first.layers:
+        return None
+    return answer.first.layers[0] in layers
+
+
+def _confidence(counted: Sequence[Answer]) -> dict[str, Confidence]:
     said: dict[str, list[bool]] = {}
-    for answer in (*harmful, *healthy):
-        for rule in answer.rules:
-            is_right = answer.is_harmful and (rule in right[answer.done.fault] or rule not in causes)
-            said.setdefault(rule, []).append(is_right)
-    return {rule: sum(hits) / len(hits) for rule, hits in sorted(said.items())}
+    for answer in counted:
+        right = _right_in(answer)
+        for each in answer.told:
+            said.setdefault(each.rule, []).append(each.rule in right)
+    return {rule: Confidence(right=sum(hits), said=len(hits)) for rule, hits in sorted(said.items())}
+
+
+def _right_in(answer: Answer) -> set[str]:
+    """What is right of a program that was harmed: its fault, whatever that explains, and every symptom; of a healthy one nothing."""
+    if not answer.is_harmful:
+        return set()
+    explains = {each.rule: each.explains for each in answer.answered.findings}
+    right = {each.rule for each in answer.answered.findings if each.kind == "symptom"} | set(_right_of(answer))
+    left = [rule for rule in _right_of(answer) if rule in explains]
+    while left:
+        for rule in explains.get(left.pop(), ()):
+            if rule not in right:
+                right.add(rule)
+                left.append(rule)
+    return right
+
+
+def _per_program(answered: Sequence[Answer], severity: str) -> float:
+    return sum(answer.counted(severity) for answer in answered) / max(1, len(answered))
 
 
 def _share(hits: Iterable[bool]) -> float:
