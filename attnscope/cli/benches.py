@@ -99,22 +99,28 @@ def bench_faults(
     ] = Path("runs/faults"),
     jobs: Annotated[int, typer.Option(min=1, help="Processes, of one thread each.")] = 2,
     small: Annotated[
-        bool, typer.Option("--small", help="Each fault once for each program, at its greatest strength.")
+        bool, typer.Option("--small", help="Each fault at its greatest strength, in a few programs.")
     ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="As JSON on stdout.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Errors with a traceback.")] = False,
 ) -> None:
     """Measure how often diagnose is right.
 
-    Trains programs written in plain PyTorch, with a known fault in them and without, under watch, and asks every rule.
+    Trains programs written in plain PyTorch, under watch, and runs of the lab, with a known fault in them and without, and
+    asks every rule.
     Thresholds may be chosen on one half of the programs; what is told is of the other half.
 
     Example: attnscope bench faults --small
     """
     with one_line_errors(debug=debug):
+        from attnscope.bench.faults.bases import BASES, available
         from attnscope.bench.faults.population import N_HEALTHY, SMALL_HEALTHY, SMALL_SEEDS, Done, cases, train_all
         from attnscope.bench.faults.score import answers, score
 
+        if absent := sorted({*BASES} - {*available()}):
+            typer.echo(
+                f"transformers is not installed: {', '.join(absent)} left out. pip install 'attnscope[hf]'", err=True
+            )
         population = cases(
             n_seeds=SMALL_SEEDS if small else 3, n_healthy=SMALL_HEALTHY if small else N_HEALTHY, strongest=small
         )

@@ -142,7 +142,11 @@ def optimizers_of(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimize
         "sgd": lambda: [torch.optim.SGD(groups(False, recipe.lr), momentum=0.9)],
         "adamw": lambda: [_adamw(groups(False, recipe.lr), recipe)],
         "muon": lambda: [
-            torch.optim.Muon(groups(True, recipe.lr), weight_decay=recipe.weight_decay),
+            *(
+                [torch.optim.Muon(groups(True, recipe.lr), weight_decay=recipe.weight_decay)]
+                if groups(True, recipe.lr)  # not all were left out
+                else []
+            ),
             _adamw(groups(False, recipe.lr / 10), recipe),
         ],
     }
