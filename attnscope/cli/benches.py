@@ -104,7 +104,7 @@ def bench_faults(
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes, of one thread each.")] = 2,
     small: Annotated[
-        bool, typer.Option("--small", help="Each fault once for each program, at its greatest strength.")
+        bool, typer.Option("--small", help="Each fault at its greatest strength, in a few programs.")
     ] = False,
     published: Annotated[
         bool, typer.Option("--published", help="Score the answers that attnscope comes with; nothing is trained.")
@@ -114,7 +114,8 @@ def bench_faults(
 ) -> None:
     """Measure how often diagnose is right.
 
-    Trains programs written in plain PyTorch, with a known fault in them and without, under watch, and asks every rule.
+    Trains programs written in plain PyTorch, under watch, and runs of the lab, with a known fault in them and without, and
+    asks every rule.
     Thresholds may be chosen on one half of the programs; what is told is of the other half.
 
     Example: attnscope bench faults --published
@@ -140,8 +141,13 @@ def bench_faults(
 
 def _trained_and_asked(folder: Path, *, jobs: int, small: bool) -> "list[Answered]":
     from attnscope.bench.faults.answered import FILE, ask_all, read_answers, write_answers
+    from attnscope.bench.faults.bases import BASES, available
     from attnscope.bench.faults.population import N_HEALTHY, SMALL_HEALTHY, SMALL_SEEDS, Done, cases, train_all
 
+    if absent := sorted({*BASES} - {*available()}):
+        typer.echo(
+            f"transformers is not installed: {', '.join(absent)} left out. pip install 'attnscope[hf]'", err=True
+        )
     population = cases(
         n_seeds=SMALL_SEEDS if small else 3, n_healthy=SMALL_HEALTHY if small else N_HEALTHY, strongest=small
     )

@@ -205,11 +205,11 @@ def _said(finding: Finding) -> Said:
 
 
 def _norm_of(done: Done, run: Run) -> str | None:
-    from attnscope.bench.faults import kinds
+    from attnscope.bench.faults import bases
 
     if run.kind == "train":
         return run.config.model.norm
-    base: object = kinds.BASES.get(done.base)
+    base: object = bases.BASES.get(done.base)
     return getattr(base, "norm", None)
 
 

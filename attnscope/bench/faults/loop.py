@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attnscope.bench.faults.borrowed import BorrowedGPT
 from attnscope.bench.faults.model import GPT
 from attnscope.bench.faults.recipe import Recipe
 from attnscope.config import DataConfig
@@ -19,7 +20,7 @@ from attnscope.data import IGNORE, Corpus, open_data
 from attnscope.watch.attach import watch_model
 
 EVERY = 5  # steps between those whose attention and parameters are measured, after the first 20
-HELD_OUT = 8  # batches
+HELD_OUT = 64  # batches: of a decoder, one token of each sequence counts
 LAST = 20  # steps whose mean loss is the final one
 
 
@@ -45,7 +46,8 @@ def train(recipe: Recipe, path: Path) -> Result:
         DataConfig(source=recipe.source, batch_size=recipe.batch_size, seed=recipe.seed, objective=recipe.objective),
         seq_len=recipe.seq_len,
     )
-    model = GPT(recipe, corpus.vocab_size).to(getattr(torch, recipe.dtype))
+    build = BorrowedGPT if recipe.attention == "gpt2" else GPT
+    model = build(recipe, corpus.vocab_size).to(getattr(torch, recipe.dtype))
     model.train(not recipe.evaluates)
     optimizers = optimizers_of(model, recipe)
     batches = batches_of(corpus, recipe)
@@ -63,7 +65,7 @@ def train(recipe: Recipe, path: Path) -> Result:
 
 
 def one_step(
-    model: GPT,
+    model: nn.Module,
     optimizers: list[torch.optim.Optimizer],
     batches: Iterator[tuple[Tensor, Tensor]],
     recipe: Recipe,
@@ -87,6 +89,7 @@ def one_step(
     if recipe.clip:
         nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
     factor = min(1.0, (step + 1) / max(1, recipe.warmup))
+    factor *= recipe.lr_growth**step
     if 0 <= recipe.lr_jump_at <= step:
         factor *= recipe.lr_times
     for optimizer in optimizers:
@@ -139,7 +142,11 @@ def optimizers_of(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimize
         "sgd": lambda: [torch.optim.SGD(groups(False, recipe.lr), momentum=0.9)],
         "adamw": lambda: [_adamw(groups(False, recipe.lr), recipe)],
         "muon": lambda: [
-            torch.optim.Muon(groups(True, recipe.lr), weight_decay=recipe.weight_decay),
+            *(
+                [torch.optim.Muon(groups(True, recipe.lr), weight_decay=recipe.weight_decay)]
+                if groups(True, recipe.lr)  # not all were left out
+                else []
+            ),
             _adamw(groups(False, recipe.lr / 10), recipe),
         ],
     }
@@ -155,7 +162,7 @@ def _named(name: str, words: tuple[str, ...]) -> bool:
 
 
 @torch.no_grad()
-def held_out(model: GPT, corpus: Corpus, recipe: Recipe) -> float:
+def held_out(model: nn.Module, corpus: Corpus, recipe: Recipe) -> float:
     """What the model is worth: its loss on batches that it has not seen, with the right targets, nats per token.
 
     A model that looks ahead is worth nothing where nobody knows what comes: a decoder is asked for the last token that is scored,

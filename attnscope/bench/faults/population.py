@@ -3,25 +3,33 @@
 What is in the list is not trained again.
 """
 
+import itertools
 import json
 import math
 import multiprocessing
 import random
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from attnscope.bench.faults.kinds import BASES, FAULTS, RELATIVE, Changes
+from attnscope.bench.faults.bases import BASES, available
+from attnscope.bench.faults.kinds import FAULTS, Changes, changed
+from attnscope.bench.faults.lab import LAB_BASES, config_of
 from attnscope.bench.faults.recipe import Recipe
+from attnscope.config import Config
 
 LIST = "cases.jsonl"
-HEALTHY = "healthy"
+HEALTHY, TWIN = "healthy", "twin"
+WATCH, LAB = "watch", "lab"
 TUNED, REPORTED = "tuned", "reported"  # halves: thresholds may be chosen on the first, rates are told of the second
 SEEDS = {TUNED: (0, 2, 4), REPORTED: (1, 3, 5)}
-N_HEALTHY = 200
+N_HEALTHY = 240
 SMALL_SEEDS, SMALL_HEALTHY = 1, 32
+SMALL_BASES = 2  # of each half, watched and in the lab
+# Of healthy programs, times that of the base. Each base trains with all of them; with ten times its own most do not.
+LR_TIMES = (0.3, 0.6, 1.0, 1.5, 2.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,10 +38,12 @@ class Program:
 
     Attributes:
         name: of its run directory.
-        fault: of `kinds.FAULTS`; HEALTHY, or "twin" of those with the same base and seed.
-        base: of `kinds.BASES`.
+        fault: of `kinds.FAULTS`; HEALTHY, or TWIN of those with the same base and seed.
+        base: of `bases.BASES` or `lab.LAB_BASES`.
         strength: counted from 0, the weakest.
         half: TUNED or REPORTED.
+        seed: of weights and batches.
+        where: WATCH, a loop in plain PyTorch, or LAB, a config.
         recipe: what is trained.
     """
 
@@ -42,12 +52,14 @@ class Program:
     base: str
     strength: int
     half: str
-    recipe: Recipe
+    seed: int
+    where: str = WATCH
+    recipe: Recipe | Config
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Done:
-    """A program that was trained. Losses as in `loop.Result`."""
+    """A program that was trained. Losses as in `loop.Result`, the rest as in `Program`."""
 
     case: str
     fault: str
@@ -58,6 +70,7 @@ class Done:
     final_loss: float
     held_out_loss: float
     error: str | None
+    where: str = WATCH  # lists of before there were others do not say
 
 
 def cases(*, n_seeds: int = 3, n_healthy: int = N_HEALTHY, strongest: bool = False) -> tuple[Program, ...]:
@@ -66,56 +79,115 @@ def cases(*, n_seeds: int = 3, n_healthy: int = N_HEALTHY, strongest: bool = Fal
     Args:
         n_seeds: of each half.
         n_healthy: programs without a fault, beside the twins.
-        strongest: each fault at its greatest strength only.
+        strongest: each fault at its greatest strength only, in SMALL_BASES bases.
     """
-    return (*_of_bases(n_seeds, strongest=strongest), *_healthy(n_healthy))
+    watched = (*_watched(n_seeds, strongest=strongest), *_healthy_watched(n_healthy - n_healthy // 3))
+    return (*watched, *_in_lab(n_seeds, strongest=strongest), *_healthy_in_lab(n_healthy // 3))
 
 
-def _of_bases(n_seeds: int, *, strongest: bool) -> Iterator[Program]:
-    for number, (base, recipe) in enumerate(BASES.items()):
-        half = (TUNED, REPORTED)[number % 2]
-        for seed in SEEDS[half][:n_seeds]:
-            seeded = replace(recipe, seed=seed)
-            yield _case("twin", base, 0, half, seeded)
+def _watched(n_seeds: int, *, strongest: bool) -> Iterator[Program]:
+    here = available()
+    for half, names in _halves(BASES).items():
+        kept = [name for name in names if name in here]
+        chosen = {
+            fault.name: _some([name for name in kept if fault.fits(BASES[name])], number, all_of_them=not strongest)
+            for number, fault in enumerate(FAULTS)
+        }
+        for base, seed in itertools.product(kept, SEEDS[half][:n_seeds]):
+            seeded = replace(BASES[base], seed=seed)
+            yield _program(TWIN, base, 0, half, seeded, seed)
             for fault in FAULTS:
-                if not fault.fits(recipe):
-                    continue
-                for strength, changes in enumerate(fault.strengths):
-                    if not strongest or strength == len(fault.strengths) - 1:
-                        yield _case(fault.name, base, strength, half, changed(seeded, changes))
+                for strength, changes in _strengths(fault.strengths, strongest=strongest):
+                    if base in chosen[fault.name]:
+                        yield _program(fault.name, base, strength, half, changed(seeded, changes), seed)
 
 
-def _healthy(count: int) -> Iterator[Program]:
+def _in_lab(n_seeds: int, *, strongest: bool) -> Iterator[Program]:
+    for half, names in _halves(LAB_BASES).items():
+        chosen = {
+            fault.name: _some(
+                [name for name in names if fault.fits_lab(config_of(name, {}, seed=0))],
+                number,
+                all_of_them=not strongest,
+            )
+            for number, fault in enumerate(FAULTS)
+        }
+        for base, seed in itertools.product(names, SEEDS[half][:n_seeds]):
+            yield _program(TWIN, base, 0, half, config_of(base, {}, seed=seed), seed)
+            for fault in FAULTS:
+                for strength, changes in _strengths(fault.lab, strongest=strongest):
+                    if base in chosen[fault.name]:
+                        config = config_of(base, changes, seed=seed)
+                        yield _program(fault.name, base, strength, half, config, seed)
+
+
+def _healthy_watched(count: int) -> Iterator[Program]:
     """Widths, depths, lengths, batches, seeds and learning rates around those of the bases."""
+    here = available()
+    half_of = {name: half for half, names in _halves(BASES).items() for name in names}
     for number in range(count):
         draw = random.Random(number)
-        base = list(BASES)[number % len(BASES)]
-        half = (TUNED, REPORTED)[number % len(BASES) % 2]
-        recipe = BASES[base]
+        base = list(here)[number % len(here)]
+        recipe = here[base]
+        seed = 100 + number
         recipe = replace(
             recipe,
-            seed=100 + number,
-            d_model=draw.choice((32, 64, 96)),
+            seed=seed,
+            d_model=draw.choice((32, 64, 96) if recipe.optimizer != "muon" else (32, 48)),
             n_layers=draw.choice((2, 3, 4)),
             n_heads=draw.choice((2, 4)),
             seq_len=draw.choice((24, 32, 48)) if recipe.source != "recall" else recipe.seq_len,
             batch_size=draw.choice((4, 8, 16)),
-            lr=recipe.lr * draw.choice((0.3, 0.6, 1.0, 1.5)),
+            lr=recipe.lr * draw.choice(LR_TIMES),
             steps=draw.choice((100, 150, 250)),
         )
-        yield replace(_case(HEALTHY, base, 0, half, recipe), name=f"healthy-{number:03d}")
+        yield replace(_program(HEALTHY, base, 0, half_of[base], recipe, seed), name=f"healthy-{number:03d}")
 
 
-def _case(fault: str, base: str, strength: int, half: str, recipe: Recipe) -> Program:
-    words = f"{fault} {strength} {base} {recipe.seed}"
+def _healthy_in_lab(count: int) -> Iterator[Program]:
+    half_of = {name: half for half, names in _halves(LAB_BASES).items() for name in names}
+    for number in range(count):
+        draw = random.Random(1000 + number)
+        base = list(LAB_BASES)[number % len(LAB_BASES)]
+        seed = 1000 + number
+        changes: dict[str, object] = {
+            "model.d_model": draw.choice((32, 64, 96)),
+            "model.n_layers": draw.choice((2, 3, 4)),
+            "model.n_heads": draw.choice((2, 4)),
+            "data.batch_size": draw.choice((4, 8, 16)),
+            "optimizer.lr": draw.choice(LR_TIMES),
+            "train.steps": draw.choice((100, 150, 250)),
+        }
+        if LAB_BASES[base].get("data.source") != "recall":
+            changes["model.seq_len"] = draw.choice((24, 32, 48))
+        config = config_of(base, changes, seed=seed)
+        yield replace(_program(HEALTHY, base, 0, half_of[base], config, seed), name=f"lab-healthy-{number:03d}")
+
+
+def _halves(bases: Mapping[str, object]) -> dict[str, list[str]]:
+    names = list(bases)
+    return {TUNED: names[::2], REPORTED: names[1::2]}
+
+
+def _some(names: Sequence[str], number: int, *, all_of_them: bool) -> list[str]:
+    """SMALL_BASES of them, others for the next number, so that all come up."""
+    if all_of_them or len(names) <= SMALL_BASES:
+        return list(names)
+    return [names[(number * SMALL_BASES + one) % len(names)] for one in range(SMALL_BASES)]
+
+
+def _strengths(strengths: Sequence[Changes], *, strongest: bool) -> list[tuple[int, Changes]]:
+    numbered = list(enumerate(strengths))
+    return numbered[-1:] if strongest else numbered
+
+
+def _program(fault: str, base: str, strength: int, half: str, recipe: Recipe | Config, seed: int) -> Program:
+    words = f"{fault} {strength} {base} {seed}"
     name = "".join(letter if letter.isalnum() else "-" for letter in words)
-    return Program(name=name, fault=fault, base=base, strength=strength, half=half, recipe=recipe)
-
-
-def changed(recipe: Recipe, changes: Changes) -> Recipe:
-    """A recipe with a fault; of RELATIVE fields, so many times what it had."""
-    times = {name: getattr(recipe, name) * changes[name] for name in RELATIVE if name in changes}
-    return replace(recipe, **{**changes, **times})
+    where = WATCH if isinstance(recipe, Recipe) else LAB
+    return Program(
+        name=name, fault=fault, base=base, strength=strength, half=half, seed=seed, where=where, recipe=recipe
+    )
 
 
 def train_all(
@@ -138,6 +210,7 @@ def train_all(
         ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=50) as pool,
         (folder / LIST).open("a") as log,
     ):
+        log.write("\n")  # ends a line that a kill cut short
         futures = [pool.submit(train_one, case, folder) for case in left]
         try:
             for number, future in enumerate(as_completed(futures), start=1):
@@ -156,19 +229,22 @@ def train_one(case: Program, folder: Path) -> Done:
     """Train one program, from the beginning."""
     import torch
 
+    from attnscope.bench.faults.lab import train_lab
     from attnscope.bench.faults.loop import train
 
     torch.set_num_threads(1)
     path = folder / case.name
     shutil.rmtree(path, ignore_errors=True)  # of a process that was killed
-    ended = train(case.recipe, path)
+    recipe = case.recipe
+    ended = train(recipe, path) if isinstance(recipe, Recipe) else train_lab(recipe, path)
     return Done(
         case=case.name,
         fault=case.fault,
         base=case.base,
         strength=case.strength,
         half=case.half,
-        seed=case.recipe.seed,
+        seed=case.seed,
+        where=case.where,
         final_loss=ended.final_loss,
         held_out_loss=ended.held_out_loss,
         error=ended.error,
