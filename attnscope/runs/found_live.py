@@ -31,11 +31,15 @@ class FoundLive:
     summary: str
 
     @property
+    def of_members(self) -> str:
+        """Its title, and the members."""
+        return printable(f"{self.title} ({_named(self.members)})", MOST_SAID)
+
+    @property
     def in_short(self) -> str:
         """Its title, the members, and the first sentence of the summary."""
         sentence = _SENTENCE.match(self.summary)
-        said = f"{self.title} ({_named(self.members)}): {sentence[0] if sentence else self.summary}"
-        return printable(said, MOST_SAID)
+        return printable(f"{self.of_members}: {sentence[0] if sentence else self.summary}", MOST_SAID)
 
 
 def line_of(step: int, found: FoundLive, width: int | None = None) -> str:

@@ -135,7 +135,7 @@ def _beyond(condition: Condition, tables: Tables) -> str | None:
 def _found(rule: str, found: Sequence[Event]) -> str | None:
     for event in found:
         if isinstance(event.what, FoundLive) and event.what.rule == rule:
-            return f"{event.what.in_short} (found at step {event.step})"
+            return f"{event.what.of_members}, found at step {event.step}"
     return None
 
 

@@ -3,7 +3,7 @@
 They are asked what they find in what was recorded up to a *moment*, a step that the record alone decides: FIRST, then SECOND, then
 GROWTH times as many steps each time, and the steps at which an alarm is sure of something. So a finding has the same step
 whatever blocks the record is cut into. What depends on time is only when it is said: a moment waits until all the asking
-has taken no more than SHARE of the time, and the last ones are asked when training ends. With a rule to stop on, none waits.
+will have taken no more than SHARE of the time, and the last ones are asked when training ends. With a rule to stop on, none waits.
 """
 
 import math
@@ -12,6 +12,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
+
+import numpy as np
 
 from attnscope.errors import error_in_a_line
 from attnscope.runs.divergence import IN_A_ROW
@@ -24,6 +26,7 @@ from attnscope.signals.nonfinite import Tables
 FIRST, SECOND = 2, 10
 GROWTH = 1.5
 SHARE = 0.01  # of the time since training began
+EXPECTED_S = 0.05  # what asking takes, before that is known
 MOST_OF_A_KIND = 10  # moments of an alarm: what breaks again and again is known
 MOST_ROWS = 3_000_000  # of all tables, which rules hold in memory at once: about 0.5 GB
 
@@ -79,7 +82,8 @@ class Moments:
         self._ahead: set[int] = set()
         self._waiting: list[int] = []
         self._begun = time.perf_counter()
-        self._spent_s: float | None = None  # None = nothing was asked yet
+        self._spent_s, self._expected_s = 0.0, EXPECTED_S
+        self._is_first = True
         self._is_over = False
 
     def passed(self, tables: Tables, events: Iterable[Event], shown: Iterable[int]) -> Iterator[Sequence[Event]]:
@@ -130,14 +134,17 @@ class Moments:
             found: Sequence[Event] = ()
             try:
                 before = max(takewhile(lambda at, limit=step: at < limit, moments()), default=None)  # type: ignore[misc]
-                found = self._live.ask(self._run, self._part, step, before, self._live.rules)
+                with np.errstate(all="ignore"):  # whatever a watched script has set
+                    found = self._live.ask(self._run, self._part, step, before, self._live.rules)
             except Exception as error:
                 self._is_over = True
                 said = Unmeasured(name="findings", backend=INTERNAL, reason=error_in_a_line(error))
                 found = [Event(step=step, what=said)]
-            # The first time imports what rules need, which is not theirs.
-            self._spent_s = 0.0 if self._spent_s is None else self._spent_s + time.perf_counter() - began
+            if not self._is_first:  # which imports what rules need, once in a process
+                self._expected_s = time.perf_counter() - began
+                self._spent_s += self._expected_s
+            self._is_first = False
             yield found
 
     def _has_time(self) -> bool:
-        return (self._spent_s or 0.0) <= SHARE * (time.perf_counter() - self._begun)
+        return self._spent_s + self._expected_s <= SHARE * (time.perf_counter() - self._begun)

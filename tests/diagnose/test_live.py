@@ -85,7 +85,7 @@ def test_training_stops_at_the_step_at_which_a_rule_finds_something(tmp_path):
     run = open_run(tmp_path / "stopped")
     ((at, _, stopped),) = run.happened(Stopped)
     assert (status, at, run.members[0].last_step, run.status) == ("stopped", step, step, "interrupted")
-    assert stopped.on == "loss_explosion" and stopped.found.endswith(f"(found at step {step})")
+    assert stopped.on == "loss_explosion" and stopped.found.endswith(f", found at step {step}")
     assert resume_run(tmp_path / "stopped", live=live()) == "finished", "it goes on from its checkpoint"
     run = open_run(tmp_path / "stopped")
     told = [(rule, name) for _, rule, _, members in findings(run) for name in members]

@@ -59,7 +59,7 @@ def test_training_stops_at_the_step_at_which_a_rule_finds_something(tmp_path):
     run = open_run(tmp_path / "run")
     ((step, _, stopped),) = run.happened(Stopped)
     assert (step, stopped.on, run.members[0].last_step) == (10, "gradients_accumulate", 9)
-    assert stopped.found.startswith("Gradients are never zeroed (watched): ")
+    assert stopped.found == "Gradients are never zeroed (watched), found at step 9"
 
 
 def test_healthy_training_says_nothing(tmp_path, capsys):
