@@ -567,7 +567,7 @@ def test_the_first_targets_of_cross_entropy_are_looked_at(tmp_path):
         optimizer.step()
 
     run = train(tmp_path / "run", step, steps=30, optimizer=SGD([z], lr=0.01))
-    assert events(run, "cross_entropy") == [{"classes": 5, "loss": pytest.approx(first[0])}]
+    assert events(run, "cross_entropy") == [{"classes": 5, "loss": pytest.approx(first[0]), "targets": 399}]
     (said,) = events(run, "first_targets")
     assert said == {
         "steps": 20,
