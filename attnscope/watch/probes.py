@@ -16,6 +16,7 @@ from attnscope.capture.seen import Seen
 from attnscope.watch.guard import Guard
 from attnscope.watch.modes import Modes
 from attnscope.watch.orphans import Orphans
+from attnscope.watch.other_mode import OtherMode
 from attnscope.watch.sights import Sights
 from attnscope.watch.step import Step
 from attnscope.watch.upkeep import Optimizers
@@ -33,6 +34,7 @@ class FirstLooks:
         self._orphans = Orphans(modules, guard.event)
         self._upkeep = Optimizers(modules, self._orphans, guard.event)
         self._modes = Modes(modules, guard.event)
+        self._other_mode = OtherMode(rows=rows, on_event=guard.event)
 
     def computed(self, step: Step, module: nn.Module | None) -> None:
         """Something is computed in training."""
@@ -51,10 +53,14 @@ class FirstLooks:
             with self._guard.measuring("token ids", step.number):
                 self._sights.embedded(args)
 
-    def attention(self, step: Step, layer: int, seen: Seen) -> None:
-        """An attention call in training that was measured."""
-        with self._guard.measuring("keys that attention sees", step.number):
-            self._sights.attention(step, layer, seen)
+    def attention(self, step: Step, layer: int, module: nn.Module | None, seen: Seen) -> None:
+        """An attention call that was measured."""
+        with self._guard.measuring("attention in evaluation", step.number):
+            look = self._other_mode.trained if torch.is_grad_enabled() else self._other_mode.evaluated
+            look(layer, module, seen)
+        if torch.is_grad_enabled():
+            with self._guard.measuring("keys that attention sees", step.number):
+                self._sights.attention(step, layer, seen)
 
     def cross_entropy(self, step: Step, targets: Tensor, ignore_index: int) -> None:
         """Cross-entropy is computed in training."""
@@ -84,14 +90,17 @@ class FirstLooks:
         with self._guard.measuring("upkeep of parameters", step.number):
             self._upkeep.without_gradient(optimizer, zeroed=zeroed)
 
-    def end_step(self) -> None:
+    def end_step(self, step: Step) -> None:
         """Let go of the script's tensors."""
         self._sights.end_step()
+        self._other_mode.end_step(step)
 
     def flush(self, step: Step) -> None:
         """Say what was found; waits for the device."""
         with self._guard.measuring("keys that attention sees", step.number):
             self._sights.flush()
+        with self._guard.measuring("attention in evaluation", step.number):
+            self._other_mode.flush()
         with self._guard.measuring("upkeep of parameters", step.number):
             self._upkeep.flush(step)
 
