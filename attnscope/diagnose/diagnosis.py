@@ -18,7 +18,7 @@ from attnscope.diagnose.rules.learning_rate import learning_rate_too_high, learn
 from attnscope.diagnose.rules.logits import logit_growth, starved_queries_and_keys
 from attnscope.diagnose.rules.loss import failed, loss_explosion, loss_spike, stalled
 from attnscope.diagnose.rules.masks import padding_attended, rows_fully_masked, wrong_softmax_axis
-from attnscope.diagnose.rules.modes import dropout_in_evaluation, evaluation_in_training
+from attnscope.diagnose.rules.modes import dropout_in_evaluation, evaluation_in_training, evaluation_scales_otherwise
 from attnscope.diagnose.rules.nonfinite import nonfinite, nonfinite_loss_passed, updates_skipped
 from attnscope.diagnose.rules.norms import norm_over_one_feature
 from attnscope.diagnose.rules.optimizer import adam_epsilon_too_large, weight_decay_too_strong
@@ -57,6 +57,7 @@ RULES: tuple[Rule, ...] = (
     clipped_after_step,
     evaluation_in_training,
     dropout_in_evaluation,
+    evaluation_scales_otherwise,
     residual_missing,
     repeated_batch,
     loss_rises,

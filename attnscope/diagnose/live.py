@@ -63,6 +63,7 @@ WHEN: Mapping[str, When] = {
     "parameters_frozen": AT_ONCE,
     "gradients_accumulate": AT_ONCE,
     "evaluation_in_training": AT_ONCE,
+    "evaluation_scales_otherwise": AT_ONCE,
     "clipped_before_unscaling": AT_ONCE,
     "clipped_after_step": LASTING,
     "dropout_in_evaluation": AT_ONCE,

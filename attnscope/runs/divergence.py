@@ -1,6 +1,6 @@
 """Divergence: when a loss left for good. One definition, used while a member trains and when its record is read back.
 
-A loss diverges in one of two ways:
+A loss diverges in one of three ways:
 
 - It rises far above its range and stays there. The range is what it was before, isolated peaks aside: from the lowest to the
   highest median of three losses in a row. Far is the size of the highest, or WIDTHS times the width of the range, or LEAST_RISE,
@@ -12,6 +12,9 @@ A loss diverges in one of two ways:
 - It stops being finite for good: NOT_FINITE_IN_A_ROW losses in a row, or up to the end of the record. One that is not finite
   and is followed by finite ones is an event and no divergence: a batch without a label, or a step that loss scaling skipped. Nor is
   one of these at the very end.
+- It is a cross-entropy, and at the end it is far above guessing and its own beginning: a loss that climbs slowly takes its range
+  along, and is never far from it. All of the LAST losses are above GUESSES times guessing and FIRSTS times the first one. What begins
+  far above guessing, as with large weights, has to rise to be that.
 
 It is dated to where it left its best level, the lowest of the range, for the last time: the first loss from which on all are
 twice that (or LEAST_RISE above it).
@@ -26,6 +29,7 @@ Shape key: N finite losses, S steps, R what is known of a range.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -40,6 +44,12 @@ WIDTHS = 2.0
 LEAST_RISE = 3.0  # nats: less is no explosion
 NEARLY_ZERO = 0.01  # nats
 NOT_FINITE_IN_A_ROW = 10
+# Of a cross-entropy, at the end of training. Runs without norm begin at 19 to 40 nats, some ten times guessing, and come down; one
+# that climbed from 4 to 4,972 never left its range.
+LAST = 20
+GUESSES = 10.0
+FIRSTS = 2.0
+SAME_LOSS = 0.2  # of the first cross-entropy: by more, the loss of a watched script is something else
 
 NOT_FINITE = "not finite"
 TOO_HIGH = "far above what it was"
@@ -48,6 +58,19 @@ _KEPT = 300  # of the last losses: what a verdict looks back at
 _LOWEST, _HIGHEST, _FAR, _SPREAD = range(4)  # rows of a range
 
 _Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Guessing:
+    """What a cross-entropy is that knows nothing.
+
+    Attributes:
+        level: ln of the number of classes, nats.
+        first: mean cross-entropy of the first step, which the first loss has to be; None = the loss is known to be one.
+    """
+
+    level: float
+    first: float | None = None
 
 
 class LossWatch:
@@ -69,6 +92,7 @@ class LossWatch:
         self.diverged_at = None
         self.why = None
         self.limit = None
+        self._first: float | None = None  # loss
         self._n_before = 0  # finite losses before those that are kept
         self._steps: NDArray[np.int64] = np.empty(0, dtype=np.int64)
         self._losses: _Floats = np.empty(0)
@@ -110,12 +134,25 @@ class LossWatch:
             else:
                 self._break(steps_S[start:end].tolist(), did_harm=bool(harm_S[start:end].any()))
 
-    def end(self) -> None:
-        """Nothing will follow: what is not finite up to here is so for good, unless it is little and did no harm."""
+    def end(self, guessing: Guessing | None = None) -> None:
+        """Nothing will follow: what is not finite up to here is so for good, unless it is little and did no harm.
+
+        Where the loss is a cross-entropy, `guessing` tells which ones are far above it.
+        """
         none_was_finite = not self._n_before and not len(self._losses)
         is_for_good = self._did_harm or len(self._broken) >= IN_A_ROW or none_was_finite
         if self.diverged_at is None and self._broken and is_for_good:
             self._date(len(self._losses), broken_at=self._broken[0])
+        if self.diverged_at is None and guessing is not None and self._has_climbed(guessing):
+            self._date(len(self._losses), broken_at=None)
+
+    def _has_climbed(self, guessing: Guessing) -> bool:
+        first, last_N = self._first, self._losses[-LAST:]
+        if first is None or len(last_N) < LAST or not guessing.level > 0:
+            return False
+        if guessing.first is not None and not abs(first - guessing.first) <= SAME_LOSS * guessing.first:
+            return False
+        return bool(last_N.min() > max(GUESSES * guessing.level, FIRSTS * first))
 
     def _break(self, steps: Sequence[int], *, did_harm: bool) -> None:
         self._broken = [*self._broken, *steps][:NOT_FINITE_IN_A_ROW]
@@ -126,6 +163,7 @@ class LossWatch:
     def _go_on(self, steps_S: NDArray[np.int64], losses_S: _Floats) -> None:
         self._broken, self._did_harm = [], False
         seen = len(self._losses)
+        self._first = float(losses_S[0]) if self._first is None else self._first
         self._steps = np.concatenate([self._steps, steps_S])
         self._losses = np.concatenate([self._losses, losses_S])
         with np.errstate(all="ignore"):  # before the first loss there is no range

@@ -3,6 +3,7 @@
 Shape key: S steps of the member, N rows of a table, M member in the order of run.json.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,9 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from attnscope.runs.divergence import Guessing
+from attnscope.runs.foreign import number_in
 from attnscope.runs.layout import MemberEntry
+from attnscope.runs.manifest import is_whole
 from attnscope.runs.outcome import Outcome, outcome
 from attnscope.runs.parts import NEVER, PartFiles
+from attnscope.runs.probe_events import CrossEntropySeen
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -96,6 +101,7 @@ def member_record(
     config: Mapping[str, object],
     unigram: float | None,
     seen: NDArray[np.bool_] | None,
+    guessing: Guessing | None = None,
 ) -> MemberRecord:
     """How a member ended.
 
@@ -107,6 +113,7 @@ def member_record(
         config: of run.json, as a table.
         unigram: loss of what it was trained on, nats per token; None = unknown.
         seen: whether each loss was seen, (S,); None = all were.
+        guessing: what its loss is compared with; None = unknown.
     """
     ended = outcome(
         steps["step"],
@@ -118,8 +125,23 @@ def member_record(
         planned_steps=_planned_steps(config, entry.settings),
         unigram=unigram,
         seen=seen,
+        guessing=guessing,
     )
     return MemberRecord(entry=entry, outcome=ended)
+
+
+def guessing_of(reference: object, seen: CrossEntropySeen | None) -> Guessing | None:
+    """What a loss is compared with: `reference` of the data, or the first cross-entropy of a watched script; None = nothing."""
+    if seen is not None:
+        return guessing_among(seen)
+    level = number_in(reference.get("uniform")) if isinstance(reference, dict) else None
+    return Guessing(level=level) if level is not None and math.isfinite(level) else None
+
+
+def guessing_among(seen: CrossEntropySeen) -> Guessing | None:
+    """The same of what was seen; None where there is nothing to guess."""
+    is_sound = is_whole(seen.classes, 2, 2**31) and math.isfinite(seen.loss)
+    return Guessing(level=math.log(seen.classes), first=seen.loss) if is_sound else None
 
 
 def losses_seen(steps: "pd.DataFrame", broken: Iterable[tuple[int, int]], n_members: int) -> NDArray[np.bool_]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from attnscope.runs.divergence import LossWatch
+from attnscope.runs.divergence import Guessing, LossWatch
 
 FINAL_STEPS = 20  # the final loss is the mean over so many last steps
 FEWEST = 8  # losses that can be seen to fall
@@ -62,6 +62,7 @@ def outcome(
     planned_steps: int,
     unigram: float | None,
     seen: ArrayLike | None = None,
+    guessing: Guessing | None = None,
 ) -> Outcome:
     """Judge one member.
 
@@ -76,6 +77,7 @@ def outcome(
         planned_steps: a member that has them all is complete, however its part ended.
         unigram: loss of predicting from token frequencies alone; None = unknown.
         seen: whether each loss was seen, (S,): what is not known says nothing; None = all were.
+        guessing: what the loss is compared with where it is a cross-entropy; None = it may be anything.
     """
     steps_S: NDArray[Any] = np.asarray(steps, dtype=np.int64)
     losses_S: NDArray[Any] = np.asarray(losses, dtype=np.float64)
@@ -106,7 +108,7 @@ def outcome(
     watch = LossWatch()
     watch.feed(steps_S, losses_S, grad_norms, loss_scales)
     if end_status != "running":
-        watch.end()
+        watch.end(guessing)
     finite_S = np.isfinite(losses_S)
     final_S = losses_S[-FINAL_STEPS:]
     if watch.diverged_at is None and finite_S[-FINAL_STEPS:].any():

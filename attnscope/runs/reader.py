@@ -27,7 +27,7 @@ from attnscope.runs.holder import writer_of
 from attnscope.runs.layout import RUN_FILE, Manifest, table_file
 from attnscope.runs.listing import check_is_run
 from attnscope.runs.manifest import change_of, is_whole, read_manifest
-from attnscope.runs.members import MemberRecord, end_status_of, losses_seen, member_record
+from attnscope.runs.members import MemberRecord, end_status_of, guessing_of, losses_seen, member_record
 from attnscope.runs.parts import (
     NEVER,
     PartFiles,
@@ -42,6 +42,7 @@ from attnscope.runs.parts import (
     without_steps,
     written_elsewhere,
 )
+from attnscope.runs.probe_events import CrossEntropySeen
 from attnscope.runs.streams import TableData, decode_table
 
 if TYPE_CHECKING:
@@ -193,6 +194,7 @@ class Run:
         seen_N = self.loss_seen[order_N] if self.kind == "watch" else None
         ends = {part.index: end_status_of(part, run_status=self.status, is_held=self._is_held) for part in self._parts}
         errors = {part.index: error_of(part) for part in self._parts}
+        entropies = {name: what for _, name, what in reversed(self.happened(CrossEntropySeen))}
         return tuple(
             member_record(
                 entry,
@@ -202,6 +204,7 @@ class Run:
                 config=self._manifest.config,
                 unigram=self.unigram_of(entry.part),
                 seen=None if seen_N is None else seen_N[low:high],
+                guessing=guessing_of(self.data_of(entry.part).get("reference"), entropies.get(entry.name)),
             )
             for entry, (low, high) in zip(self.entries, pairwise(bounds), strict=True)
         )

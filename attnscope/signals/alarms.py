@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from attnscope.runs.divergence import FED, LossWatch
+from attnscope.runs.divergence import FED, Guessing, LossWatch
 from attnscope.runs.events import Diverged, Event, Nonfinite, Place
 from attnscope.signals.nonfinite import TENSORS, Array, Looked, Tables, looked_at
 
@@ -48,10 +48,16 @@ class Alarms:
     """Looks through each block of tables: says when a tensor of a member breaks, and again when it breaks after it was sound.
 
     Invariants: blocks arrive in the order of their steps; the events do not depend on where steps are cut into blocks.
+
+    Attributes:
+        guessing: what the losses are compared with at the end, where they are cross-entropies.
     """
 
-    def __init__(self, place: Callable[[int, str | None], Place] = place_of) -> None:
+    def __init__(
+        self, place: Callable[[int, str | None], Place] = place_of, *, guessing: Guessing | None = None
+    ) -> None:
         """`place` says where the layer and group of a row are."""
+        self.guessing = guessing
         self._place = place
         self._watches: dict[int, LossWatch] = {}
         self._diverged: dict[int, Event] = {}
@@ -102,7 +108,7 @@ class Alarms:
         found = []
         for member in members:
             watch = self._watches.setdefault(member, LossWatch())
-            watch.end()
+            watch.end(self.guessing)
             found += self._new_verdict(member, watch)
         return found
 

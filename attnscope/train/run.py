@@ -13,7 +13,7 @@ from attnscope.data import Corpus, data_of
 from attnscope.errors import RunError, error_in_words
 from attnscope.model import QKV
 from attnscope.runs.checkpoint import Checkpoint, load_checkpoint
-from attnscope.runs.divergence import FED
+from attnscope.runs.divergence import FED, Guessing
 from attnscope.runs.environment import environment
 from attnscope.runs.events import CheckpointLeftOut, Event
 from attnscope.runs.foreign import printable
@@ -180,7 +180,7 @@ def _begun(run: Run, index: int, members: Sequence[Member], data: Corpus) -> tup
     if checkpoint is not None:
         _check_fits(run, checkpoint, len(configs))
     part = Part(configs, vocab_size=data.vocab_size, resume_from=checkpoint)
-    alarms = Alarms()
+    alarms = Alarms(guessing=Guessing(level=data.reference.uniform))
     if part.step:
         for member in members:
             name = run.name_of(index, member.index)

@@ -20,6 +20,7 @@ from attnscope.watch.inputs import Inputs
 from attnscope.watch.modes import Modes
 from attnscope.watch.norms import Norms
 from attnscope.watch.orphans import Orphans
+from attnscope.watch.other_mode import OtherMode
 from attnscope.watch.same_keys import SameKeys
 from attnscope.watch.sights import Sights
 from attnscope.watch.step import Step
@@ -42,6 +43,7 @@ class FirstLooks:
         self._norms = Norms(modules, guard.event)
         self._inputs = Inputs(guard.event)
         self._same_keys = SameKeys(guard.event)
+        self._other_mode = OtherMode(rows=rows, on_event=guard.event)
 
     def computed(self, step: Step, module: nn.Module | None) -> None:
         """Something is computed in training."""
@@ -62,13 +64,17 @@ class FirstLooks:
                 if why_unseen(args[1]) is None:
                     self._inputs.embedded(step, outside(args[1]).detach())
 
-    def attention(self, step: Step, layer: int, seen: Seen) -> None:
-        """An attention call in training that was measured."""
-        with self._guard.measuring("keys that attention sees", step.number):
-            self._sights.attention(step, layer, seen)
-        with self._guard.measuring("keys and inputs of attention", step.number):
-            self._inputs.attention(step)
-            self._same_keys.attention(step, layer, seen)
+    def attention(self, step: Step, layer: int, module: nn.Module | None, seen: Seen) -> None:
+        """An attention call that was measured."""
+        with self._guard.measuring("attention in evaluation", step.number):
+            look = self._other_mode.trained if torch.is_grad_enabled() else self._other_mode.evaluated
+            look(layer, module, seen)
+        if torch.is_grad_enabled():
+            with self._guard.measuring("keys that attention sees", step.number):
+                self._sights.attention(step, layer, seen)
+            with self._guard.measuring("keys and inputs of attention", step.number):
+                self._inputs.attention(step)
+                self._same_keys.attention(step, layer, seen)
 
     def normalized(self, step: Step, module: nn.Module | None, operator: str, args: tuple[Any, ...]) -> None:
         """A norm is called in training: the operator's arguments."""
@@ -130,6 +136,7 @@ class FirstLooks:
         self._sights.end_step()
         self._inputs.end_step(step)
         self._clips.end_step()
+        self._other_mode.end_step(step)
 
     def flush(self, step: Step, *, is_end: bool = False) -> None:
         """Say what was found; waits for the device."""
@@ -142,6 +149,8 @@ class FirstLooks:
             self._norms.flush(step, is_end=is_end)
         with self._guard.measuring("clipping", step.number):
             self._clips.flush()
+        with self._guard.measuring("attention in evaluation", step.number):
+            self._other_mode.flush()
         with self._guard.measuring("upkeep of parameters", step.number):
             self._upkeep.flush()
 

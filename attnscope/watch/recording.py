@@ -23,7 +23,9 @@ from attnscope.runs.events import (
     What,
 )
 from attnscope.runs.found_live import FoundLive
+from attnscope.runs.members import guessing_among
 from attnscope.runs.part_writer import PartWriter
+from attnscope.runs.probe_events import CrossEntropySeen
 from attnscope.signals.alarms import Alarms, place_of
 from attnscope.signals.conditions import Condition
 from attnscope.signals.journal import Journal
@@ -127,7 +129,8 @@ class WatchRecorder:
         self._since = time.perf_counter()
         self._layers: dict[int, str] = {}
         self._undescribed: list[tuple[int, Layer]] = []
-        self._journal = Journal(writer, Alarms(self._place), live)
+        self._alarms = Alarms(self._place)
+        self._journal = Journal(writer, self._alarms, live)
         self._tokens = 0
         self._targets = Targets(FIRST)
         self._passes = PassesTold(FIRST)
@@ -227,6 +230,8 @@ class WatchRecorder:
         with measuring("targets", block[-1].number if block else 0):
             calls = [(step.number, step.output.first) for step in block if step.counts]
             for step, what in self._targets.add(calls, is_end=is_end):
+                if isinstance(what, CrossEntropySeen):
+                    self._alarms.guessing = guessing_among(what)
                 self.event(what, step=step)
         with measuring("losses of an update", block[-1].number if block else 0):
             losses = [(step.number, step.passes.losses[step.first_counted :]) for step in block if step.updated]

@@ -144,8 +144,8 @@ class Steps:
             layer = self._layers.see(self.now, module, seen)
             with self._guard.measuring("residual stream", self.now.number):
                 self._residual.attend(self.now.number, module, seen)
-            if layer is not None and torch.is_grad_enabled():
-                self._probes.attention(self.now, layer, seen)
+            if layer is not None:
+                self._probes.attention(self.now, layer, module, seen)
 
     @_guarded("residual stream")
     def passing(self, look: Callable[[int], None]) -> None:

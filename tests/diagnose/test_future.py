@@ -9,11 +9,13 @@ from attnscope.diagnose.blindness import NO_STEP
 from attnscope.diagnose.rules.future import (
     FEWEST_TARGETS,
     NEARLY_ALL,
+    NEXT_TOKEN,
     NO_TARGETS,
     NO_TOKENS,
     OTHERWISE,
     SAME_TOKEN,
     SOME_ATTENTION,
+    UNLIKE,
     future_visible,
     labels_shifted_wrong,
 )
@@ -70,8 +72,11 @@ def test_what_counts_as_seeing_the_future(tmp_path, fields, is_found):
 @pytest.mark.parametrize(
     ("equal", "is_found"),
     [
-        ({"next": SAME_TOKEN}, True),
-        ({"next": SAME_TOKEN - 0.01}, False),
+        ({"next": SAME_TOKEN, "after_next": OTHERWISE}, True),
+        ({"next": SAME_TOKEN - 0.01, "after_next": OTHERWISE}, False),
+        ({"next": NEXT_TOKEN, "same": UNLIKE}, True),  # packed documents
+        ({"next": NEXT_TOKEN, "same": UNLIKE + 0.01}, False),
+        ({"next": NEXT_TOKEN - 0.01}, False),
         ({"same": OTHERWISE}, True),
         ({"same": OTHERWISE + 0.01}, False),  # a text of one symbol
     ],

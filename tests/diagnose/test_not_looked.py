@@ -68,7 +68,11 @@ def test_a_run_without_a_record_is_blind_to_all_that_happens_in_training(tmp_pat
     said = whys(run_of(tmp_path / "r"))
     needs_none = {"applied_scale", "unusual_scale", "updates_skipped", "failed"}
     needs_none |= {"loss_rises", "repeated_batch", "updates_round_away", "loss_summed"}  # of watched scripts
-    needs_none |= {"residual_missing", "accumulation_not_divided"}  # of watched scripts, too
+    needs_none |= {
+        "residual_missing",
+        "accumulation_not_divided",
+        "evaluation_scales_otherwise",
+    }  # of watched scripts, too
     needs_none |= {"half_precision_headroom", "loss_too_low"}  # of float16, of models without a causal mask
     assert said == {rule.__name__: NO_STEP for rule in RULES if rule.__name__ not in needs_none}
 
@@ -102,6 +106,7 @@ def test_a_watched_script_of_which_nothing_was_seen_says_why_in_its_own_words(tm
         "gradients_accumulate": NO_OPTIMIZER,
         "dropout_in_evaluation": NO_OPTIMIZER,
         "residual_missing": NOT_FOLLOWED,
+        "evaluation_scales_otherwise": attention,
         "accumulation_not_divided": NO_OPTIMIZER,
         "applied_scale": attention,
         "saturated_at_start": attention,

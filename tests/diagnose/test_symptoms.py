@@ -10,7 +10,7 @@ from attnscope.diagnose import diagnose
 from attnscope.diagnose.rules.loss import loss_explosion, loss_spike, stalled
 from attnscope.diagnose.rules.nonfinite import nonfinite
 from attnscope.signals.spikes import BACK_WITHIN, WINDOW
-from tests.diagnose.synthetic import heads_table, run_of, steps_table
+from tests.diagnose.synthetic import heads_table, run_of, steps_table, watched_run_of
 
 TWINS = {
     "model": {"d_model": 64},
@@ -231,3 +231,19 @@ def test_a_loss_that_still_falls_has_not_stalled(tmp_path):
     finding = stalled(run_of(tmp_path / "b", two_arms(), steps=steps_table(losses), unigram=3.0))
     assert finding.title == "Training stalled above the unigram loss"
     assert finding.summary.endswith("1 of 2 still fall.")
+
+
+def test_a_cross_entropy_that_climbs_to_the_end_diverged_in_the_lab_and_in_a_watched_script(tmp_path):
+    losses = 4.0 * (5000 / 4) ** np.linspace(0, 1, 400)
+    lab = run_of(tmp_path / "lab", steps=steps_table(losses), planned=400, reference={"uniform": np.log(50)})
+    seen = [("cross_entropy", 0, {"classes": 50, "loss": 4.0})]
+    watched = watched_run_of(tmp_path / "watched", steps=steps_table(losses), events=seen)
+    for run in (lab, watched):
+        (record,) = run.members
+        assert record.status == "diverged" and record.limit == 8.0
+        assert loss_explosion(run).step == record.diverged_at
+    for path, reference in (("low", np.log(50)), ("unknown", None)):
+        least = losses if reference is None else losses / 200 + 4
+        known = {} if reference is None else {"uniform": reference}
+        run = run_of(tmp_path / path, steps=steps_table(least), planned=400, reference=known)
+        assert run.members[0].diverged_at is None

@@ -13,9 +13,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from attnscope.runs.divergence import (
+    GUESSES,
+    LAST,
     NOT_FINITE,
     NOT_FINITE_IN_A_ROW,
     TOO_HIGH,
+    Guessing,
     LossWatch,
 )
 
@@ -303,3 +306,60 @@ def test_noise_alone_seldom_looks_like_divergence():
     for kind, noise in kinds.items():
         found = sum(verdict(noise())[0] is not None for _ in range(1000))
         assert found <= 20, kind
+
+
+def climbing(to, *, steps=400, first=4.0):
+    """From a first loss to a last one, by the same share at each step."""
+    return (first * (to / first) ** np.linspace(0, 1, steps)).tolist()
+
+
+FAR = GUESSES * math.log(50)
+
+
+def after(losses, guessing):
+    watch = LossWatch()
+    watch.feed(range(len(losses)), losses)
+    watch.end(guessing)
+    return watch.diverged_at, watch.why, watch.limit
+
+
+def test_a_cross_entropy_that_climbs_slowly_to_the_end_has_diverged():
+    losses = climbing(5000.0, steps=290)
+    assert after(losses, None) == (None, None, None), "its range grew along"
+    at, why, limit = after(losses, Guessing(level=math.log(50)))
+    assert why == TOO_HIGH and limit == 2 * 4.0 and losses[at] >= limit > losses[at - 1]
+    assert after(losses, Guessing(level=math.log(50), first=4.1))[0] == at
+    assert after(losses, Guessing(level=math.log(50), first=6.0))[0] is None, "it is another loss"
+    assert after(losses, Guessing(level=0.0))[0] is None, "there is nothing to guess"
+
+
+@pytest.mark.parametrize(
+    ("losses", "is_found"),
+    [
+        ([*climbing(FAR * 1.3)[:-LAST], *[FAR * 1.01] * LAST], True),
+        ([*climbing(FAR * 1.3)[:-LAST], *[FAR * 0.99] * LAST], False),
+        (climbing(FAR * 1.3)[:-LAST] + [FAR * 0.99] + [FAR * 1.3] * (LAST - 1), False),
+        (climbing(2.1 * FAR, first=FAR), True),
+        (climbing(1.9 * FAR, first=FAR), False),  # it began far above guessing
+        (climbing(20.0, first=19.0), False),
+        (climbing(2.5, first=40.0), False),  # large weights, and it comes down
+        ([40.0, *climbing(45.0, first=19.0)], False),
+        (climbing(5000.0)[:200] + climbing(2.0, steps=200, first=100.0), False),
+        ([NAN] * 3, None),
+    ],
+)
+def test_it_takes_the_last_losses_far_above_guessing_and_the_first(losses, is_found):
+    at, why, _ = after(losses, Guessing(level=math.log(50)))
+    assert (at is not None) == (is_found is not False)
+    assert is_found is not True or why == TOO_HIGH
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 700])
+def test_a_climb_is_dated_alike_however_it_is_cut(size):
+    losses = climbing(5000.0, steps=1500)
+    watch = LossWatch()
+    for start in range(0, len(losses), size):
+        block = losses[start : start + size]
+        watch.feed(range(start, start + len(block)), block)
+    watch.end(Guessing(level=math.log(50)))
+    assert watch.diverged_at == after(losses, Guessing(level=math.log(50)))[0]

@@ -17,6 +17,10 @@ from attnscope.runs.reader import Run
 SAME_TOKEN = 0.98
 OTHERWISE = 0.9  # of other distances: where they fit, too, as in a text of one symbol, nothing can be said
 FEWEST_TARGETS = 32
+# Packed documents, whose separators are masked, or have another token beside them in the targets: the next tokens for 0.8 and more,
+# and no other distance is anywhere near. Enough to tell what is to be predicted, not that it is another token.
+NEXT_TOKEN = 0.8
+UNLIKE = 0.5
 # Share of query rows that see a later key. In the same loops all rows do without a mask, 0.29 to 0.33 where a prefix of 6 of 16
 # positions may be read both ways, and none under a causal mask.
 NEARLY_ALL = 0.9
@@ -34,7 +38,7 @@ def future_visible(run: Run) -> Finding | NotLooked | None:
 
     What it looks at: in runs of this lab, attention.mask = none under data.objective = next_token. In watched runs, whether the
     targets of the cross-entropy are the token ids that an embedding was given, shifted by one (at least SAME_TOKEN of at least
-    FEWEST_TARGETS), and how much attention goes to keys after the query in self-attention over these positions, in the first
+    FEWEST_TARGETS, or NEXT_TOKEN where no other distance fits UNLIKE of them), and how much attention goes to keys after the query in self-attention over these positions, in the first
     steps: rows that see such keys (NEARLY_ALL), and their mean share (SOME_ATTENTION). All layers over so many positions must see
     later keys, or some of those of one stack; where the model was given other sequences of tokens, too, as an encoder is, all.
     Why it matters: the loss falls far below what can be predicted, by reading the answer, and so does the loss on held-out data;
@@ -169,8 +173,10 @@ def _shifted(targets: Told[TargetsSeen], which: str) -> Concern:
 
 
 def _are_next(targets: TargetsSeen) -> bool:
-    is_next = (targets.equal_next or 0.0) >= SAME_TOKEN and (targets.equal_same or 0.0) <= OTHERWISE
-    return is_next and targets.compared >= FEWEST_TARGETS
+    share = targets.equal_next or 0.0
+    others = max(getattr(targets, which) or 0.0 for which in _OTHERS)
+    is_all = share >= SAME_TOKEN and (targets.equal_same or 0.0) <= OTHERWISE
+    return targets.compared >= FEWEST_TARGETS and (is_all or (share >= NEXT_TOKEN and others <= UNLIKE))
 
 
 def _distance(targets: TargetsSeen) -> str:

@@ -12,7 +12,7 @@ from attnscope.diagnose.blindness import answer, without_loss
 from attnscope.diagnose.rules.saturation import early_signals
 from attnscope.findings import Evidence, Finding, NotLooked, of_several, worst_first
 from attnscope.runs.by_member import diverged_at, members_of_rows, sorted_by_member
-from attnscope.runs.divergence import IN_A_ROW, LEAST_RISE, NEARLY_ZERO, NOT_FINITE_IN_A_ROW
+from attnscope.runs.divergence import FIRSTS, GUESSES, IN_A_ROW, LAST, LEAST_RISE, NEARLY_ZERO, NOT_FINITE_IN_A_ROW
 from attnscope.runs.members import MemberRecord
 from attnscope.runs.reader import Run
 from attnscope.signals.spikes import BACK_WITHIN, LEAST_EXCESS, SIGMAS, WINDOW, spikes_of
@@ -26,7 +26,8 @@ def loss_explosion(run: Run) -> Finding | NotLooked | None:
 
     What it looks at: members that diverged: at least IN_A_ROW losses in a row far above the range before them (by its highest
     loss, WIDTHS times its width, or LEAST_RISE nats, whichever is most), or NOT_FINITE_IN_A_ROW in a row that are not finite,
-    or up to the end; and, at the steps before, whether the mean entropy_ratio was below SATURATED_RATIO and the largest
+    or up to the end, or, of a cross-entropy, a record that ends with LAST losses above GUESSES times guessing and FIRSTS times the
+    first one; and, at the steps before, whether the mean entropy_ratio was below SATURATED_RATIO and the largest
     max_logit above LARGE_LOGIT.
     Why it matters: nothing is learned after it; an attention signal that left its range earlier is where to look.
     What to try: the causes found; else a lower optimizer.lr, a longer warm-up, qk_norm.
@@ -86,7 +87,7 @@ def loss_explosion(run: Run) -> Finding | NotLooked | None:
         remedy=("Remove the causes found, if any; else a lower optimizer.lr, a longer warm-up, or attention.qk_norm."),
         source=(
             f"at least {IN_A_ROW} losses in a row far above the range before them, dated to where all are twice the best "
-            f"level (or {LEAST_RISE:g} above it); or {NOT_FINITE_IN_A_ROW} in a row not finite, or up to the end"
+            f"level (or {LEAST_RISE:g} above it); or at the end {LAST} above {GUESSES:g} ln(classes) and {FIRSTS:g} times the first; or {NOT_FINITE_IN_A_ROW} in a row not finite, or up to the end"
         ),
         explains=("nonfinite", "failed"),
     )

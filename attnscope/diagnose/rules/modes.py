@@ -1,11 +1,20 @@
-"""Rules of the mode that a model is in: dropout while it is evaluated, evaluation while it is trained."""
+"""Rules of the mode that a model is in: dropout while it is evaluated, evaluation while it is trained, another attention in each."""
 
-from attnscope.diagnose.blindness import answer, without_optimizer, without_steps
+from attnscope.diagnose.blindness import answer, without_attention, without_optimizer, without_steps
 from attnscope.diagnose.concern import Concern, finding_of
+from attnscope.diagnose.rules.masks import layer_names, named
 from attnscope.findings import Evidence, Finding, NotLooked, Severity
-from attnscope.runs.probe_events import DropoutInEvaluation, EvaluationInTraining
+from attnscope.runs.probe_events import AttentionInOtherMode, DropoutInEvaluation, EvaluationInTraining
 from attnscope.runs.probed import Told, told
 from attnscope.runs.reader import Run
+
+# The smaller scale by the larger one. A fit is right to 0.03; who leaves 1/sqrt(d_head) out has 0.5 at d_head 4, and less above it.
+OTHER_SCALE = 0.8
+# Share of query rows that see a later key: all do without a mask, and none under a causal one.
+NEARLY_ALL_ROWS = 0.9
+NO_EVALUATION = (
+    "no evaluation over as many positions as training was seen at a measured step, right before its training"
+)
 
 
 def dropout_in_evaluation(run: Run) -> Finding | NotLooked | None:
@@ -75,6 +84,76 @@ def evaluation_in_training(run: Run) -> Finding | NotLooked | None:
         explains=("loss_explosion", "plateau", "stalled"),
     )
     return answer(run, "evaluation_in_training", finding, _without_optimizer(run))
+
+
+def evaluation_scales_otherwise(run: Run) -> Finding | NotLooked | None:
+    """Attention is another one in evaluation than in training.
+
+    What it looks at: in watched runs, one evaluation of each layer, beside its calls in training over as many positions at the same
+    step: what multiplies q.k (the smaller by the larger below OTHER_SCALE), and whether queries see keys after
+    them: none in training, and NEARLY_ALL_ROWS in evaluation. The calls of one query with a cache are left out.
+    Why it matters: the loss on held-out data, and what is generated, are those of a model that nobody trained.
+    What to try: one function for both modes; nothing but dropout may depend on self.training.
+    Known limits: an evaluation at a step that is not measured, or over other lengths, is not looked at, nor one after which nothing
+    is trained; a scale is known where a single number multiplies q.k.
+    Source: Vaswani et al. 2017, section 3.2.1; what is compared are the calls themselves.
+    """
+    if run.kind != "watch":
+        return None
+    looked, names = told(run, AttentionInOtherMode), layer_names(run)
+    concerns = []
+    for entry in run.entries:
+        mine = [each for each in looked if each.member == entry.name]
+        found = [(each, said) for each in mine if (said := _otherwise(each.what))]
+        if found:
+            worst, said = found[0]
+            concerns.append(
+                Concern(
+                    member=entry.name,
+                    step=worst.step,
+                    badness=float(len(found)),
+                    said=(
+                        f"At step {worst.step}, in {len(found)} of {len(mine)} attention layers that were compared, evaluation attends "
+                        f"otherwise than training: {named(names, worst.member, worst.what.layer)} {said}."
+                    ),
+                    evidence=tuple(
+                        Evidence(
+                            member=each.member,
+                            step=each.step,
+                            layer=each.what.layer,
+                            quantity="events",
+                            value=each.what.scale_ratio,
+                            threshold=OTHER_SCALE,
+                        )
+                        for each, _ in found
+                    ),
+                    severity="warning",
+                )
+            )
+    finding = finding_of(
+        run,
+        concerns,
+        rule="evaluation_scales_otherwise",
+        title="Attention is another one in evaluation",
+        kind="cause",
+        several="attend otherwise in evaluation than in training",
+        remedy="Use one function for both modes: nothing but dropout may depend on self.training.",
+        source="Vaswani et al. 2017, section 3.2.1",
+    )
+    compared = {each.member for each in looked}
+    blind = {entry.name: NO_EVALUATION for entry in run.entries if entry.name not in compared}
+    return answer(run, "evaluation_scales_otherwise", finding, blind | without_attention(run))
+
+
+def _otherwise(what: AttentionInOtherMode) -> str:
+    """In words, what is other in evaluation; empty where nothing is."""
+    said = []
+    if what.scale_ratio is not None and 0 < what.scale_ratio < OTHER_SCALE:
+        times = f"{1 / what.scale_ratio:.3g} times" if what.is_larger else f"1/{1 / what.scale_ratio:.3g} of"
+        said.append(f"multiplies q.k by {times} what it does in training")
+    if what.later_rows_trained == 0 and (what.later_rows or 0.0) >= NEARLY_ALL_ROWS:
+        said.append("lets queries see the keys after them, which training hides")
+    return " and ".join(said)
 
 
 def _concern(
