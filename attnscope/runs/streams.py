@@ -172,6 +172,8 @@ def _schema_in(message: "pa.Message", table: str, lost: list[str]) -> tuple["pa.
         if len(indices) == 1 and columns[indices[0]][1] == field.type:
             usable += indices
             continue
+        if not indices and COLUMNS[table][field.name].is_later and all(name in COLUMNS[table] for name, _ in columns):
+            continue  # beside a column that nobody knows it may be the one whose name was damaged
         problem = f"has {len(indices)} columns {field.name}"
         if len(indices) == 1:
             problem = f"column {field.name} is {columns[indices[0]][1]}, not {field.type}"
