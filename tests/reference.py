@@ -224,3 +224,23 @@ def zclip(norms, threshold, *, alpha=0.97, warmup=25):
         spread = alpha * spread + (1 - alpha) * (kept - centre) ** 2
         factors.append(kept / norm)
     return factors
+
+
+def form_update_ratio(q, k, q_update, k_update):
+    """‖ΔW_q W_kᵀ + W_q ΔW_kᵀ‖ / ‖W_q W_kᵀ‖ of each head, (H, D, K) and (G, D, K): entry by entry, in float64."""
+    found = []
+    for h in range(len(q)):
+        of_q, moved_q, of_k, moved_k = (
+            x[at].double().tolist()
+            for x, at in ((q, h), (q_update, h), (k, h * len(k) // len(q)), (k_update, h * len(k) // len(q)))
+        )
+        form, moved = 0.0, 0.0
+        for row, moved_row in zip(of_q, moved_q, strict=True):
+            for column, moved_column in zip(of_k, moved_k, strict=True):
+                form += sum(a * b for a, b in zip(row, column, strict=True)) ** 2
+                moved += (
+                    sum(da * b for da, b in zip(moved_row, column, strict=True))
+                    + sum(a * db for a, db in zip(row, moved_column, strict=True))
+                ) ** 2
+        found.append(math.sqrt(moved / form))
+    return found

@@ -7,13 +7,17 @@ Shape key: N rows of all courses, C course, R rows of a table.
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
-from attnscope.runs.by_member import diverged_at, members_of_rows
+from attnscope.runs.by_member import NEVER, diverged_at, members_of_rows
 from attnscope.runs.reader import Run
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -119,12 +123,15 @@ def layer_courses(run: Run, *, mean: Sequence[str] = (), largest: Sequence[str] 
         mean: columns of which the mean over heads is wanted.
         largest: columns of which the largest over heads is wanted, as `largest entropy_ratio`.
     """
-    wanted = tuple({*mean, *largest})
-    codes_R, layer_R, _, step_R, values = _sorted(run, wanted, by_head=False)
-    first = _changes(np.stack([codes_R, layer_R, step_R]))
-    reduced = {name: _mean(values[name], first) for name in mean}
-    reduced |= {f"largest {name}": largest_of(values[name], first) for name in largest}
-    return _courses(codes_R[first], layer_R[first], np.zeros(len(first), dtype=np.int64), step_R[first], reduced)
+    order = _order_of(run, by_head=False)
+    reduced = {}
+    for name in dict.fromkeys((*mean, *largest)):  # one after the other: a long run has no room for all
+        values_R = order.of(run.heads[name])
+        if name in mean:
+            reduced[name] = _mean(values_R, order.first)
+        if name in largest:
+            reduced[f"largest {name}"] = largest_of(values_R, order.first)
+    return replace(order.courses, columns=reduced)
 
 
 def head_courses(run: Run, columns: Sequence[str], *, members: Collection[int] | None = None) -> Courses:
@@ -135,8 +142,8 @@ def head_courses(run: Run, columns: Sequence[str], *, members: Collection[int] |
         columns: that are wanted.
         members: positions of those that are wanted; None = all.
     """
-    codes_N, layer_N, head_N, step_N, values = _sorted(run, columns, by_head=True, members=members)
-    return _courses(codes_N, layer_N, head_N, step_N, values)
+    order = _order_of(run, by_head=True, members=members)
+    return replace(order.courses, columns={name: order.of(run.heads[name]) for name in columns})
 
 
 def group_courses(run: Run, column: str, groups: Mapping[str, str]) -> Courses:
@@ -148,21 +155,24 @@ def group_courses(run: Run, column: str, groups: Mapping[str, str]) -> Courses:
         groups: of the table, to what they are called as columns of the course; a row has NaN where one is missing.
     """
     params = run.params
-    codes_R, step_R = members_of_rows(params), params["step"].to_numpy().astype(np.int64)
-    called = params["group"].astype(object).map(groups)
-    kept = np.flatnonzero((step_R < diverged_at(run)[codes_R]) & called.notna().to_numpy())
-    codes_R, step_R, called_R = codes_R[kept], step_R[kept], called.to_numpy()[kept]
-    layer_R, values_R = (params[name].to_numpy()[kept] for name in ("layer", column))
-    order = np.lexsort((step_R, layer_R, codes_R))
-    keys_KR = np.stack([codes_R, layer_R.astype(np.int64), step_R])[:, order]
-    first = _changes(keys_KR)
+    names = list(dict.fromkeys(groups.values()))
+    called = [names.index(groups[each]) if each in groups else -1 for each in params["group"].cat.categories]
+    called_R = np.array([*called, -1], dtype=np.int64)[params["group"].cat.codes.to_numpy()]
+    kept = np.flatnonzero(_before_divergence(run, params) & (called_R >= 0))
+    called_R, codes_R, step_R, layer_R = (
+        x_R[kept] for x_R in (called_R, members_of_rows(params), params["step"].to_numpy(), params["layer"].to_numpy())
+    )
+    order = order_of_rows(step_R, codes_R, layer_R)
+    called_R, codes_R, step_R, layer_R = (x_R[order] for x_R in (called_R, codes_R, step_R, layer_R))
+    values_R = params[column].to_numpy()[kept[order]].astype(np.float64)
+    first = changes_in(codes_R, layer_R, step_R)
     row_R = np.repeat(np.arange(len(first)), np.diff(np.append(first, len(order))))
     columns = {}
-    for name in set(groups.values()):
+    for at, name in enumerate(names):
         columns[name] = np.full(len(first), np.nan)
-        mine = called_R[order] == name
-        columns[name][row_R[mine]] = values_R[order][mine].astype(np.float64)
-    codes_N, layer_N, step_N = keys_KR[:, first]
+        mine = called_R == at
+        columns[name][row_R[mine]] = values_R[mine]
+    codes_N, layer_N, step_N = (x_R[first] for x_R in (codes_R, layer_R, step_R))
     return _courses(codes_N, layer_N, np.zeros(len(first), dtype=np.int64), step_N, columns)
 
 
@@ -197,54 +207,110 @@ def too_short(run: Run, courses: Courses, *, what: str = "attention") -> dict[st
     }
 
 
-def _sorted(
-    run: Run, columns: Sequence[str], *, by_head: bool, members: Collection[int] | None = None
-) -> tuple[Ints, Ints, Ints, Ints, dict[str, Floats]]:
-    """Member, layer, head, step and columns of the rows before divergence, in the order of courses."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Order:
+    """Where the rows of the heads table go in courses.
+
+    Attributes:
+        row_R: of the table, those before divergence, in the order of courses.
+        first: where along R each row of a course begins: all heads of a layer are one.
+        courses: without columns.
+    """
+
+    row_R: NDArray[np.int32]
+    first: Ints
+    courses: Courses
+
+    def of(self, column: "pd.Series[Any]") -> Floats:
+        """A column of the table in this order."""
+        values_R: Floats = column.to_numpy()[self.row_R].astype(np.float64)
+        return values_R
+
+
+_known: "WeakKeyDictionary[Run, dict[bool, _Order]]" = WeakKeyDictionary()  # several rules ask for the same
+
+
+def _order_of(run: Run, *, by_head: bool, members: Collection[int] | None = None) -> _Order:
+    """The order of courses: one for each head, or for each layer; of all members, or of some."""
+    if members is not None:
+        return _new_order(run, by_head=by_head, members=members)
+    known = _known.setdefault(run, {})
+    if by_head not in known:
+        known[by_head] = _new_order(run, by_head=by_head)
+    return known[by_head]
+
+
+def _new_order(run: Run, *, by_head: bool, members: Collection[int] | None = None) -> _Order:
     heads = run.heads
-    codes_R, step_R = members_of_rows(heads), heads["step"].to_numpy().astype(np.int64)
-    is_kept_R = step_R < diverged_at(run)[codes_R]
+    codes_R, is_kept_R = heads["member"].cat.codes.to_numpy(), _before_divergence(run, heads)
     if members is not None:
         is_kept_R &= np.isin(codes_R, list(members))
-    kept = np.flatnonzero(is_kept_R)
-    codes_R, step_R = codes_R[kept], step_R[kept]
-    layer_R, head_R = (heads[name].to_numpy()[kept].astype(np.int64) for name in ("layer", "head"))
-    order = _order(step_R, codes_R, layer_R, *((head_R,) if by_head else ()))
-    values = {name: heads[name].to_numpy()[kept][order].astype(np.float64) for name in columns}
-    return codes_R[order], layer_R[order], head_R[order], step_R[order], values
+    row_R = np.flatnonzero(is_kept_R).astype(np.int32)
+    step_R, layer_R, head_R = (heads[name].to_numpy() for name in ("step", "layer", "head"))
+    keys = (codes_R, layer_R, *((head_R,) if by_head else ()))
+    row_R = row_R[order_of_rows(step_R[row_R], *(key_R[row_R] for key_R in keys))]
+    step_R = step_R[row_R]
+    first = np.arange(len(row_R)) if by_head else changes_in(codes_R[row_R], layer_R[row_R], step_R)
+    codes_N, layer_N, head_N = (x_R[row_R[first]] for x_R in (codes_R, layer_R, head_R))
+    courses = _courses(codes_N, layer_N, head_N if by_head else np.zeros_like(head_N), step_R[first], {})
+    return _Order(row_R=row_R, first=first, courses=courses)
 
 
-def _order(step_R: Ints, *keys: Ints) -> Ints:
+def _before_divergence(run: Run, table: "pd.DataFrame") -> NDArray[np.bool_]:
+    """Which rows were recorded before their member diverged."""
+    end_M = diverged_at(run)
+    if (end_M == NEVER).all():
+        return np.ones(len(table), dtype=bool)
+    is_before_R: NDArray[np.bool_] = table["step"].to_numpy() < end_M[members_of_rows(table)]
+    return is_before_R
+
+
+def order_of_rows(step_R: NDArray[Any], *keys: NDArray[Any]) -> Ints:
     """By these keys, the first first, and the step. Tables are in the order of steps as a rule: then one sort will do."""
-    key_R = np.zeros(len(step_R), dtype=np.int64)
+    key_R, n = np.zeros(len(step_R), dtype=np.int64), 1
     for each_R in keys:
-        key_R = key_R * (int(each_R.max(initial=0)) + 1) + each_R
+        least, size = int(each_R.min(initial=0)), int(each_R.max(initial=0)) - int(each_R.min(initial=0)) + 1
+        key_R *= size
+        key_R += each_R
+        key_R -= least
+        n *= size
+    if n <= 1 << 16:
+        key_R = key_R.astype(np.uint16)  # sorted by counting
     order: Ints = np.argsort(key_R, kind="stable")
-    is_course = np.diff(key_R[order]) == 0
-    if (np.diff(step_R[order])[is_course] < 0).any():
-        order = np.lexsort((step_R, key_R))
+    if (step_R[1:] < step_R[:-1]).any():
+        key_R, in_order_R = key_R[order], step_R[order]
+        if ((key_R[1:] == key_R[:-1]) & (in_order_R[1:] < in_order_R[:-1])).any():
+            order = order[np.lexsort((in_order_R, key_R))]
     return order
 
 
-def _courses(member_N: Ints, layer_N: Ints, head_N: Ints, step_N: Ints, columns: Mapping[str, Floats]) -> Courses:
-    start_C = _changes(np.stack([member_N, layer_N, head_N]))
+def _courses(
+    member_N: NDArray[Any],
+    layer_N: NDArray[Any],
+    head_N: NDArray[Any],
+    step_N: NDArray[Any],
+    columns: Mapping[str, Floats],
+) -> Courses:
+    start_C = changes_in(member_N, layer_N, head_N)
     return Courses(
-        member_C=member_N[start_C],
-        layer_C=layer_N[start_C],
-        head_C=head_N[start_C],
+        member_C=member_N[start_C].astype(np.int64),
+        layer_C=layer_N[start_C].astype(np.int64),
+        head_C=head_N[start_C].astype(np.int64),
         start_C=start_C,
         end_C=np.append(start_C[1:], len(step_N)).astype(np.int64)[: len(start_C)],
-        step_N=step_N,
+        step_N=step_N.astype(np.int64),
         columns=columns,
     )
 
 
-def _changes(keys_KN: Ints) -> Ints:
+def changes_in(*keys: NDArray[Any]) -> Ints:
     """Where any of the keys is another than before, and 0."""
-    if not keys_KN.shape[1]:
+    if not len(keys[0]):
         return np.empty(0, dtype=np.int64)
-    changes: NDArray[Any] = np.flatnonzero((keys_KN[:, 1:] != keys_KN[:, :-1]).any(axis=0)) + 1
-    return np.append(0, changes).astype(np.int64)
+    is_other = np.zeros(len(keys[0]) - 1, dtype=bool)
+    for key_N in keys:
+        is_other |= key_N[1:] != key_N[:-1]
+    return np.append(0, np.flatnonzero(is_other) + 1).astype(np.int64)
 
 
 def largest_of(x_R: Floats, first: Ints) -> Floats:

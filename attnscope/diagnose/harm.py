@@ -9,7 +9,7 @@ import numpy as np
 
 from attnscope.diagnose.applied_scale import odd_scales
 from attnscope.diagnose.rules.saturation import SATURATED_RATIO
-from attnscope.runs.by_member import NEVER, diverged_at, members_of_rows
+from attnscope.runs.by_member import diverged_at, first_measured, members_of_rows
 from attnscope.runs.reader import Run
 
 # Kimi K2 2025 clips queries and keys where a logit is above 100; Wortsman et al. 2023: transplanted logits hurt from 1e3 on. Of members
@@ -47,7 +47,11 @@ def closed_attention(run: Run) -> dict[str, Closed]:
     """Each member whose attention was open at first and closed up before it diverged."""
     heads, end_M = run.heads, diverged_at(run)
     codes_N, step_N = members_of_rows(heads), heads["step"].to_numpy()
-    before_N = step_N < end_M[codes_N]
+    may_close_N = heads["max_logit"].to_numpy() > LARGE_LOGIT
+    if not may_close_N.any():
+        return {}
+    may_close_M = np.bincount(codes_N[may_close_N], minlength=len(run.entries)) > 0
+    before_N = may_close_M[codes_N] & (step_N < end_M[codes_N])
     rows = heads.loc[before_N, ["entropy_ratio", "max_logit"]]
     by_step = rows.groupby([codes_N[before_N], step_N[before_N]]).agg({"entropy_ratio": "mean", "max_logit": "max"})
     code_K, step_K = (by_step.index.get_level_values(level).to_numpy() for level in (0, 1))
@@ -80,10 +84,10 @@ def closed_attention(run: Run) -> dict[str, Closed]:
 def with_large_logits(run: Run) -> set[str]:
     """Members whose attention logits are too large before anything is learned: by their scale, or by their weights."""
     large = {each.member for each in odd_scales(run) if each.times > 1 and not each.is_normed}
-    heads = run.heads
-    codes_N, step_N = members_of_rows(heads), heads["step"].to_numpy()
-    first_M = np.full(len(run.entries), NEVER)
-    np.minimum.at(first_M, codes_N, step_N)
-    at_first_N = step_N == first_M[codes_N]
-    means = heads["entropy_ratio"][at_first_N].groupby(codes_N[at_first_N]).mean()
-    return large | {run.entries[m].name for m, ratio in means.items() if ratio < SATURATED_RATIO}
+    heads = first_measured(run.heads, len(run.entries))
+    means = heads["entropy_ratio"].groupby(members_of_rows(heads)).mean()
+    return large | {
+        run.entries[m].name
+        for m, ratio in zip(means.index.to_numpy(), means.to_numpy(), strict=True)
+        if ratio < SATURATED_RATIO
+    }

@@ -4,15 +4,20 @@ Shape key: N rows of the table, K measured steps, one member after the other, M 
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
 from attnscope.diagnose.blindness import without_steps
+from attnscope.diagnose.pieces import order_by_step, pieces_of
 from attnscope.findings import Evidence
 from attnscope.runs.by_member import diverged_at, members_of_rows
 from attnscope.runs.reader import Run
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _STEPS = 2**32  # more than a run has
 NO_PARAMS = "no update of parameters was measured"
@@ -78,7 +83,24 @@ def without_movement(run: Run) -> dict[str, str]:
 
 
 def _movement_of(run: Run) -> Movement:
-    params, n_members = run.params, len(run.entries)
+    zeros = _begin_at_zero(run)
+    found = [_moves_in(run, rows, zeros) for rows in pieces_of(run, run.params["step"].to_numpy())]
+    member_K, step_K, ratio_K, row_K, reach_K = (np.concatenate(each) for each in zip(*found, strict=True))
+    span_K = np.ones(len(step_K), dtype=np.int64)
+    span_K[:-1] = np.where(member_K[1:] == member_K[:-1], step_K[1:] - step_K[:-1], 1)
+    return Movement(
+        step_K=step_K,
+        ratio_K=ratio_K,
+        row_K=row_K,
+        reach_K=reach_K,
+        span_K=span_K,
+        start_M=np.searchsorted(member_K, np.arange(len(run.entries) + 1)),
+    )
+
+
+def _moves_in(run: Run, rows: slice, zeros: _Wholes | None) -> tuple[_Wholes, _Wholes, _Floats, _Wholes, _Floats]:
+    """Member, step, typical update_ratio, its row, and reach of each step measured in these rows, (K,)."""
+    params = run.params.iloc[rows]
     codes_N, step_N = members_of_rows(params), params["step"].to_numpy().astype(np.int64)
     weight_N, update_N, gradient_N = (
         params[name].to_numpy().astype(np.float64) for name in ("weight_norm", "update_norm", "grad_norm")
@@ -86,10 +108,11 @@ def _movement_of(run: Run) -> Movement:
     with np.errstate(all="ignore"):
         ratio_N = update_N / weight_N
     usable_N = np.isfinite(ratio_N) & (update_N > 0) & (step_N < diverged_at(run)[codes_N])
-    usable_N &= ~_begins_at_zero(run, codes_N, weight_N)
+    if zeros is not None:
+        usable_N &= ~np.isin(_places(params), zeros)
     rows_N = np.flatnonzero(usable_N)
     # A whole model stands side by side: by member, step and ratio.
-    rows_N = rows_N[np.lexsort((ratio_N[rows_N], step_N[rows_N], codes_N[rows_N]))]
+    rows_N = rows_N[order_by_step(codes_N[rows_N], step_N[rows_N], ratio_N[rows_N])]
     codes_N, step_N, ratio_N = codes_N[rows_N], step_N[rows_N], ratio_N[rows_N]
     is_first_N = np.ones(len(rows_N), dtype=bool)
     is_first_N[1:] = (codes_N[1:] != codes_N[:-1]) | (step_N[1:] != step_N[:-1])
@@ -98,28 +121,23 @@ def _movement_of(run: Run) -> Movement:
     middle_K = first_K + (count_K - 1) // 2
     with np.errstate(all="ignore"):
         reach_N = np.nan_to_num(gradient_N[rows_N] * update_N[rows_N], nan=0.0, posinf=np.inf)
-    member_K, step_K = codes_N[first_K], step_N[first_K]
-    span_K = np.ones(len(first_K), dtype=np.int64)
-    span_K[:-1] = np.where(member_K[1:] == member_K[:-1], step_K[1:] - step_K[:-1], 1)
-    return Movement(
-        step_K=step_K,
-        ratio_K=ratio_N[middle_K],
-        row_K=rows_N[middle_K],
-        reach_K=np.add.reduceat(reach_N, first_K) if len(first_K) else np.empty(0),
-        span_K=span_K,
-        start_M=np.searchsorted(member_K, np.arange(n_members + 1)),
-    )
+    reach_K = np.add.reduceat(reach_N, first_K) if len(first_K) else np.empty(0)
+    return codes_N[first_K], step_N[first_K], ratio_N[middle_K], rows_N[middle_K] + rows.start, reach_K
 
 
-def _begins_at_zero(run: Run, codes_N: _Wholes, weight_N: _Floats) -> NDArray[np.bool_]:
-    """Rows of groups whose weights are 0 at first (biases alone, LoRA's B), (N,): any update is large beside them."""
-    zero_N = weight_N == 0
-    if not zero_N.any():
-        return zero_N
-    layer_N, group_N = run.params["layer"].to_numpy().astype(np.int64), run.params["group"].cat.codes.to_numpy()
-    n_groups = int(group_N.max()) + 1
-    place_N = (codes_N * (2**16) + layer_N + 1) * n_groups + group_N
-    return np.isin(place_N, np.unique(place_N[zero_N]))
+def _begin_at_zero(run: Run) -> _Wholes | None:
+    """Groups whose weights are 0 at first (biases alone, LoRA's B): any update is large beside them; None where there are none."""
+    zero_N = run.params["weight_norm"].to_numpy() == 0
+    return np.unique(_places(run.params.loc[zero_N])) if zero_N.any() else None
+
+
+def _places(params: "pd.DataFrame") -> _Wholes:
+    """Member, layer and group of each row as one number, (N,)."""
+    layer_N, group_N = params["layer"].to_numpy().astype(np.int64), params["group"].cat.codes.to_numpy()
+    places_N: _Wholes = (members_of_rows(params) * (2**16) + layer_N + 1) * (
+        len(params["group"].cat.categories) + 1
+    ) + group_N
+    return places_N
 
 
 def at_measured(run: Run, moves: Movement, column: str) -> _Floats:

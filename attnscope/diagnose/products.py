@@ -49,6 +49,8 @@ def products_of(run: Run) -> tuple[NDArray[np.float64], dict[str, str]]:
             for at in range(min(n_layers, config.model.n_layers)):
                 scale = scale_of(config.attention.scale, d_head=config.d_head, layer=at)
                 scale_ML[m, at] = math.nan if scale is None else scale
+    if np.isnan(scale_ML).all():
+        return np.full(len(run.heads), math.nan), blind
     with np.errstate(all="ignore"):
         product_N: NDArray[np.float64] = (
             run.heads["max_logit"].to_numpy() / scale_ML[members_of_rows(run.heads), run.heads["layer"].to_numpy()]

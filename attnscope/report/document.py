@@ -28,6 +28,7 @@ FORMULAS = {
     "logits_over_5": "share of s with |s - mean(s)| > 5",
     "softmax_gain": "mean over rows of 1 - Σ p²",
     "sink": "mean over rows of p on the first visible key",
+    "attn_form_update_ratio": "‖ΔW_q W_kᵀ + W_q ΔW_kᵀ‖ / ‖W_q W_kᵀ‖",
     "loss": "mean of -ln p(target)",
     "grad_norm": "‖g‖₂",
     "update_ratio": "‖Δw‖₂ / ‖w‖₂",

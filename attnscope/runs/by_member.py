@@ -75,7 +75,9 @@ def slices_of(codes_N: NDArray[Any], n_members: int) -> list[slice]:
 
 def first_measured(heads: "pd.DataFrame", n_members: int) -> "pd.DataFrame":
     """The rows of each member's first step in the heads table."""
-    codes_N, step_N = members_of_rows(heads), heads["step"].to_numpy()
+    codes_N, step_N = heads["member"].cat.codes.to_numpy(), heads["step"].to_numpy()
+    if n_members == 1:  # of a long run
+        return heads[step_N == step_N.min()] if len(heads) else heads
     first_M = np.full(n_members, NEVER)
     np.minimum.at(first_M, codes_N, step_N)
     return heads[step_N == first_M[codes_N]]

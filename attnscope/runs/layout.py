@@ -74,12 +74,21 @@ def checkpoint_file(step: int, kind: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One column of a table: its type (a name that numpy and Arrow share, or string), unit and definition."""
+    """One column of a table.
+
+    Attributes:
+        kind: a name that numpy and Arrow share, or string.
+        unit: of its numbers; empty where they have none.
+        meaning: how it is defined.
+        source: who measured it first.
+        is_later: whether runs of older versions have no such column, so that its absence is no damage.
+    """
 
     kind: str
     unit: str
     meaning: str
     source: str = ""
+    is_later: bool = False
 
 
 _STEP = Column("int32", "optimizer updates", "updates already done: step 0 is the untouched model")
@@ -147,6 +156,13 @@ HEADS = {
     "logits_over_5": Column("float32", "share of visible logits", "attn_logits further than 5 from their row's mean"),
     "softmax_gain": Column("float32", "0 to 1", "mean of 1 - sum p^2: at 0 no gradient reaches q and k"),
     "sink": Column("float32", "0 to 1", "mean attention weight on the first visible key", "Gu et al. 2024"),
+    "attn_form_update_ratio": Column(
+        "float32",
+        "",
+        "how far the update moves W_q W_k^T, to first order, by its norm; NaN where W_q and W_k are not known",
+        "arXiv 2606.28116",
+        is_later=True,
+    ),
 }
 
 LAYERS = {

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 SEAL = b"attnscope"
 PREFIX = 8  # bytes of a message before its header
+MANY_ROWS = 1 << 20
 DIGITS = 8  # of the batch's number, then a blank, then those of the checksum
 
 Array = NDArray[Any]
@@ -172,6 +173,8 @@ def _schema_in(message: "pa.Message", table: str, lost: list[str]) -> tuple["pa.
         if len(indices) == 1 and columns[indices[0]][1] == field.type:
             usable += indices
             continue
+        if not indices and COLUMNS[table][field.name].is_later and all(name in COLUMNS[table] for name, _ in columns):
+            continue  # beside a column that nobody knows it may be the one whose name was damaged
         problem = f"has {len(indices)} columns {field.name}"
         if len(indices) == 1:
             problem = f"column {field.name} is {columns[indices[0]][1]}, not {field.type}"
@@ -265,6 +268,8 @@ def _number(form: str, data: "bytes | pa.Buffer", at: int) -> int:
 
 def _joined(batches: list["pa.RecordBatch"], table: str, lost: Sequence[str]) -> TableData:
     """One array per column. Takes the batches: each column is let go when it has been copied."""
+    import pyarrow as pa
+
     n_rows = sum(batch.num_rows for batch in batches)
     there = batches[0].schema.names if batches else []
     pieces = {name: [batch.column(name) for batch in batches] for name in there}
@@ -279,6 +284,8 @@ def _joined(batches: list["pa.RecordBatch"], table: str, lost: Sequence[str]) ->
         else:
             empty = np.dtype(column.kind) if not n_rows else np.float32
             columns[name] = np.full(n_rows, np.nan).astype(empty)
+        if n_rows > MANY_ROWS:  # Arrow keeps what it has freed, as much as the whole table
+            pa.default_memory_pool().release_unused()
     return TableData(columns=columns, words=words, lost=tuple(lost))
 
 

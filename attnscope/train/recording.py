@@ -3,7 +3,7 @@
 A step only reduces what passes by, while it is in the cache, and nothing waits for it. What follows from the reductions
 is computed for a whole block at once, and `flush` brings the block to the host in one copy per table.
 
-Shape key: S steps of a block, C column, M member, L layer, H head, G group.
+Shape key: S steps of a block, C column, M member, L layer, H head, G group, D d_model, K d_head, E heads × d_head.
 """
 
 import time
@@ -19,6 +19,7 @@ from attnscope.config import Config
 from attnscope.data import Batch
 from attnscope.metrics.activations import SEQUENCES, activation_rms, token_cosine, token_norms, token_total
 from attnscope.metrics.attention import statistics_of, statistics_of_all
+from attnscope.metrics.form import form_update_ratio
 from attnscope.metrics.gradients import (
     PARAMETER_STATISTICS,
     Grouping,
@@ -30,7 +31,7 @@ from attnscope.metrics.gradients import (
 from attnscope.metrics.loss import TokenLosses, output_logit_max
 from attnscope.metrics.rows import SAMPLES, Rows, Shelf, sample_rows
 from attnscope.metrics.totals import HEAD_COLUMNS
-from attnscope.model import AttentionInputs
+from attnscope.model import QKV, AttentionInputs
 from attnscope.runs.streams import Array
 from attnscope.train.block import Block, tables_of
 from attnscope.train.step import Clipped, attention_call
@@ -80,6 +81,7 @@ class StepSeen:
     reductions_RX: Tensor | None = None
     gradients: Mapping[str, Tensor] = field(default_factory=dict)
     nonfinite: dict[str, Tensor] = field(default_factory=dict)
+    form_ratio_MLH: Tensor | None = None
     val_loss_M: Tensor | None = None
     step_ms: float = 0.0
 
@@ -97,6 +99,7 @@ class Recorder:
         self._seq_len = config.model.seq_len
         self._n_compared = min(config.data.batch_size, SEQUENCES) * config.model.seq_len
         self._d_model = config.model.d_model
+        self._d_head = config.d_head
         self._tokens_per_step = config.data.batch_size * config.model.seq_len
         self._last = time.perf_counter()
         self._block: list[StepSeen] = []
@@ -173,6 +176,22 @@ class Recorder:
         """Sizes of one parameter, its gradient and its update."""
         if self._now.measures:
             _there(self._sheet).measure(name, gradient=gradient, weight=weight, update=update)
+            if name == "qkv":  # here, for neither weights nor update stay
+                self._now.form_ratio_MLH = self._form_ratio(weight.detach(), update)
+
+    def _form_ratio(self, weight_MLD3E: Tensor, update_MLD3E: Tensor) -> Tensor:
+        """`attn_form_update_ratio`, (M, L, H)."""
+
+        def heads(x_MLD3E: Tensor, which: str) -> Tensor:
+            x_MLDHK = x_MLD3E[..., QKV.index(which), :].unflatten(-1, (-1, self._d_head))
+            return x_MLDHK.transpose(2, 3)
+
+        return form_update_ratio(
+            q=heads(weight_MLD3E, "q"),
+            k=heads(weight_MLD3E, "k"),
+            q_update=heads(update_MLD3E, "q"),
+            k_update=heads(update_MLD3E, "k"),
+        )
 
     def evaluated(self, val_loss_M: Tensor) -> None:
         """The held-out loss of every member at the weights that this step starts from."""
@@ -213,8 +232,9 @@ class Recorder:
         heads, layers, params = {}, {}, {}
         if measured:
             stats = self._heads(measured)
-            heads_CSMLH = torch.stack([stats[name].float() for name in HEAD_COLUMNS]).cpu().numpy()
-            heads = dict(zip(HEAD_COLUMNS, heads_CSMLH, strict=True))
+            stats["attn_form_update_ratio"] = torch.stack([_there(step.form_ratio_MLH) for step in measured])
+            heads_CSMLH = torch.stack([x.float() for x in stats.values()]).cpu().numpy()
+            heads = dict(zip(stats, heads_CSMLH, strict=True))
             layers_CSML = torch.stack(self._layers(measured)).cpu().numpy()
             layers = dict(zip(LAYER_COLUMNS, layers_CSML, strict=True))
             stats_of_groups = parameter_stats(self._parameters(measured), self._grouping)

@@ -40,6 +40,7 @@ class Step:
         purposes: layer to what those calls are for (`layers.TRAINS`).
         parameters: (layer, group) along P.
         sizes: PARAMETER_COLUMNS, (P,) each.
+        forms: layer to `attn_form_update_ratio` of its heads, (H,), where that is known.
         gradients: what has a gradient along P, and its norm before clipping, (P,); at every step.
         outputs: sums over the outputs of modules.
         output: what cross-entropy was given.
@@ -58,6 +59,7 @@ class Step:
     purposes: dict[int, int] = field(default_factory=dict)
     parameters: list[tuple[int, str]] = field(default_factory=list)
     sizes: dict[str, list[Tensor]] = field(default_factory=dict)
+    forms: dict[int, Tensor] = field(default_factory=dict)
     gradients: list[tuple[list[ParameterPlace], Tensor]] = field(default_factory=list)
     outputs: Outputs | None = None
     output: Output = field(default_factory=Output)

@@ -22,6 +22,7 @@ from attnscope.capture.seen import Seen
 from attnscope.runs.events import LossNotSeen, OptimizerSeen, SkippedUpdate, StepWithoutGradient
 from attnscope.signals.alarms import first_places
 from attnscope.watch.finite import Outputs
+from attnscope.watch.forms import Forms
 from attnscope.watch.guard import Guard
 from attnscope.watch.layers import Layers
 from attnscope.watch.numbers import UnreadableError, copy_of_scalar, device_name, why_without_numbers
@@ -102,6 +103,7 @@ class Steps:
         self._on_forward_over = on_forward_over
         self._on_end = on_end
         self._parameters = Parameters(modules, self._on_left_out)
+        self._forms = Forms()
         self._turns = Turns(self._forget_forward)
         self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._open: set[int] = set()  # optimizers between before_update and after_update, by id
@@ -146,6 +148,9 @@ class Steps:
                 self._residual.attend(self.now.number, module, seen)
             if layer is not None:
                 self._probes.attention(self.now, layer, module, seen)
+            if layer is not None and torch.is_grad_enabled():
+                with self._guard.measuring("attention form", self.now.number):
+                    self._forms.attention(layer, module, seen)
 
     @_guarded("residual stream")
     def passing(self, look: Callable[[int], None]) -> None:
@@ -293,6 +298,8 @@ class Steps:
         self._probes.before_update(now, optimizer)
         with self._guard.measuring("gradients and weights", now.number):
             self._parameters.before_update(now, optimizer)
+        with self._guard.measuring("attention form", now.number):
+            self._forms.before_update(now, optimizer)
 
     @_guarded("update")
     def after_update(self, optimizer: torch.optim.Optimizer) -> None:
@@ -304,6 +311,8 @@ class Steps:
         self._on_forward_over()  # where no loss was seen
         self.updates += 1
         self.stepped = self.now.updated = True
+        with self._guard.measuring("attention form", self.now.number):
+            self._forms.after_update(self.now, optimizer)
         self._parameters.after_update(self.now, optimizer)
 
     # -- from step to step --
@@ -330,6 +339,7 @@ class Steps:
         self._begun = time_now
         with self._guard.measuring("gradients", now.number):
             self._parameters.end_step(now)
+        self._forms.end_step()
         with self._guard.measuring("outputs of modules", now.number):
             now.outputs = self._take_outputs()
         with self._guard.measuring("residual stream", now.number):

@@ -86,7 +86,20 @@ def heads_of(block: Sequence[Step]) -> dict[str, Array]:
         "layer": np.repeat([layer for _, layer, _ in seen], sizes),
         "head": np.concatenate([np.arange(size) for size in sizes]),
     }
+    keys["attn_form_update_ratio"] = _forms_of([step.forms.get(layer) for step, layer, _ in seen], sizes)
     return keys | {name: found[name] for name in HEAD_COLUMNS}
+
+
+def _forms_of(forms: Sequence[Tensor | None], sizes: Sequence[int]) -> Array:
+    """One after the other, as many heads as `sizes` says, NaN where nothing was measured; in one copy."""
+    known = [form for form in forms if form is not None]
+    if not known:
+        return np.full(sum(sizes), np.nan)
+    on_host = torch.cat([form.to(known[0].device) for form in known]).cpu().numpy()
+    pieces = iter(np.split(on_host, np.cumsum([len(form) for form in known])[:-1]))
+    return np.concatenate(
+        [np.full(n, np.nan) if form is None else next(pieces) for form, n in zip(forms, sizes, strict=True)]
+    )
 
 
 def _side_by_side(calls: Sequence[Tensor], device: torch.device) -> dict[str, Tensor]:

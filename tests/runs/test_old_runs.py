@@ -15,6 +15,7 @@ import attnscope
 from attnscope.cli import app
 from attnscope.errors import RunError
 from attnscope.runs.checkpoint import load_checkpoint
+from attnscope.runs.layout import COLUMNS
 from attnscope.runs.snapshot import load_snapshot
 
 OLD = Path(__file__).parent / "old"
@@ -60,6 +61,9 @@ def test_an_old_run_opens_with_all_it_recorded(run):
     assert (found.status, found.lost) == ("finished", ())
     for table, (rows, total, broken) in zip(TABLES, RECORDED[run.name], strict=True):
         frame = getattr(found, table)
+        later = [name for name, column in COLUMNS[table].items() if column.is_later]
+        assert frame[later].isna().all(axis=None)
+        frame = frame.drop(columns=later)
         numbers = frame.select_dtypes(np.number).to_numpy(dtype=np.float64)
         finite = np.isfinite(numbers)
         assert len(frame) == rows and (~finite).sum() == broken

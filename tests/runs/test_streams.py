@@ -254,6 +254,13 @@ def test_a_missing_column_is_nan_and_said():
     assert read.lost == ("has 0 columns tokens", "has 0 columns log_z")
 
 
+def test_a_column_that_older_versions_did_not_write_is_nan_and_no_damage():
+    read = decode_table(altered("heads", lambda b: b.drop_columns(["attn_form_update_ratio"])), "heads")
+    assert np.isnan(read.columns["attn_form_update_ratio"]).all() and len(read.columns["sink"])
+    assert np.isfinite(read.columns["sink"]).any()
+    assert read.lost == ()
+
+
 def test_an_unknown_column_is_ignored():
     read = decode_table(altered("steps", lambda b: b.append_column("mood", pa.array(["good", "bad"]))), "steps")
     assert read.lost == () and read.columns.keys() == COLUMNS["steps"].keys()

@@ -266,6 +266,13 @@ def test_tables_are_what_the_metrics_say(tmp_path):
         assert step["grad_norm"] == pytest.approx(total, rel=1e-5)
         heads = run.heads[run.heads["member"] == name]
         assert len(heads) == 2 * 2
+        forms = [
+            reference.form_update_ratio(
+                *(x[part][m, layer].unflatten(-1, (2, -1)).transpose(0, 1) for x in (weights, moved) for part in "qk")
+            )
+            for layer in range(2)
+        ]
+        assert heads["attn_form_update_ratio"].tolist() == pytest.approx([x for each in forms for x in each], rel=1e-3)
         assert (heads["rows"] == 4 * 11).all() and (heads["rows_left_out"] == 4).all()
 
 

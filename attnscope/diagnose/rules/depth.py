@@ -4,12 +4,15 @@ Shape key: N rows, K measured steps, one member after the other, M member in the
 """
 
 from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
 from attnscope.diagnose.blindness import answer, without_steps
 from attnscope.diagnose.concern import Concern, finding_of
+from attnscope.diagnose.pieces import order_by_step, pieces_of
 from attnscope.findings import Evidence, Finding, NotLooked, Severity
 from attnscope.runs.by_member import diverged_at, members_of_rows
 from attnscope.runs.members import MemberRecord
@@ -195,12 +198,31 @@ def _severity(record: MemberRecord, sign: int) -> Severity:
     return "warning" if record.status == "stalled" or learned_nothing else "note"
 
 
+_known: "WeakKeyDictionary[Run, _Depth]" = WeakKeyDictionary()  # several rules ask for the same
+
+
 def _depth_of(run: Run) -> _Depth:
-    params = run.params
+    if run not in _known:
+        pieces = [_depth_in(run, rows) for rows in pieces_of(run, run.params["step"].to_numpy())]
+        codes_K, step_K, near_K, far_K, near_norm_K, far_norm_K = (
+            np.concatenate(each) for each in zip(*pieces, strict=True)
+        )
+        _known[run] = _Depth(
+            step_K=step_K,
+            layer_K=(near_K, far_K),
+            norm_K=(near_norm_K, far_norm_K),
+            start_M=np.searchsorted(codes_K, np.arange(len(run.entries) + 1)),
+        )
+    return _known[run]
+
+
+def _depth_in(run: Run, rows: slice) -> tuple[NDArray[Any], ...]:
+    """Member, step, the first and the last layer with a gradient and its norms there, of each step in these rows, (K,)."""
+    params = run.params.iloc[rows]
     codes_N, step_N = members_of_rows(params), params["step"].to_numpy().astype(np.int64)
     layer_N, norm_N = params["layer"].to_numpy().astype(np.int64), params["grad_norm"].to_numpy().astype(np.float64)
     rows_N = np.flatnonzero((layer_N >= 0) & np.isfinite(norm_N) & (norm_N > 0) & (step_N < diverged_at(run)[codes_N]))
-    rows_N = rows_N[np.lexsort((layer_N[rows_N], step_N[rows_N], codes_N[rows_N]))]
+    rows_N = rows_N[order_by_step(codes_N[rows_N], step_N[rows_N], layer_N[rows_N])]
     codes_N, step_N, layer_N, norm_N = codes_N[rows_N], step_N[rows_N], layer_N[rows_N], norm_N[rows_N]
     begins_N = np.ones(len(rows_N), dtype=bool)
     begins_N[1:] = (codes_N[1:] != codes_N[:-1]) | (step_N[1:] != step_N[:-1]) | (layer_N[1:] != layer_N[:-1])
@@ -213,9 +235,4 @@ def _depth_of(run: Run) -> _Depth:
     far_K = np.r_[near_K[1:], len(first_L)][: len(near_K)] - 1
     several_K = layer_L[near_K] < layer_L[far_K]
     near_K, far_K = near_K[several_K], far_K[several_K]
-    return _Depth(
-        step_K=step_L[near_K],
-        layer_K=(layer_L[near_K], layer_L[far_K]),
-        norm_K=(norm_L[near_K], norm_L[far_K]),
-        start_M=np.searchsorted(codes_L[near_K], np.arange(len(run.entries) + 1)),
-    )
+    return codes_L[near_K], step_L[near_K], layer_L[near_K], layer_L[far_K], norm_L[near_K], norm_L[far_K]

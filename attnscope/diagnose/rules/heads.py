@@ -5,8 +5,10 @@ Shape key: N rows, C course, M member in the order of run.json.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from attnscope.diagnose.blindness import answer, without_attention
 from attnscope.diagnose.concern import Concern, finding_of
@@ -35,6 +37,9 @@ MEASURED_SAME = (
     "heads that are drawn apart never agree to 0.01 in all four numbers at nine in ten steps (none of 1,095 healthy and faulty "
     "members); a GPT whose 4 heads are one ends 0.01 to 0.09 nats above its twin (4 runs of 250 steps)"
 )
+
+SOME = 8  # every so many steps tell of a layer of more than so many rows whether it may have copies: more than the tenth that may not
+MANY_ROWS = 10_000
 
 SINK = 0.3  # mean weight on the first visible key
 TIMES_UNIFORM = 2.0  # of the weight that uniform attention would give it
@@ -292,36 +297,69 @@ class Copies:
 
 def _copies(courses: Courses) -> Iterator[Copies]:
     """Layers of members with heads that are copies at nine in ten of their records."""
-    values_QN = np.stack([courses.columns[name] for name in COMPARED])
-    place_C = np.cumsum(np.r_[True, (np.diff(courses.member_C) != 0) | (np.diff(courses.layer_C) != 0)]) - 1
-    place_N, head_N = place_C[: len(courses.head_C)][courses.course_N], courses.head_C[courses.course_N]
-    kept = np.flatnonzero(np.isfinite(values_QN).all(axis=0) & (values_QN[0] >= UNIFORM_STD))
-    # Side by side in the order of their logit_std stand copies: between them nothing fits.
-    order = kept[np.lexsort((values_QN[0, kept], courses.step_N[kept], place_N[kept]))]
-    if not len(order):
-        return
-    values_QN, head_N, place_N, step_N = values_QN[:, order], head_N[order], place_N[order], courses.step_N[order]
-    is_beside = (np.diff(place_N) == 0) & (np.diff(step_N) == 0)
-    is_copy = is_beside & (np.abs(np.diff(values_QN, axis=1)) <= SAME * np.abs(values_QN[:, 1:])).all(axis=0)
-    record_N = np.cumsum(np.r_[True, ~is_beside]) - 1  # a layer at a step
-    place_G = place_N[np.r_[True, ~is_beside]]
-    copies_G = np.bincount(record_N[1:], weights=is_copy, minlength=len(place_G)).astype(np.int64)
-    heads_G = np.bincount(record_N)
-    for place in np.unique(place_G[copies_G > 0]).tolist():
-        of_place = place_G == place
-        copies = int(np.quantile(copies_G[of_place], 1 - FOR_GOOD, method="lower"))
-        if not copies or of_place.sum() < FEWEST_RECORDS:
+    begins_C = np.r_[True, (np.diff(courses.member_C) != 0) | (np.diff(courses.layer_C) != 0)][: len(courses.head_C)]
+    first_P = np.flatnonzero(begins_C)
+    columns = [courses.columns[name] for name in COMPARED]
+    for first, behind in pairwise([*first_P.tolist(), len(begins_C)]):
+        rows = slice(int(courses.start_C[first]), int(courses.end_C[behind - 1]))
+        n_C = courses.end_C[first:behind] - courses.start_C[first:behind]
+        head_N, step_N = np.repeat(courses.head_C[first:behind], n_C), courses.step_N[rows]
+        values_QN = np.stack([values_N[rows] for values_N in columns])
+        if not _may_be_copies(step_N, values_QN):
             continue
-        at = int(np.flatnonzero(is_copy & (place_N[1:] == place))[-1])
-        one, other = sorted((at, at + 1), key=lambda row: head_N[row])
-        first = int(np.flatnonzero(place_C == place)[0])
+        of_place = _beside(step_N, values_QN)
+        copies_G, heads_G, order = of_place.copies_G, of_place.heads_G, of_place.order
+        copies = int(np.quantile(copies_G, 1 - FOR_GOOD, method="lower")) if len(copies_G) else 0
+        if not copies or len(copies_G) < FEWEST_RECORDS:
+            continue
+        at = int(np.flatnonzero(of_place.is_copy)[-1])
+        one, other = (int(row) for row in sorted(order[at : at + 2], key=lambda row: head_N[row]))
         yield Copies(
             member=int(courses.member_C[first]),
             layer=int(courses.layer_C[first]),
-            distinct=int(heads_G[of_place].max()) - copies,
-            n_heads=int(heads_G[of_place].max()),
-            records=int(of_place.sum()),
-            step=int(step_N[at]),
+            distinct=int(heads_G.max()) - copies,
+            n_heads=int(heads_G.max()),
+            records=len(copies_G),
+            step=int(step_N[order[at]]),
             heads=(int(head_N[one]), int(head_N[other])),
             values=(float(values_QN[0, one]), float(values_QN[0, other])),
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Beside:
+    """The heads of a layer side by side, step by step.
+
+    Attributes:
+        order: of its rows, in the order of step and logit_std: between copies nothing fits.
+        is_copy: whether each but the first is a copy of the one before.
+        copies_G: how many are, of each record: the layer at a step.
+        heads_G: how many heads each record has.
+    """
+
+    order: Ints
+    is_copy: NDArray[np.bool_]
+    copies_G: Ints
+    heads_G: Ints
+
+
+def _beside(step_N: Ints, values_QN: NDArray[np.float64]) -> _Beside:
+    kept = np.flatnonzero(np.isfinite(values_QN).all(axis=0) & (values_QN[0] >= UNIFORM_STD))
+    order = kept[np.lexsort((values_QN[0, kept], step_N[kept]))]
+    values_QN = values_QN[:, order]
+    is_beside = np.diff(step_N[order]) == 0
+    is_copy = is_beside & (np.abs(np.diff(values_QN, axis=1)) <= SAME * np.abs(values_QN[:, 1:])).all(axis=0)
+    record_N = np.cumsum(np.r_[True, ~is_beside][: len(order)]) - 1
+    heads_G = np.bincount(record_N)
+    copies_G = np.bincount(record_N[1:], weights=is_copy, minlength=len(heads_G)).astype(np.int64)
+    return _Beside(order=order, is_copy=is_copy, copies_G=copies_G, heads_G=heads_G)
+
+
+def _may_be_copies(step_N: Ints, values_QN: NDArray[np.float64]) -> bool:
+    """Whether some of the steps leave it open: of a long run without copies these say enough."""
+    if len(step_N) < SOME * MANY_ROWS:
+        return True
+    steps = np.unique(step_N)
+    some = np.flatnonzero(np.searchsorted(steps, step_N) % SOME == 0)
+    alone = int((_beside(step_N[some], values_QN[:, some]).copies_G == 0).sum())
+    return alone <= (1 - FOR_GOOD) * len(steps)

@@ -10,10 +10,12 @@ from numpy.typing import NDArray
 
 from attnscope.diagnose.blindness import answer, without_optimizer, without_steps
 from attnscope.diagnose.concern import Concern, finding_of
+from attnscope.diagnose.courses import changes_in, order_of_rows
 from attnscope.diagnose.movement import NO_PARAMS, movement_of, without_movement
+from attnscope.diagnose.pieces import PIECE
 from attnscope.diagnose.twins import Twin, better_twins, number_of, setting_of
 from attnscope.findings import Evidence, Finding, NotLooked, Severity
-from attnscope.runs.by_member import diverged_at, members_of_rows
+from attnscope.runs.by_member import NEVER, diverged_at, members_of_rows
 from attnscope.runs.reader import Run
 from attnscope.runs.watched import optimizers_of
 
@@ -197,30 +199,40 @@ def adam_epsilon_too_large(run: Run) -> Finding | NotLooked | None:
 
 def _shrunk_groups(run: Run) -> _Shrunk:
     params, n_members = run.params, len(run.entries)
-    codes_N, step_N = members_of_rows(params), params["step"].to_numpy().astype(np.int64)
-    layer_N, group_N = params["layer"].to_numpy().astype(np.int64), params["group"].cat.codes.to_numpy()
-    weight_N, update_N = (params[name].to_numpy().astype(np.float64) for name in ("weight_norm", "update_norm"))
-    good_N = np.isfinite(weight_N) & np.isfinite(update_N) & (step_N < diverged_at(run)[codes_N])
-    rows_N = np.flatnonzero(good_N)
-    rows_N = rows_N[np.lexsort((step_N[rows_N], group_N[rows_N], layer_N[rows_N], codes_N[rows_N]))]
-    codes_N, step_N, layer_N, group_N = codes_N[rows_N], step_N[rows_N], layer_N[rows_N], group_N[rows_N]
-    weight_N, update_N = weight_N[rows_N], update_N[rows_N]
-    begins_N = np.ones(len(rows_N), dtype=bool)
-    begins_N[1:] = np.any([x_N[1:] != x_N[:-1] for x_N in (codes_N, layer_N, group_N)], axis=0)
-    first_G = np.flatnonzero(begins_N)
-    last_G = np.r_[first_G[1:], len(rows_N)][: len(first_G)] - 1
-    span_N = np.ones(len(rows_N))
-    span_N[:-1] = np.where(begins_N[1:], 0, np.diff(step_N))
-    span_N[-1:] = 0  # the update of the last step led on from its weights
-    way_G = np.add.reduceat(update_N * span_N, first_G) if len(first_G) else np.empty(0)
-    keep_G = (weight_N[first_G] > 0) & (way_G > 0) & (last_G - first_G + 1 >= FEWEST_MEASURED)
-    first_G, last_G, way_G = first_G[keep_G], last_G[keep_G], way_G[keep_G]
+    codes_N, layer_N, group_N = (
+        params["member"].cat.codes.to_numpy(), params["layer"].to_numpy(), params["group"].cat.codes.to_numpy()
+    )  # fmt: skip
+    step_N, weight_N, update_N = (params[name].to_numpy() for name in ("step", "weight_norm", "update_norm"))
+    good_N = np.isfinite(weight_N) & np.isfinite(update_N)
+    if (diverged_at(run) < NEVER).any():
+        good_N &= step_N < diverged_at(run)[codes_N]
+    rows_N = np.flatnonzero(good_N).astype(np.int32)
+    keys = codes_N, layer_N, group_N
+    rows_N = rows_N[order_of_rows(step_N[rows_N], *(key_N[rows_N] for key_N in keys))]
+    first_G = changes_in(*(key_N[rows_N] for key_N in keys))
+    behind_G = np.r_[first_G[1:], len(rows_N)][: len(first_G)]
+    way_G, left_on = np.zeros(len(first_G)), -1
+    while left_on + 1 < len(first_G):  # some groups at a time
+        begin = left_on + 1
+        left_on = max(begin, int(np.searchsorted(behind_G, first_G[begin] + PIECE, side="right")) - 1)
+        mine = rows_N[first_G[begin] : behind_G[left_on]]
+        own_G = first_G[begin : left_on + 1] - first_G[begin]
+        span_N = np.ones(len(mine))
+        span_N[:-1] = np.diff(step_N[mine].astype(np.int64))
+        span_N[own_G[1:] - 1] = 0  # the update of the last step led on from its weights
+        span_N[-1] = 0
+        way_G[begin : left_on + 1] = np.add.reduceat(update_N[mine].astype(np.float64) * span_N, own_G)
+    last_G = behind_G - 1
+    begun_G, ended_G = (weight_N[rows_N[row_G]].astype(np.float64) for row_G in (first_G, last_G))
+    keep_G = (begun_G > 0) & (way_G > 0) & (last_G - first_G + 1 >= FEWEST_MEASURED)
+    first_G, last_G = rows_N[first_G[keep_G]], rows_N[last_G[keep_G]]
+    way_G, begun_G, ended_G = way_G[keep_G], begun_G[keep_G], ended_G[keep_G]
     return _Shrunk(
-        layer_G=layer_N[first_G],
-        left_G=weight_N[last_G] / weight_N[first_G],
-        towards_G=(weight_N[first_G] - weight_N[last_G]) / way_G,
-        first_row_G=rows_N[first_G],
-        last_row_G=rows_N[last_G],
+        layer_G=layer_N[first_G].astype(np.int64),
+        left_G=ended_G / begun_G,
+        towards_G=(begun_G - ended_G) / way_G,
+        first_row_G=first_G.astype(np.int64),
+        last_row_G=last_G.astype(np.int64),
         start_M=np.searchsorted(codes_N[first_G], np.arange(n_members + 1)),
     )
 
@@ -234,7 +246,7 @@ def _trained_by_adam(run: Run) -> set[str]:
 def _adam_shares(run: Run) -> dict[int, tuple[int, float, float]]:
     """Member to the row of the params table that decides, its share of the smallest step of Adam, and the epsilon that explains it."""
     params, moves = run.params, movement_of(run)
-    codes_N, step_N = members_of_rows(params), params["step"].to_numpy().astype(np.int64)
+    codes_N, step_N = params["member"].cat.codes.to_numpy(), params["step"].to_numpy()
     first_M = np.full(len(run.entries), -1)
     begun = np.flatnonzero(np.diff(moves.start_M))
     first_M[begun] = moves.step_K[moves.start_M[begun]]
@@ -242,9 +254,9 @@ def _adam_shares(run: Run) -> dict[int, tuple[int, float, float]]:
     at_first_S = steps["step"].to_numpy() == first_M[members_of_rows(steps)]
     lr_M = np.full(len(run.entries), np.nan)
     lr_M[members_of_rows(steps)[at_first_S]] = steps["lr"].to_numpy()[at_first_S]
-    rows_N = np.flatnonzero(step_N == first_M[codes_N])
+    rows_N = np.flatnonzero(step_N == (first_M[0] if len(first_M) == 1 else first_M[codes_N]))
     norm_N, update_N, largest_N = (
-        params[name].to_numpy().astype(np.float64)[rows_N] for name in ("grad_norm", "update_norm", "grad_max")
+        params[name].to_numpy()[rows_N].astype(np.float64) for name in ("grad_norm", "update_norm", "grad_max")
     )
     with np.errstate(all="ignore"):
         share_N = update_N * largest_N / (lr_M[codes_N[rows_N]] * norm_N)

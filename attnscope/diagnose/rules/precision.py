@@ -53,9 +53,11 @@ def half_precision_headroom(run: Run) -> Finding | NotLooked | None:
     """
     product_N, blind = products_of(run)
     limit = HEADROOM * FLOAT16_MAX
-    codes_N, step_N = members_of_rows(run.heads), run.heads["step"].to_numpy()
+    codes_N, step_N = run.heads["member"].cat.codes.to_numpy(), run.heads["step"].to_numpy()
     layer_N, head_N = run.heads["layer"].to_numpy(), run.heads["head"].to_numpy()
-    over_N = (product_N > limit) & (step_N <= diverged_at(run)[codes_N])  # its step still has sound weights
+    over_N = product_N > limit
+    if over_N.any():
+        over_N &= step_N <= diverged_at(run)[codes_N]  # its step still has sound weights
     concerns = []
     for m in np.unique(codes_N[over_N]).tolist():
         record = run.members[m]

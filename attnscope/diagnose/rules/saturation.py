@@ -32,6 +32,8 @@ def early_signals(run: Run) -> dict[str, tuple[Evidence, ...]]:
     import pandas as pd
 
     heads, end_M = run.heads, diverged_at(run)
+    if (end_M == NEVER).all():
+        return {}
     codes_N, step_N = members_of_rows(heads), heads["step"].to_numpy()
     before_N = (end_M[codes_N] < NEVER) & (step_N < end_M[codes_N])
     rows = heads.loc[before_N, ["entropy_ratio", "max_logit"]]
