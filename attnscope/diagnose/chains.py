@@ -12,7 +12,8 @@ def linked(findings: Sequence[Finding]) -> tuple[Finding, ...]:
 
     A finding explains another that its rule may explain, in a member that both concern, if it did not begin after it; at one
     step the first in the given order explains.
-    Causes come before symptoms, the worst first, what nothing explains before what something does; notes come last.
+    Causes come before symptoms, the worst first, what nothing explains before what something does; notes come last. A cause is
+    as bad as the causes that it explains: what training came to is often measured further down the chain.
     """
     places = {finding.rule: place for place, finding in enumerate(findings)}
     found = [
@@ -20,12 +21,17 @@ def linked(findings: Sequence[Finding]) -> tuple[Finding, ...]:
         for finding in findings
     ]
     explained = {rule for finding in found for rule in finding.explains}
+    by_rule = {finding.rule: finding for finding in found}
+
+    def badness(finding: Finding) -> int:
+        later = (by_rule[rule] for rule in finding.explains)
+        return min([SEVERITIES.index(finding.severity), *(badness(each) for each in later if each.kind == "cause")])
 
     def order(finding: Finding) -> tuple[bool, bool, int, bool]:
         return (
             finding.severity == "note",
             finding.kind == "symptom",
-            SEVERITIES.index(finding.severity),
+            badness(finding),
             finding.rule in explained,
         )
 

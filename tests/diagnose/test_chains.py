@@ -74,3 +74,13 @@ def test_a_chain_is_the_longest_way_from_a_cause_to_what_became_of_it():
     (chain,) = chains(told)
     assert chain_in_words(chain) == "Loss (step 7) ← Sharp (step 1) ← Scale (step 0)"
     assert chains(linked([finding("alone", step=0)])) == ()
+
+
+def test_a_cause_is_told_before_the_worse_one_that_it_explains_and_a_symptom_makes_it_no_worse():
+    warm = finding("warm-up", severity="warning", step=0, explains=("alike", "loss"))
+    alike, other = finding("alike", step=2), finding("other", step=5, explains=("loss",))
+    loss = finding("loss", kind="symptom", step=9)
+    assert [each.rule for each in linked([warm, alike, loss])] == ["warm-up", "alike", "loss"]
+    assert [each.rule for each in linked([warm, other, loss])] == ["other", "warm-up", "loss"]
+    note = finding("note", severity="note", explains=("alike",))
+    assert [each.rule for each in linked([note, alike])] == ["alike", "note"]
