@@ -12,8 +12,8 @@ def linked(findings: Sequence[Finding]) -> tuple[Finding, ...]:
 
     A finding explains another that its rule may explain, in a member that both concern, if it did not begin after it; at one
     step the first in the given order explains.
-    Causes come before symptoms, the worst first, what nothing explains before what something does. A finding is as bad as the
-    worst that it explains: a note that does not lead to anything comes last.
+    Causes come before symptoms, the worst first, what nothing explains before what something does; notes come last. A finding is
+    as bad as the worst that it explains: what training came to is often measured further down the chain.
     """
     places = {finding.rule: place for place, finding in enumerate(findings)}
     found = [
@@ -31,13 +31,13 @@ def linked(findings: Sequence[Finding]) -> tuple[Finding, ...]:
             ranks[finding.rule] = min([SEVERITIES.index(finding.severity), *led_to])
         return ranks[finding.rule]
 
-    def order(finding: Finding) -> tuple[bool, bool, int, int, bool]:
+    def order(finding: Finding) -> tuple[bool, bool, int, bool, int]:
         return (
-            rank(finding) == SEVERITIES.index("note"),
+            finding.severity == "note",
             finding.kind == "symptom",
             rank(finding),
-            SEVERITIES.index(finding.severity),
             finding.rule in explained,
+            SEVERITIES.index(finding.severity),
         )
 
     return tuple(sorted(found, key=order))

@@ -62,7 +62,7 @@ def test_causes_come_before_symptoms_the_worst_first_and_notes_last():
     assert [each.rule for each in told] == ["leak", "rate", "collapse", "nan", "odd", "spike"]
 
 
-def test_a_finding_is_as_bad_as_the_worst_that_it_leads_to():
+def test_a_finding_is_as_bad_as_the_worst_that_it_leads_to_and_notes_come_last():
     told = linked(
         [
             finding("odd", severity="note", step=0),
@@ -74,7 +74,7 @@ def test_a_finding_is_as_bad_as_the_worst_that_it_leads_to():
             finding("spike", kind="symptom", severity="note", step=6),
         ]
     )
-    assert [each.rule for each in told] == ["growth", "rate", "slow", "loss", "odd", "idle", "spike"]
+    assert [each.rule for each in told] == ["growth", "slow", "loss", "rate", "odd", "idle", "spike"]
 
 
 def test_a_chain_is_the_longest_way_from_a_cause_to_what_became_of_it():
@@ -89,3 +89,13 @@ def test_a_chain_is_the_longest_way_from_a_cause_to_what_became_of_it():
     (chain,) = chains(told)
     assert chain_in_words(chain) == "Loss (step 7) ← Sharp (step 1) ← Scale (step 0)"
     assert chains(linked([finding("alone", step=0)])) == ()
+
+
+def test_a_cause_is_told_before_the_worse_one_that_it_explainss():
+    warm = finding("warm-up", severity="warning", step=0, explains=("alike", "loss"))
+    alike, other = finding("alike", step=2), finding("other", step=5, explains=("loss",))
+    loss = finding("loss", kind="symptom", step=9)
+    assert [each.rule for each in linked([warm, alike, loss])] == ["warm-up", "alike", "loss"]
+    assert [each.rule for each in linked([warm, other, loss])] == ["other", "warm-up", "loss"]
+    note = finding("note", severity="note", explains=("alike",))
+    assert [each.rule for each in linked([note, alike])] == ["alike", "note"]

@@ -96,7 +96,7 @@ STORIES = {
     ),
     # The loss is below what token frequencies alone give after 60 to 100 steps.
     "missing_causal_mask": Story(steps=100, broken={"no mask": ("future_visible",)}, sound=("causal",)),
-    # 100 of them are the warm-up.
+    # 100 of them are the warm-up. Without it, tokens are alike from the first steps on: it is the warm-up that is told.
     "post_ln_warmup": Story(
         steps=160, broken={"no warm-up": ("missing_warmup",)}, sound=("100 steps of warm-up",)
     ),

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import attnscope
+from attnscope.diagnose import examine
 from attnscope.diagnose.blindness import NO_ATTENTION, NO_OPTIMIZER, NO_STEP
 from attnscope.diagnose.products import FLOAT16_MAX, SOFT_CAPPED, UNKNOWN_SCALE
 from attnscope.diagnose.rules.nonfinite import nonfinite
@@ -66,6 +67,15 @@ def test_products_before_they_overflow_are_an_error_and_why_numbers_broke(tmp_pa
     assert nonfinite(run).summary.endswith(
         "Before it is scaled, q.k of layer 0, head 0 was 56,000 at step 10, in float16, which ends at 65,504: it overflowed."
     )
+
+
+def test_logits_that_are_too_large_from_the_start_are_why_they_overflow(tmp_path):
+    losses = np.r_[np.full(15, 3.0), np.full(15, np.nan)]
+    heads = heads_table(1, range(0, 30, 10), max_logit=LIMIT + 1, entropy_ratio=0.01)
+    events = [("nonfinite", 15, 0, {"tensor": "attention logits", "where": ["layer 1"]})]
+    (chain,) = examine(run_of(tmp_path / "r", HALF, steps=steps_table(losses), heads=heads, events=events)).chains
+    assert [each.rule for each in chain][:2] == ["saturated_at_start", "half_precision_headroom"]
+    assert chain[-1].kind == "symptom"
 
 
 def test_of_a_watched_script_only_what_multiplies_the_product_counts(tmp_path):

@@ -122,6 +122,13 @@ def saturated_at_start(run: Run) -> Finding | NotLooked | None:
         ),
         source=MEASURED,
         step=step,
-        explains=("logit_growth", "starved_queries_and_keys", "nonfinite", "loss_explosion", "stalled"),
+        explains=(
+            "half_precision_headroom",  # it takes large products to be one-hot
+            "logit_growth",
+            "starved_queries_and_keys",
+            "nonfinite",
+            "loss_explosion",
+            "stalled",
+        ),
     )
     return answer(run, "saturated_at_start", finding, blind)

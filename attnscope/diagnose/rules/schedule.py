@@ -137,6 +137,7 @@ def missing_warmup(run: Run) -> Finding | NotLooked | None:
             "logit_growth",
             "entropy_collapse",
             "gradients_vanish_with_depth",
+            "rank_collapse",
             "loss_spike",
             "stalled",
             "plateau",
