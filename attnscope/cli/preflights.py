@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import typer
 from rich.console import Console
@@ -32,10 +32,12 @@ LAYER_COLUMNS = (
 )
 MOST_LAYERS = 12  # lines; of more the first and the last are shown
 MOST_MEMBERS = 4  # whose numbers are shown
-LONGEST_NUMBER = 6  # characters, and what stands between
-LONGEST_NAME = 16  # characters of a module's path, from its end
+LONGEST_NUMBER = 6  # characters
+LONGEST_NAME = 16  # characters of a module's path
 SHOWN_KEYS = 512  # of the table over d_head
 NOTHING = "–"
+
+_Item = TypeVar("_Item")
 
 
 def preflight_and_print(
@@ -185,16 +187,16 @@ def _print_member(console: Console, member: "Expected") -> None:
     layers = list(member.layers)
     if not layers:
         console.print(Text("  no attention was seen"))
-    shown = layers if len(layers) <= MOST_LAYERS else [*layers[: MOST_LAYERS // 2], *layers[-MOST_LAYERS // 2 :]]
+    shown = _first_and_last(layers)
     columns = [(title, name) for title, name in LAYER_COLUMNS if layers and name in _by_name(layers[0])]
     is_named = any(layer.name is not None for layer in layers)
     rows = [["layer", *(title for title, _ in columns)]]
-    rows += [[_label(layer, is_named), *(_pair(_by_name(layer)[name], name) for _, name in columns)] for layer in shown]
+    rows += [[_label(layer), *(_pair(_by_name(layer)[name], name) for _, name in columns)] for layer in shown]
     _print_columns(console, rows, words=(0,) if is_named else ())
     if len(shown) < len(layers):
         console.print(Text(f"  ({len(layers) - len(shown)} layers between them are in --json)"))
     console.print()
-    _print_gradients(console, member, shown, is_named=is_named)
+    _print_gradients(console, member)
     rows = [["", "predicted", "measured", "compare with"]]
     rows += [
         [
@@ -209,29 +211,41 @@ def _print_member(console: Console, member: "Expected") -> None:
     console.print()
 
 
-def _print_gradients(console: Console, member: "Expected", layers: "Sequence[LayerFacts]", *, is_named: bool) -> None:
+def _print_gradients(console: Console, member: "Expected") -> None:
     """Norms of gradients, a line per layer and a column per group."""
-    groups = _as_many_as_fit(
-        console, list(dict.fromkeys(group for layer in layers for group in layer.grad_norm)), LONGEST_NAME
-    )
+    by_layer: dict[int, dict[str, float]] = {}
+    for each in member.gradients:
+        by_layer.setdefault(each.layer, {})[each.group] = each.norm
+    outside = by_layer.pop(-1, {})
+    groups = list(dict.fromkeys(group for layer in by_layer.values() for group in layer))
+    widths = [max(len(group), LONGEST_NUMBER) + 2 for group in groups]
+    groups = _as_many_as_fit(console, groups, widths, len("gradient"))
     if groups:
         rows = [["gradient", *groups]]
         rows += [
-            [_label(layer, is_named), *(_shown(layer.grad_norm.get(group)) for group in groups)] for layer in layers
+            [str(layer), *(_shown(by_layer[layer].get(group)) for group in groups)]
+            for layer in _first_and_last(sorted(by_layer))
         ]
-        _print_columns(console, rows, words=(0,) if is_named else ())
-    if member.grad_norm:
-        outside = _as_many_as_fit(console, list(member.grad_norm), len("outside of layers: "))
-        others = ", ".join(f"{group} {number(member.grad_norm[group])}" for group in outside)
+        _print_columns(console, rows, words=())
+    if outside:
+        widths = [len(group) + LONGEST_NUMBER + 2 for group in outside]
+        names = _as_many_as_fit(console, list(outside), widths, len("outside of layers: "))
+        others = ", ".join(f"{group} {number(outside[group])}" for group in names)
         console.print(Text(f"outside of layers: {others}"), soft_wrap=True)
-    if groups or member.grad_norm:
+    if member.gradients:
         console.print()
 
 
-def _as_many_as_fit(console: Console, names: Sequence[str], before: int) -> list[str]:
-    """The first of them that a line holds, each with a number."""
-    widths = itertools.accumulate(len(name) + LONGEST_NUMBER for name in names)
-    return [name for name, width in zip(names, widths, strict=True) if before + width <= console.width]
+def _first_and_last(items: "Sequence[_Item]") -> "Sequence[_Item]":
+    """At most MOST_LAYERS of them."""
+    half = MOST_LAYERS // 2
+    return items if len(items) <= MOST_LAYERS else [*items[:half], *items[-half:]]
+
+
+def _as_many_as_fit(console: Console, names: Sequence[str], widths: Sequence[int], before: int) -> list[str]:
+    """The first of them that a line holds."""
+    ends = itertools.accumulate(widths, initial=before)
+    return [name for name, end in zip(names, itertools.islice(ends, 1, None), strict=True) if end <= console.width]
 
 
 def _print_needed(console: Console, needed: "Needed", *, is_alone: bool) -> None:
@@ -286,8 +300,14 @@ def _print_columns(console: Console, rows: Sequence[Sequence[str]], *, words: Se
         console.print(Text("  ".join(cells).rstrip(), style="dim" if at == 0 else ""), soft_wrap=True)
 
 
-def _label(layer: "LayerFacts", is_named: bool) -> str:
-    return (layer.name or str(layer.layer))[-LONGEST_NAME:] if is_named else str(layer.layer)
+def _label(layer: "LayerFacts") -> str:
+    """Its number, and as much of its module's path as there is room for, from the end."""
+    name = layer.name
+    if name is None:
+        return str(layer.layer)
+    while len(name) > LONGEST_NAME and "." in name:
+        name = name.partition(".")[2]
+    return f"{layer.layer} {name[-LONGEST_NAME:]}"
 
 
 def _by_name(layer: "LayerFacts") -> "dict[str, Quantity]":

@@ -29,7 +29,7 @@ from attnscope.diagnose.products import FLOAT16_MAX
 from attnscope.metrics.attention import attention_stats
 from attnscope.metrics.totals import HEAD_COLUMNS, add, finish
 from attnscope.preflight.lab import rules_that_looked
-from attnscope.preflight.result import Expected, LayerFacts, Needed, Preflight, Quantity
+from attnscope.preflight.result import Expected, GradNorm, LayerFacts, Needed, Preflight, Quantity
 from attnscope.preflight.theory import MOST_LOGITS, ROWS, TOLD
 from attnscope.runs.environment import environment
 from attnscope.runs.events import AttentionSeen, Event
@@ -325,22 +325,12 @@ def _expected(passed: Passed) -> Expected:
         quantities.append(Quantity(name="max_logit", measured=most, compared=(limit,)))
     if passed.gradients:
         quantities.append(Quantity(name="grad_norm", measured=_total(passed)))
-    # Layers of parameters are numbered as their blocks are, which need not be how attention layers were met.
-    of_layer: dict[int, dict[str, float]] = {}
-    for (number, group), (norm, _, _) in passed.gradients.items():
-        of_layer.setdefault(number, {})[group] = norm
-    with_gradients = [
-        LayerFacts(
-            layer=facts.layer,
-            name=facts.name,
-            quantities=facts.quantities,
-            grad_norm=of_layer.get(facts.layer, {}) if len(of_layer) - (-1 in of_layer) == len(layers) else {},
-        )
-        for facts in layers
-    ]
     return Expected(
         member=MEMBER,
-        layers=tuple(with_gradients),
+        layers=tuple(layers),
         quantities=tuple(quantities),
-        grad_norm=of_layer.get(-1, {}),
+        gradients=tuple(
+            GradNorm(layer=layer, group=group, norm=norm)
+            for (layer, group), (norm, _, _) in sorted(passed.gradients.items(), key=lambda item: item[0][0])
+        ),
     )

@@ -18,7 +18,7 @@ from attnscope.diagnose import RULES, Diagnosis, examine
 from attnscope.diagnose.products import FLOAT16_MAX
 from attnscope.preflight import memory
 from attnscope.preflight.rehearsal import Cost, Rehearsed, rehearse
-from attnscope.preflight.result import Expected, LayerFacts, Needed, Preflight, Quantity
+from attnscope.preflight.result import Expected, GradNorm, LayerFacts, Needed, Preflight, Quantity
 from attnscope.preflight.theory import TOLD, Theory, theory_of
 from attnscope.preflight.wrapped import checks_of
 from attnscope.train.run import by_part
@@ -89,8 +89,6 @@ def _expected(member: Member, rehearsed: Rehearsed) -> Expected:
     by_layer = heads.groupby("layer")[list(TOLD)]
     means, most = by_layer.mean(), by_layer.max()
     rms = layers.set_index("layer")["activation_rms"]
-    places = zip(params["layer"].tolist(), params["group"].tolist(), strict=True)
-    grad_norm: dict[tuple[int, str], float] = dict(zip(places, params["grad_norm"].astype(float).tolist(), strict=True))
     facts = []
     for layer, told in enumerate(theory.layers):
         measured = {name: float((most if name == "max_logit" else means)[name].loc[layer]) for name in TOLD}
@@ -101,7 +99,6 @@ def _expected(member: Member, rehearsed: Rehearsed) -> Expected:
                 quantities=tuple(
                     Quantity(name=name, predicted=told[name], measured=measured[name]) for name in measured
                 ),
-                grad_norm={group: norm for (at, group), norm in grad_norm.items() if at == layer},
             )
         )
     return Expected(
@@ -113,7 +110,12 @@ def _expected(member: Member, rehearsed: Rehearsed) -> Expected:
             _grad_norm(config, steps),
             *_updates(config, theory, params, lr),
         ),
-        grad_norm={group: norm for (at, group), norm in grad_norm.items() if at < 0},
+        gradients=tuple(
+            GradNorm(layer=layer, group=group, norm=float(norm))
+            for layer, group, norm in zip(
+                params["layer"].tolist(), params["group"].tolist(), params["grad_norm"].tolist(), strict=True
+            )
+        ),
     )
 
 
@@ -192,6 +194,7 @@ def _updates(config: Config, theory: Theory, params: "pd.DataFrame", lr: float) 
 
 def _needed(part: Sequence[Member], cost: Cost, *, vocab_size: int) -> Needed:
     configs = [member.config for member in part]
+    steps = configs[0].train.steps
     quantities = [
         Quantity(
             name="weights, gradients, optimizer",
@@ -211,7 +214,7 @@ def _needed(part: Sequence[Member], cost: Cost, *, vocab_size: int) -> Needed:
         quantities.append(Quantity(name="peak", unit="bytes", predicted=both, measured=cost.peak_bytes))
     quantities += [
         Quantity(name="a step", unit="seconds", measured=cost.step_s),
-        Quantity(name=f"{cost.steps:,} steps", unit="seconds", measured=cost.step_s * cost.steps),
+        Quantity(name=f"{steps:,} {'step' if steps == 1 else 'steps'}", unit="seconds", measured=cost.step_s * steps),
     ]
     return Needed(members=tuple(member.name for member in part), quantities=tuple(quantities))
 

@@ -35,7 +35,6 @@ class Cost:
         activation_bytes: what the forward pass keeps for the backward pass.
         peak_bytes: largest that was allocated on the device; None on a CPU, which does not tell.
         step_s: seconds of a step of the whole part.
-        steps: that are configured.
     """
 
     n_members: int
@@ -43,7 +42,6 @@ class Cost:
     activation_bytes: int
     peak_bytes: int | None
     step_s: float
-    steps: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,10 +76,11 @@ def rehearse(config: Config, path: Path, *, command: Sequence[str] = ()) -> Rehe
     Raises:
         AttnscopeError: the config, the data or the directory cannot be used.
     """
+    steps = max(config.train.steps, RECORDED + 1)  # who has done all its steps is judged by where it ended
     config = replace(
         config,
         record=replace(config.record, every=1, rows="all"),
-        train=replace(config.train, compile=False, eval_every=0),
+        train=replace(config.train, compile=False, eval_every=0, steps=steps),
     )
     members = members_of(config)
     create_run(config, members, path, command=command)
@@ -100,7 +99,7 @@ def rehearse(config: Config, path: Path, *, command: Sequence[str] = ()) -> Rehe
 def _record(path: Path, index: int, part: Part, data: Corpus) -> None:
     writer = RunWriter.resume(path).part(index, first_step=0, threads=torch.get_num_threads())
     recorder = Recorder(part.configs[0])
-    for _ in range(min(RECORDED, part.configs[0].train.steps)):
+    for _ in range(RECORDED):
         assert part.setup is not None
         train_step(part, part.setup, data, recorder)
     Journal(writer, Alarms()).add(recorder.flush(part.alive)[1])
@@ -129,7 +128,6 @@ def _cost(part: Part, data: Corpus) -> Cost:
         activation_bytes=sum(kept.values()) // n_members,
         peak_bytes=torch.cuda.max_memory_allocated(part.device) if is_cuda else None,
         step_s=statistics.median(seconds),
-        steps=part.configs[0].train.steps,
     )
 
 

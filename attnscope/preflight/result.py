@@ -1,6 +1,6 @@
 """What preflight says, as plain data: for tables on a terminal and for JSON."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 from attnscope.check.result import Checked
 from attnscope.check.result import to_table as check_table
@@ -35,13 +35,20 @@ class LayerFacts:
         layer: its number.
         name: of its module; None in the lab.
         quantities: of its softmax and of the residual stream after it.
-        grad_norm: parameter group to the norm of its gradient.
     """
 
     layer: int
     name: str | None = None
     quantities: tuple[Quantity, ...]
-    grad_norm: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GradNorm:
+    """The norm of the gradient of one parameter group; layer -1 is outside of layers, which are numbered as the blocks are."""
+
+    layer: int
+    group: str
+    norm: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,13 +59,13 @@ class Expected:
         member: its name.
         layers: in order.
         quantities: of the whole.
-        grad_norm: of groups that belong to no layer.
+        gradients: of every parameter group.
     """
 
     member: str
     layers: tuple[LayerFacts, ...]
     quantities: tuple[Quantity, ...]
-    grad_norm: dict[str, float]
+    gradients: tuple[GradNorm, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -114,8 +114,7 @@ def test_what_is_measured_is_what_training_records_first(tmp_path):
                 assert quantity.measured == pytest.approx(expected, rel=1e-5), quantity.name
         params = run.params[(run.params["member"] == member.member) & (run.params["step"] == 0)]
         by_place = {(row.layer, row.group): row.grad_norm for row in params.itertuples()}
-        told = {(layer.layer, group): norm for layer in member.layers for group, norm in layer.grad_norm.items()}
-        told |= {(-1, group): norm for group, norm in member.grad_norm.items()}
+        told = {(each.layer, each.group): each.norm for each in member.gradients}
         assert told == pytest.approx(by_place)
 
 
@@ -148,6 +147,11 @@ def test_memory_is_as_the_shapes_say(shape, tmp_path):
     assert done.costs[0].state_bytes == pytest.approx(memory.state_bytes(config, vocab_size=vocab_size), rel=0.01)
     expected = memory.activation_bytes(config, vocab_size=vocab_size)
     assert done.costs[0].activation_bytes == pytest.approx(expected, rel=0.2)
+
+
+def test_a_run_of_one_step_is_not_judged_by_its_end():
+    said = of(model={"norm": "pre"}, train={"steps": 1})
+    assert said.ready and said.needs[0].quantities[-1].name == "1 step"
 
 
 def test_nothing_is_left_behind(tmp_path, monkeypatch):
