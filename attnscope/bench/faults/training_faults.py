@@ -44,7 +44,7 @@ TRAINING: tuple[Fault, ...] = (
     ),
     Fault(
         name="accumulation not divided",
-        right=("learning_rate_too_high",),
+        right=("accumulation_not_divided",),
         strengths=({"accumulate": 4, "divides": False, "clip": 0.0}, {"accumulate": 8, "divides": False, "clip": 0.0}),
         fits=is_sgd,
     ),
