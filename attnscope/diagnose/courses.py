@@ -74,20 +74,19 @@ class Courses:
     def first(self, column: str) -> Floats:
         """The first number of each course, (C,); NaN where there is none."""
         values_N = self.columns[column]
-        at_C = np.full(len(self.start_C), len(values_N))
-        sound = np.flatnonzero(~np.isnan(values_N))
-        np.minimum.at(at_C, self.course_N[sound], sound)
+        sound = np.append(np.flatnonzero(~np.isnan(values_N)), len(values_N))
+        at_C = sound[np.searchsorted(sound, self.start_C)]
+        at_C = np.where(at_C < self.end_C, at_C, len(values_N))
         first_C: Floats = np.append(values_N, np.nan)[at_C]
         return first_C
 
     def share_at_end(self, is_N: NDArray[np.bool_]) -> Floats:
         """Of the rows at the end of each course, the share of which this is true, (C,)."""
-        end_N = self.is_end_N
-        course_N = self.course_N[end_N]
-        n = len(self.start_C)
-        share_C: Floats = np.bincount(course_N, weights=is_N[end_N], minlength=n) / np.maximum(
-            np.bincount(course_N, minlength=n), 1
-        )
+        n_C = self.end_C - self.start_C
+        begin_C = self.end_C - np.minimum(np.maximum(-(-n_C // END_SHARE), FEWEST_RECORDS), n_C)
+        ends = zip(begin_C.tolist(), self.end_C.tolist(), strict=True)
+        counts_C = np.array([np.count_nonzero(is_N[begin:end]) for begin, end in ends], dtype=np.float64)
+        share_C: Floats = counts_C / np.maximum(self.end_C - begin_C, 1)
         return share_C
 
     def end_median(self, course: int, column: str) -> float:
@@ -212,19 +211,29 @@ class _Order:
     """Where the rows of the heads table go in courses.
 
     Attributes:
-        row_R: of the table, those before divergence, in the order of courses.
-        first: where along R each row of a course begins: all heads of a layer are one.
+        row_R: of the table, those before divergence, in the order of courses; None where `place_CH` says it.
+        place_CH: where the heads of each course stand among those of a step, if each step has the same.
+        first: where along R each row of a course begins: all heads of a layer are one; empty where each row is a head's.
         courses: without columns.
     """
 
-    row_R: NDArray[np.int32]
+    row_R: NDArray[np.int32] | None
+    place_CH: Ints | None
     first: Ints
     courses: Courses
 
     def of(self, column: "pd.Series[Any]") -> Floats:
         """A column of the table in this order."""
-        values_R: Floats = column.to_numpy()[self.row_R].astype(np.float64)
-        return values_R
+        values_R: NDArray[Any] = column.to_numpy()
+        if self.place_CH is None:
+            in_order_R: Floats = values_R[self.row_R].astype(np.float64)
+            return in_order_R
+        n_courses, n_heads = self.place_CH.shape
+        values_SP = values_R.reshape(-1, self.place_CH.size)
+        values_CSH = np.empty((n_courses, len(values_SP), n_heads))
+        for c, place_H in enumerate(self.place_CH):
+            values_CSH[c] = values_SP[:, place_H]
+        return values_CSH.reshape(-1)
 
 
 _known: "WeakKeyDictionary[Run, dict[bool, _Order]]" = WeakKeyDictionary()  # several rules ask for the same
@@ -250,10 +259,32 @@ def _new_order(run: Run, *, by_head: bool, members: Collection[int] | None = Non
     keys = (codes_R, layer_R, *((head_R,) if by_head else ()))
     row_R = row_R[order_of_rows(step_R[row_R], *(key_R[row_R] for key_R in keys))]
     step_R = step_R[row_R]
-    first = np.arange(len(row_R)) if by_head else changes_in(codes_R[row_R], layer_R[row_R], step_R)
-    codes_N, layer_N, head_N = (x_R[row_R[first]] for x_R in (codes_R, layer_R, head_R))
-    courses = _courses(codes_N, layer_N, head_N if by_head else np.zeros_like(head_N), step_R[first], {})
-    return _Order(row_R=row_R, first=first, courses=courses)
+    if by_head:
+        first, row_N, step_N = np.empty(0, dtype=np.int64), row_R, step_R
+    else:
+        first = changes_in(codes_R[row_R], layer_R[row_R], step_R)
+        row_N, step_N = row_R[first], step_R[first]
+    codes_N, layer_N, head_N = (x_R[row_N] for x_R in (codes_R, layer_R, head_R))
+    courses = _courses(codes_N, layer_N, head_N if by_head else np.zeros_like(head_N), step_N, {})
+    place_CH = _places_in(row_R, len(courses.start_C)) if len(row_R) == len(heads) else None
+    return _Order(row_R=row_R if place_CH is None else None, place_CH=place_CH, first=first, courses=courses)
+
+
+def _places_in(row_R: NDArray[np.int32], n_courses: int) -> Ints | None:
+    """Where the heads of each course stand in every step, (C, H); None where that is not the same in all of them."""
+    if not n_courses or len(row_R) % n_courses:
+        return None
+    row_CR = row_R.reshape(n_courses, -1)
+    n_heads = max(1, int(np.argmax(np.diff(row_CR[0], append=-1) > n_courses)) + 1) if len(row_CR[0]) > 1 else 1
+    for size in dict.fromkeys((1, n_heads)):
+        if row_CR.shape[1] % size:
+            continue
+        row_CSH = row_CR.reshape(n_courses, -1, size)
+        place_CH = row_CSH[:, 0]
+        steps_S1 = np.arange(row_CSH.shape[1], dtype=np.int32)[:, None] * place_CH.size
+        if all((row_SH == place_H + steps_S1).all() for row_SH, place_H in zip(row_CSH, place_CH, strict=True)):
+            return place_CH.astype(np.int64)
+    return None
 
 
 def _before_divergence(run: Run, table: "pd.DataFrame") -> NDArray[np.bool_]:

@@ -22,6 +22,7 @@ from attnscope.diagnose.courses import (
     largest_of,
     too_short,
 )
+from attnscope.diagnose.pieces import order_by_step
 from attnscope.findings import Evidence, Finding, NotLooked
 from attnscope.runs.reader import Run
 
@@ -38,7 +39,7 @@ MEASURED_SAME = (
     "members); a GPT whose 4 heads are one ends 0.01 to 0.09 nats above its twin (4 runs of 250 steps)"
 )
 
-SOME = 8  # every so many steps tell of a layer of more than so many rows whether it may have copies: more than the tenth that may not
+SOME = 4  # every so many steps tell of a layer of more than so many rows whether it may have copies: more than the tenth that may not
 MANY_ROWS = 10_000
 
 SINK = 0.3  # mean weight on the first visible key
@@ -304,7 +305,9 @@ def _copies(courses: Courses) -> Iterator[Copies]:
         rows = slice(int(courses.start_C[first]), int(courses.end_C[behind - 1]))
         n_C = courses.end_C[first:behind] - courses.start_C[first:behind]
         head_N, step_N = np.repeat(courses.head_C[first:behind], n_C), courses.step_N[rows]
-        values_QN = np.stack([values_N[rows] for values_N in columns])
+        by_step = _by_step(step_N, n_C)
+        head_N, step_N = head_N[by_step], step_N[by_step]
+        values_QN = np.stack([values_N[rows][by_step] for values_N in columns])
         if not _may_be_copies(step_N, values_QN):
             continue
         of_place = _beside(step_N, values_QN)
@@ -326,6 +329,16 @@ def _copies(courses: Courses) -> Iterator[Copies]:
         )
 
 
+def _by_step(step_N: Ints, n_C: Ints) -> Ints:
+    """The rows of some courses, one step after the other: as a rule all are measured at the same steps, and nothing is to sort."""
+    if (n_C == n_C[0]).all():
+        beside: Ints = np.arange(len(step_N)).reshape(len(n_C), -1).T.ravel()
+        if (np.diff(step_N[beside]) >= 0).all():
+            return beside
+    order: Ints = np.argsort(step_N, kind="stable")
+    return order
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Beside:
     """The heads of a layer side by side, step by step.
@@ -345,7 +358,7 @@ class _Beside:
 
 def _beside(step_N: Ints, values_QN: NDArray[np.float64]) -> _Beside:
     kept = np.flatnonzero(np.isfinite(values_QN).all(axis=0) & (values_QN[0] >= UNIFORM_STD))
-    order = kept[np.lexsort((values_QN[0, kept], step_N[kept]))]
+    order = kept[order_by_step(np.zeros_like(kept), step_N[kept], values_QN[0, kept])]
     values_QN = values_QN[:, order]
     is_beside = np.diff(step_N[order]) == 0
     is_copy = is_beside & (np.abs(np.diff(values_QN, axis=1)) <= SAME * np.abs(values_QN[:, 1:])).all(axis=0)
