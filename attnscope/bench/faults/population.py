@@ -207,7 +207,7 @@ def train_all(
     left = [case for case in population if case.name not in known]
     context = multiprocessing.get_context("spawn")
     with (
-        ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=50) as pool,
+        ProcessPoolExecutor(jobs, mp_context=context) as pool,
         (folder / LIST).open("a") as log,
     ):
         log.write("\n")  # ends a line that a kill cut short
