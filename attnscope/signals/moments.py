@@ -76,7 +76,8 @@ class Moments:
         self._run, self._part = folder.parent, int(match["part"])
         self._upcoming = moments()
         self._next = next(self._upcoming)
-        self._last = -1  # step that was recorded
+        self._first = 0  # step that was recorded
+        self._last = -1
         self._rows = 0
         self._alarmed: dict[str, set[int]] = {"nonfinite": set(), "diverged": set()}
         self._ahead: set[int] = set()
@@ -104,8 +105,8 @@ class Moments:
         broken = sorted({event.step + IN_A_ROW - 1 for event in events if isinstance(event.what, Nonfinite)})
         for kind, steps in (("nonfinite", broken), ("diverged", sorted(set(shown)))):
             known = self._alarmed[kind]
-            for step in steps:
-                if len(known) < MOST_OF_A_KIND:
+            for step in steps:  # alarms of a part that goes on have heard of what was before, too
+                if len(known) < MOST_OF_A_KIND and step >= self._first:
                     known.add(step)
                     self._ahead.add(step)
         while self._next <= self._last:
@@ -124,6 +125,7 @@ class Moments:
 
     def _skip_to(self, step: int) -> None:
         """A part that goes on has had its moments up to here."""
+        self._first = step
         while self._next < step:
             self._next = next(self._upcoming)
 

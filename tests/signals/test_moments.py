@@ -45,7 +45,7 @@ def test_blocks_change_nothing(tmp_path, cuts):
 
 def test_a_part_that_goes_on_is_not_asked_about_what_was_before(tmp_path):
     asked = []
-    list(Moments(asking(asked), tmp_path / "part-0000").passed(table(range(20, 40)), [], []))
+    list(Moments(asking(asked), tmp_path / "part-0000").passed(table(range(20, 40)), [], [7]))
     assert asked == [(22, 14), (34, 22)]
 
 

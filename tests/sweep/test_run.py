@@ -105,7 +105,7 @@ def test_what_rules_find_is_told_by_part_and_once(plan, tmp_path):
         workers.close()
     run = open_run(tmp_path / "r")
     told = [(what.rule, name) for _, _, what in run.happened(FoundLive) for name in what.members]
-    assert "loss_explosion" in {rule for rule, _ in told} and len(told) == len(set(told))
+    assert "nonfinite" in {rule for rule, _ in told} and len(told) == len(set(told))
     expected = [
         f"part {part} {line_of(step, what)}"
         for part in (0, 1)
@@ -115,14 +115,14 @@ def test_what_rules_find_is_told_by_part_and_once(plan, tmp_path):
 
 
 def test_a_sweep_stops_where_a_rule_finds_something(plan, tmp_path):
-    workers = LocalWorkers(1, stop_on=["loss_explosion"])
+    workers = LocalWorkers(1, stop_on=["saturated_at_start"])
     try:
         end = run_sweep(tiny(), plan, tmp_path / "r", workers=workers)
     finally:
         workers.close()
     run = open_run(tmp_path / "r")
     ((step, _, stopped),) = run.happened(Stopped)
-    assert end.status == "stopped" and stopped.on == "loss_explosion"
+    assert end.status == "stopped" and stopped.on == "saturated_at_start"
     assert run.steps["step"].max() == step < 39
     assert resume_sweep(tmp_path / "r", workers=Here()).status == "finished"
 

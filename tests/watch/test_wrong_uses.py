@@ -30,7 +30,7 @@ def said(folder, monkeypatch, *words):
         (["--rows", "0", "ok.py"], "error: --rows is '0', but must be a whole number, at least 1, or \"all\"."),
         (["--rows", "some", "ok.py"], "error: --rows is 'some', but must be a whole number, at least 1, or \"all\"."),
         (["--name", "a/b", "ok.py"], "error: --name is 'a/b', but must be the name of a folder. Use --out for where it stands."),
-        (["--stop-on", "nan", "ok.py"], "error: --stop-on is 'nan', but must be nonfinite, explosion, or a column and a threshold, as in max_logit>1e4."),
+        (["--stop-on", "nan", "ok.py"], "error: --stop-on is 'nan', but must be nonfinite, explosion, the name of a rule, or a column and a threshold, as in max_logit>1e4."),
     ],
 )  # fmt: skip
 def test_one_line_and_no_run_directory(tmp_path, monkeypatch, words, message):
