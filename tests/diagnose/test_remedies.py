@@ -102,14 +102,13 @@ CASES = (
         fault={**HALF, "precision.loss_scaling": True, "init.qk_gain": 50.0, "train.steps": 60},
         remedies=({"init.qk_gain": 1.0}, {"precision.dtype": "bfloat16", "precision.loss_scaling": False}),
     ),
+    # qk_clip and a soft-cap remove the finding, too, and hardly better the loss here: 2.96 and 2.90 after 2.97.
     Case(
         rule="logit_growth",
         fault={**PRE, "optimizer.lr": 3e-2},
         remedies=(
             {"optimizer.lr": 3e-3},
             {"attention.qk_norm": True},
-            {"attention.qk_clip": 15.0},
-            {"attention.logit_softcap": 10.0},
         ),
     ),
     Case(
