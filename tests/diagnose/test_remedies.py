@@ -26,7 +26,10 @@ SGD = {**PRE, "optimizer.name": "sgd", "optimizer.lr": 0.1, "optimizer.warmup_st
 BARE = {
     **SGD, "model.norm": "none", "model.n_layers": 4, "optimizer.lr": 1e-3, "init.embedding_std": 1.0, "train.steps": 80,
 }  # fmt: skip
-POST = {**PRE, "model.norm": "post", "model.n_layers": 4, "optimizer.warmup_steps": 0}
+DEEP = {
+    **BARE, "model.d_model": 32, "model.n_layers": 8, "model.seq_len": 16, "data.batch_size": 4, "train.steps": 40,
+}  # fmt: skip
+POST = {**PRE, "model.norm": "post", "model.n_layers": 4, "optimizer.warmup_steps": 0, "train.steps": 80}
 HALF = {**PRE, "precision.dtype": "float16", "init.qk_gain": 60.0, "train.steps": 40}
 
 
@@ -75,7 +78,7 @@ CASES = (
     ),
     Case(
         rule="missing_warmup",
-        fault={**POST, "optimizer.lr": 1e-2},
+        fault={**SGD, "optimizer.lr": 0.3, "train.steps": 60},
         remedies=({"optimizer.warmup_steps": 12},),
     ),
     Case(rule="adam_epsilon_too_large", fault={**PRE, "optimizer.eps": 1.0}, remedies=({"optimizer.eps": 1e-8},)),
@@ -96,17 +99,16 @@ CASES = (
     ),
     Case(
         rule="loss_scale_collapse",
-        fault={**HALF, "precision.loss_scaling": True},
+        fault={**HALF, "precision.loss_scaling": True, "init.qk_gain": 50.0, "train.steps": 60},
         remedies=({"init.qk_gain": 1.0}, {"precision.dtype": "bfloat16", "precision.loss_scaling": False}),
     ),
+    # qk_clip and a soft-cap remove the finding, too, and hardly better the loss here: 2.96 and 2.90 after 2.97.
     Case(
         rule="logit_growth",
         fault={**PRE, "optimizer.lr": 3e-2},
         remedies=(
             {"optimizer.lr": 3e-3},
             {"attention.qk_norm": True},
-            {"attention.qk_clip": 15.0},
-            {"attention.logit_softcap": 10.0},
         ),
     ),
     Case(
@@ -121,8 +123,8 @@ CASES = (
     ),
     Case(
         rule="rank_collapse",
-        fault={**PRE, "optimizer.lr": 0.1},
-        remedies=({"optimizer.lr": 3e-3},),
+        fault={**POST, "optimizer.lr": 1e-2},
+        remedies=({"optimizer.lr": 1e-3}, {"model.norm": "pre"}),
     ),
     Case(
         rule="uniform_attention",
@@ -131,13 +133,13 @@ CASES = (
     ),
     Case(
         rule="gradients_vanish_with_depth",
-        fault={**BARE, "init.gain": 0.03},
-        remedies=({"init.gain": 1.0}, {"model.norm": "pre"}),
+        fault={**POST, "optimizer.lr": 1e-2},
+        remedies=({"optimizer.lr": 1e-3}, {"model.norm": "pre"}),
     ),
     Case(
         rule="gradients_explode_with_depth",
-        fault={**BARE, "init.gain": 2.0, "clip.threshold": 1.0},
-        remedies=({"init.gain": 0.7}, {"model.norm": "pre"}),
+        fault={**DEEP, "init.gain": 1.4},
+        remedies=({"init.gain": 0.8}, {"model.norm": "pre"}),
     ),
     Case(
         rule="loss_explosion",
