@@ -4,17 +4,22 @@ import numpy as np
 
 from tests.diagnose.probed import ORPHANS, SIGHT, TARGETS, UPKEEP, probed
 from tests.diagnose.synthetic import heads_table, params_of_one, params_table, run_of, steps_table, watched_run_of
+from tests.diagnose.test_axes import INPUTS, OVER_BATCH, REPEATED, B
 from tests.diagnose.test_batches import curves
+from tests.diagnose.test_clipping import SCALED
 from tests.diagnose.test_collapse import alike, collapsing
 from tests.diagnose.test_data import TEXT, cross_entropy, evaluated, rising
 from tests.diagnose.test_depth import layered
 from tests.diagnose.test_heads import AT, run_with
 from tests.diagnose.test_learning_rate import overshooting
 from tests.diagnose.test_logits import grown_run, starving
-from tests.diagnose.test_modes import DROPOUT, MODE
-from tests.diagnose.test_optimizer import adam_steps, shrinking, stepping, summed
+from tests.diagnose.test_modes import DROPOUT, MODE, OTHER
+from tests.diagnose.test_norms import NORMS
+from tests.diagnose.test_optimizer import adam_steps, shrinking, stepping
 from tests.diagnose.test_precision import half, half_weights
+from tests.diagnose.test_residual_missing import FALLING, blocks
 from tests.diagnose.test_schedule import jumping, rising_early, stepped
+from tests.diagnose.test_sums import added, summed
 
 QUERIES = "softmax over the queries' axis: weights of one query do not sum to 1 over its keys (axis 3)"
 CALL = {"name": "h.0.attn", "backend": "eager", "shapes": [], "reason": QUERIES}
@@ -103,6 +108,9 @@ def flat(path, level=5.0, planned=None):
 
 RUNS = {
     "wrong_softmax_axis": lambda p: probed(p, ("not_measured", CALL), attention=()),
+    "attention_over_batch": lambda p: probed(p, ("keys_seen", OVER_BATCH), ("inputs_seen", INPUTS | {"labels": B})),
+    "norm_over_one_feature": lambda p: probed(p, ("norms_over_one", NORMS)),
+    "keys_repeated": lambda p: probed(p, ("keys_repeated", REPEATED)),
     "future_visible": lambda p: probed(
         p, ("keys_seen", SIGHT | {"layer": 0, "later": 0.45, "later_rows": 1.0}), ("targets", TARGETS)
     ),
@@ -117,8 +125,12 @@ RUNS = {
     ),
     "parameters_frozen": lambda p: probed(p, ("upkeep", UPKEEP | {"lr_zero": 2, "lr_zero_names": ["h.0.q", "h.0.k"]})),
     "gradients_accumulate": lambda p: probed(p, ("upkeep", UPKEEP | {"gradients_kept": 4}), grad_norm=np.arange(1, 31)),
+    "clipped_before_unscaling": lambda p: probed(p, ("clipped_scaled", SCALED, 3)),
+    "clipped_after_step": lambda p: probed(p, ("upkeep", UPKEEP | {"clipped_after": 20})),
     "evaluation_in_training": lambda p: probed(p, ("evaluation_in_training", MODE | {"losses_before": 9}, 1)),
     "dropout_in_evaluation": lambda p: probed(p, ("dropout_in_evaluation", DROPOUT, 10)),
+    "evaluation_scales_otherwise": lambda p: probed(p, ("attention_in_other_mode", OTHER | {"scale_ratio": 0.25}, 10)),
+    "residual_missing": lambda p: probed(p, *blocks((True, True), (False, True)), losses=FALLING),
     "repeated_batch": lambda p: watched_run_of(
         p, steps=steps_table(np.r_[5.5, np.full(60, 0.02)]), events=cross_entropy(same=20)
     ),
@@ -131,6 +143,7 @@ RUNS = {
     "half_precision_headroom": half,
     "updates_round_away": lambda p: half_weights(p, 1e-4),
     "loss_summed": lambda p: summed(p, 1.0),
+    "accumulation_not_divided": added,
     "adam_epsilon_too_large": lambda p: run_of(
         p, {"optimizer": {"name": "adamw", "eps": 1.0}}, steps=adam_steps(), params=stepping(0.1, ratio=1e-5)
     ),
