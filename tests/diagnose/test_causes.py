@@ -10,8 +10,9 @@ import attnscope
 from attnscope.diagnose import Finding, NotLooked, diagnose
 from attnscope.diagnose.blindness import NO_RATIO
 from attnscope.diagnose.rules.clipping import COSTLY_FACTOR, FEWEST_STEPS, HARMLESS_FACTOR, clipping_always_on
+from attnscope.diagnose.rules.heads import FEWEST_STEPS_TO_LEARN, UNIFORM_STD
 from attnscope.diagnose.rules.saturation import SATURATED_RATIO, saturated_at_start
-from attnscope.diagnose.rules.scale import applied_scale, unusual_scale
+from attnscope.diagnose.rules.scale import FLATTENS, applied_scale, unusual_scale
 from attnscope.findings import MOST_EVIDENCE
 from tests.diagnose.synthetic import heads_table, run_of, steps_table
 
@@ -64,6 +65,33 @@ def test_an_odd_scale_is_more_than_a_note_only_where_it_did_harm(tmp_path, chang
     found = {f.rule: f.severity for f in diagnose(run) if f.rule in ("applied_scale", "unusual_scale")}
     rules = {"warning": "applied_scale", "note": "unusual_scale"}
     assert found == ({} if severity is None else {rules[severity]: severity})
+
+
+@pytest.mark.parametrize(
+    ("uniform", "times", "last", "severity"),
+    [
+        (2, 0.03, 120, "warning"),
+        (1, 0.03, 120, "note"),  # of 4 heads
+        (2, FLATTENS, 120, "warning"),
+        (2, FLATTENS + 0.02, 120, "note"),
+        (4, 0.03, FEWEST_STEPS_TO_LEARN - 2, "note"),
+    ],
+)
+def test_a_scale_under_which_half_of_the_heads_stay_uniform_is_a_cause(tmp_path, uniform, times, last, severity):
+    std = np.full((13, 1, 1, 4), 1.1 * UNIFORM_STD)
+    std[..., :uniform] = 0.9 * UNIFORM_STD
+    steps = np.linspace(0, last, 13).astype(int)
+    heads = heads_table(1, steps, n_heads=4, logit_std=std)
+    run = run_of(
+        tmp_path / "r",
+        {"model": {"d_model": 64, "n_heads": 4, "n_layers": 1}, "attention": {"scale": times / 4}},
+        steps=steps_table(np.full(last + 1, 4.0)),
+        heads=heads,
+    )
+    (found,) = (f for f in diagnose(run) if f.rule in ("applied_scale", "unusual_scale"))
+    assert found.severity == severity
+    said = f"{uniform} of 4 heads look at all keys alike from the first step to step {last}."
+    assert found.summary.endswith(said) is (severity == "warning")
 
 
 def twins_run(path, losses, *, scale="none", heads=None, **other):

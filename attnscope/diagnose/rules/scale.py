@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from attnscope.diagnose.applied_scale import Applied, odd_scales, unseen_scales
 from attnscope.diagnose.blindness import NO_RATIO, answer, without_attention
+from attnscope.diagnose.courses import head_courses, largest_of
+from attnscope.diagnose.rules.heads import FEWEST_STEPS_TO_LEARN, UNIFORM_STD
 from attnscope.diagnose.rules.saturation import early_signals
 from attnscope.findings import Evidence, Finding, NotLooked, Severity, of_several, worst_first
 from attnscope.runs.by_member import configs_of, first_measured, mean_by_member, members_of_rows
@@ -29,6 +31,9 @@ EXPLAINS = 1.5
 # 0.14 worse; with 1/d_head (0.98 and more) 0.00 to 0.04, with twice 1/sqrt(d_head) (0.65) 0.01 to 0.03.
 SHARP_RATIO = 0.3
 WORSE = 0.06
+# Share of the heads of these layers that never leave uniform attention (`heads.UNIFORM_STD`), under a scale of at most FLATTENS.
+FLATTENS = 0.5
+STAYS_UNIFORM = 0.5
 EXPLAINED = (
     "saturated_at_start",
     "logit_growth",
@@ -56,13 +61,14 @@ def applied_scale(run: Run) -> Finding | NotLooked | None:
     What it looks at: attention.scale of each member, resolved for every layer, against 1/sqrt(d_head), SCALE_TOLERANCE of it
     aside; in watched runs, the scale that each layer was seen to apply, FITTED_TOLERANCE aside. It is a cause where harm was
     measured that it explains: a softmax that begins sharp (a mean entropy_ratio below SHARP_RATIO) under a scale of at least
-    EXPLAINS times 1/sqrt(d_head), divergence after one became saturated, or an end more than WORSE nats above that of a member
-    that differs in nothing but a scale of 1/sqrt(d_head). A learned scale is no finding.
+    EXPLAINS times 1/sqrt(d_head), divergence after one became saturated, attention that stays uniform in STAYS_UNIFORM of the
+    heads (as uniform_attention has it) under a scale of at most FLATTENS times 1/sqrt(d_head), or an end more than WORSE nats above
+    that of a member that differs in nothing but a scale of 1/sqrt(d_head). A learned scale is no finding.
     Why it matters: the dot product of two vectors of d_head independent unit-variance entries has a standard deviation
     of sqrt(d_head). What the scale does not take back is in the softmax: a larger one sharpens it until no gradient
     reaches q and k, a smaller one flattens it.
     What to try: attention.scale = inverse_sqrt.
-    Known limits: harm of a smaller scale shows only beside such a twin, and only after FEWEST_STEPS steps that both made;
+    Known limits: other harm of a smaller scale shows only beside such a twin, and only after FEWEST_STEPS steps that both made;
     watched scripts have no twin. Of a watched layer no scale is known where no single number multiplies q.k.
     Source: Vaswani et al. 2017, section 3.2.1; the thresholds: measured with pre norm, d_model 64, 200 steps, 3 seeds.
     """
@@ -191,6 +197,7 @@ def _harm(run: Run, odd: Sequence[Applied]) -> dict[str, Harm]:
     early = early_signals(run)
     at_start = _ratio_at_start(run, odd)
     twins = _twins(run, {each.member for each in odd})
+    flat = _stays_uniform(run, [each for each in odd if each.times <= FLATTENS])
     found: dict[str, Harm] = {}
     for applied in odd:
         name, sharpens = applied.member, applied.times >= EXPLAINS
@@ -207,6 +214,39 @@ def _harm(run: Run, odd: Sequence[Applied]) -> dict[str, Harm]:
             found[name] = Harm(said=said, evidence=signal)
         elif name in twins and (worse := _worse(record, records[twins[name]])):
             found[name] = worse
+        elif name in flat:
+            found[name] = flat[name]
+    return found
+
+
+def _stays_uniform(run: Run, small: Sequence[Applied]) -> dict[str, Harm]:
+    """Of these members, those whose heads stay uniform in the layers that are off."""
+    if not small:
+        return {}
+    number = {entry.name: m for m, entry in enumerate(run.entries)}
+    courses = head_courses(run, ("logit_std",), members=[number[each.member] for each in small])
+    largest_C = largest_of(courses.columns["logit_std"], courses.start_C)
+    found = {}
+    for each in small:
+        mine = np.flatnonzero((courses.member_C == number[each.member]) & np.isin(courses.layer_C, each.layers))
+        is_uniform_C = largest_C[mine] < UNIFORM_STD
+        if not len(mine) or is_uniform_C.mean() < STAYS_UNIFORM:
+            continue
+        last = int(courses.step_N[courses.end_C[mine] - 1].max())
+        if last + 1 < FEWEST_STEPS_TO_LEARN:
+            continue
+        course = mine[is_uniform_C][int(np.argmax(largest_C[mine][is_uniform_C]))]
+        said = f"{is_uniform_C.sum()} of {len(mine)} heads look at all keys alike from the first step to step {last}"
+        evidence = Evidence(
+            member=each.member,
+            step=last,
+            layer=int(courses.layer_C[course]),
+            head=int(courses.head_C[course]),
+            quantity="logit_std",
+            value=float(largest_C[course]),
+            threshold=UNIFORM_STD,
+        )
+        found[each.member] = Harm(said=said, evidence=evidence)
     return found
 
 
