@@ -260,7 +260,8 @@ def _append_heads(writer: Any, layer: SeenLayer) -> None:
     n_heads = len(columns["entropy"])
     keys = {"step": 0, "member": 0, "layer": layer.seen.layer}
     columns |= {name: np.full(n_heads, value) for name, value in keys.items()}
-    writer.append("heads", {**columns, "head": np.arange(n_heads)})
+    no_update = np.full(n_heads, np.nan)
+    writer.append("heads", {**columns, "head": np.arange(n_heads), "attn_form_update_ratio": no_update})
 
 
 def _append_step(writer: Any, passed: Passed) -> None:

@@ -1,7 +1,10 @@
 """Between who records and the disk: the one place where what is recorded is looked at while training goes on."""
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import FrameType
 
 from attnscope.runs.events import Event
 from attnscope.runs.part_writer import PartWriter
@@ -14,6 +17,23 @@ FLUSH_SECONDS = 0.75  # between blocks: a killed process loses at most this and 
 
 # A context for one thing that may go wrong, by what it is.
 Trying = Callable[[str], AbstractContextManager[object]]
+
+
+@contextmanager
+def interrupts_wait() -> Iterator[None]:
+    """Ctrl-C inside of it is heard behind it: a block that has left memory gets to the disk, and rules are not asked by halves."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    came: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came:
+            before(*came[0])
 
 
 class Journal:

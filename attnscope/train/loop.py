@@ -15,7 +15,7 @@ from attnscope.runs.events import Dropped, Evaluated, Event, Generated, Stopped
 from attnscope.runs.part_writer import PartWriter
 from attnscope.signals.alarms import Alarms
 from attnscope.signals.conditions import Condition
-from attnscope.signals.journal import FLUSH_SECONDS, Journal
+from attnscope.signals.journal import FLUSH_SECONDS, Journal, interrupts_wait
 from attnscope.signals.moments import Live
 from attnscope.train import evaluation
 from attnscope.train.block import Block
@@ -70,8 +70,9 @@ def train_part(
 
     def hand_over(*extra: Event) -> None:
         nonlocal met
-        block, tables = recorder.flush(part.alive) if recorder else (None, {})
-        events = [*journal.add(tables), *extra]
+        with interrupts_wait():
+            block, tables = recorder.flush(part.alive) if recorder else (None, {})
+            events = [*journal.add(tables), *extra]
         met = met or journal.met(conditions, {**tables, "losses": tables.get("steps", {})})
         on_progress(Progress(steps_done=part.step, block=block, events=events))
 

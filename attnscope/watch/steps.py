@@ -148,7 +148,6 @@ class Steps:
                 self._residual.attend(self.now.number, module, seen)
             if layer is not None:
                 self._probes.attention(self.now, layer, module, seen)
-            if layer is not None and torch.is_grad_enabled():
                 with self._guard.measuring("attention form", self.now.number):
                     self._forms.attention(layer, module, seen)
 

@@ -22,7 +22,7 @@ from attnscope.capture.patches import Patches
 from attnscope.capture.seen import Seen
 from attnscope.errors import RunError, RunWriteError
 from attnscope.runs.events import SnapshotFailed, SnapshotTaken, Stopped
-from attnscope.signals.journal import FLUSH_SECONDS
+from attnscope.signals.journal import FLUSH_SECONDS, interrupts_wait
 from attnscope.watch.finite import Finite, Outputs
 from attnscope.watch.guard import MOST_TEXT, Guard, one_line
 from attnscope.watch.layers import Layers
@@ -360,7 +360,7 @@ class Watcher:
             stop(condition, found)
 
     def _flush(self, step: int) -> Tables | None:
-        with self._seeing.undisturbed():
+        with interrupts_wait(), self._seeing.undisturbed():
             self._first_looks.flush(self._steps.now)
             return self._guard.write("records", step, lambda: self._recorder.flush(self._guard.measuring))
 

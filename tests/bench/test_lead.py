@@ -136,4 +136,4 @@ def test_traces_of_a_run_end_where_it_diverged(tmp_path):
     first = run.heads[run.heads["step"] == 0]
     assert traces["max_logit"].values[0] == pytest.approx(first["max_logit"].max(), rel=0.01)
     assert traces["entropy"].values[0] == pytest.approx(first["entropy"].min(), rel=0.01)
-    assert "attn_form_update_ratio" not in traces or "attn_form_update_ratio" in run.params
+    assert traces["attn_form_update_ratio"].values[0] == pytest.approx(first["attn_form_update_ratio"].max(), rel=0.01)

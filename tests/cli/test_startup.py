@@ -1,35 +1,21 @@
 """`--help` and `report` never import what they do not need."""
 
-import resource
 import subprocess
 import sys
 
 import pytest
 
 HEAVY = {"torch", "pandas", "matplotlib", "numpy", "pyarrow"}
+# Of modules, for a command line that is quick on every machine: with what draws its help it takes 320, numpy alone 150 more.
+MOST_MODULES = 400
 
 
-def imported_by(code, times=1):
-    """Which heavy modules a fresh interpreter has loaded after running `code`, and its CPU seconds.
-
-    The least of several times: a neighbour on the machine adds CPU time (shared caches, clock), never takes any away.
-    """
-    took = []
-    for _ in range(times):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                f"{code}\nimport sys; print(sorted({HEAVY!r} & set(sys.modules)))",
-            ],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        took.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    return set(eval(done.stdout.splitlines()[-1], {})), min(took)
+def imported_by(code):
+    """Which heavy modules a fresh interpreter has loaded after running `code`, and how many in all."""
+    told = f"{code}\nimport sys; print((sorted({HEAVY!r} & set(sys.modules)), len(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)
+    heavy, count = eval(done.stdout.splitlines()[-1], {})
+    return set(heavy), count
 
 
 def calling(*words):
@@ -45,14 +31,14 @@ def calling(*words):
     [(), ("train",), ("preflight",), ("watch",), ("check",), ("report",), ("diagnose",), ("export",), ("runs",), ("bench", "overhead")],
 )  # fmt: skip
 def test_help_is_quick_and_imports_nothing_heavy(words):
-    heavy, seconds = imported_by(calling(*words, "--help"), times=5)
+    heavy, modules = imported_by(calling(*words, "--help"))
     assert heavy == set()
-    assert seconds < 0.25
+    assert modules <= MOST_MODULES
 
 
 def test_the_import_test_can_fail():
-    heavy, seconds = imported_by("import torch", times=2)
-    assert "torch" in heavy and seconds > 0.25
+    heavy, modules = imported_by("import torch")
+    assert "torch" in heavy and modules > MOST_MODULES
 
 
 def test_importing_attnscope_costs_nothing():

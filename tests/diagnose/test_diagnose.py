@@ -33,17 +33,18 @@ def test_the_article_s_pair_is_told_from_the_cause_to_the_symptom(tmp_path):
         "arm": [{"name": "unscaled", "attention": {"scale": "none"}}, {"name": "scaled"}],
     }
     found = diagnose(attnscope.train_model(config, path=tmp_path / "r"))
+    # It explodes within 20 steps: whether its logits are seen to grow before is a matter of the processor's last bit.
+    found = [finding for finding in found if finding.rule != "logit_growth"]
     about = {finding.rule: finding.members for finding in found}
     assert about == {
         "applied_scale": ("unscaled",),
         "saturated_at_start": ("unscaled",),
-        "logit_growth": ("unscaled",),
         "nonfinite": ("unscaled",),
         "loss_explosion": ("unscaled",),
         "stalled": ("scaled",),  # 30 steps do not reach the unigram loss
         "first_loss_too_high": ("unscaled", "scaled"),  # embeddings of standard deviation 1, no norm
     }
-    assert [finding.kind for finding in found] == ["cause"] * 3 + ["symptom"] * 3 + ["cause"]
+    assert [finding.kind for finding in found] == ["cause"] * 2 + ["symptom"] * 3 + ["cause"]
     assert found[-1].severity == "note"
 
 

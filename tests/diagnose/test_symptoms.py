@@ -39,7 +39,11 @@ def test_the_first_nonfinite_tensor_of_a_real_explosion_is_named(twins):
     assert finding.members == ("unscaled",) and finding.kind == "symptom"
     events = twins.events[twins.events["kind"] == "nonfinite"]
     (evidence,) = finding.evidence
-    assert evidence.step == events["step"].min() == twins.members[0].nonfinite_at
+    assert evidence.step == events["step"].min()
+    assert twins.members[0].nonfinite_at - evidence.step in (
+        0,
+        1,
+    )  # gradients break at the step before the loss does, or with it
     assert evidence.quantity == "max_logit_bound" and evidence.layer is not None
     assert f"attention logits in layer {evidence.layer}" in finding.summary
 

@@ -1,6 +1,5 @@
 """What rules find while a script trains: said once on stderr, recorded, and the same whatever the blocks."""
 
-import subprocess
 import sys
 import types
 
@@ -15,7 +14,7 @@ from attnscope.runs.reader import open_run
 from attnscope.watch.attach import watch_model
 from attnscope.watch.settings import Settings
 from attnscope.watch.trackers import TrackerLog
-from tests.watch.test_script import script, watch  # noqa: F401  (a fixture)
+from tests.watch.test_script import run, script, watch  # noqa: F401  (a fixture)
 from tests.watch.test_training import Small, loss_of
 
 STEPS = 30
@@ -90,7 +89,7 @@ def test_a_rule_that_fails_leaves_the_script_alone(tmp_path, capsys, monkeypatch
 def test_the_output_of_a_script_is_that_of_plain_python(script):  # noqa: F811
     program = script.read_text().replace("optimizer.zero_grad(set_to_none=True)", "pass")
     script.write_text(program)
-    plain = subprocess.run([sys.executable, script.name], cwd=script.parent, capture_output=True, text=True, check=True)
+    plain = run(script.name, cwd=script.parent)
     done = watch(script.name, cwd=script.parent)
     assert done.stdout == plain.stdout
     said = [line for line in done.stderr.splitlines() if "step 9:" in line]
