@@ -79,7 +79,6 @@ RULES: tuple[Rule, ...] = (
     clipping_always_on,
     logit_growth,
     entropy_collapse,
-    rank_collapse,
     uniform_attention,
     starved_queries_and_keys,
     identical_heads,
@@ -94,6 +93,7 @@ RULES: tuple[Rule, ...] = (
     loss_spike,
     loss_too_low,
     plateau,
+    rank_collapse,
     stalled,
     failed,
 )

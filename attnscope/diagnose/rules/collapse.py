@@ -10,6 +10,7 @@ import numpy as np
 from attnscope.diagnose.blindness import answer, without_attention, without_config, without_steps
 from attnscope.diagnose.concern import Concern, finding_of
 from attnscope.diagnose.courses import Courses, courses_by_member, head_courses, layer_courses, step_courses, too_short
+from attnscope.diagnose.rules.data import plateaus
 from attnscope.diagnose.rules.logits import LARGE_STD, severity_of
 from attnscope.findings import Evidence, Finding, NotLooked, Severity
 from attnscope.runs.by_member import configs_of, members_of_rows
@@ -162,7 +163,8 @@ def rank_collapse(run: Run) -> Finding | NotLooked | None:
     (model.norm = post); model.norm = pre.
     Known limits: it does not look where only some tokens are scored (recall, modular, masked tokens; in watched scripts, a
     cross-entropy of fewer than FEWEST_SCORED targets for each sequence of the batch, or none that was seen): what becomes of
-    the others is nobody's concern. It is a note while the loss still falls.
+    the others is nobody's concern. It is a note while the loss still falls, and no worse than the plateau that the loss is on:
+    where targets do not follow from inputs, shuffled ones for instance, tokens become alike, too.
     Source: MEASURED_ALIKE; the mechanism: Dong et al. 2021.
     """
     courses = step_courses(run, "token_cosine")
@@ -183,6 +185,7 @@ def rank_collapse(run: Run) -> Finding | NotLooked | None:
         too_short(run, courses, what="token_cosine") | unrecorded | partly | without_config(run) | without_steps(run)
     )
     concerns = []
+    stuck = plateaus(run)
     severity: Severity
     for member, (course,) in courses_by_member(courses, np.flatnonzero(is_alike_C)):
         name = run.entries[member].name
@@ -194,25 +197,23 @@ def rank_collapse(run: Run) -> Finding | NotLooked | None:
             f"{courses.first('token_cosine')[course]:.2g} at first, above {ALIKE:g} from step {step} on, and {end:.4g} at the end."
         )
         piece = Evidence(member=name, step=step, quantity="token_cosine", value=end, threshold=ALIKE)
-        severity = "note" if run.members[member].is_falling else severity_of(run.members[member])
+        severity = "note" if run.members[member].is_falling else stuck.get(name, severity_of(run.members[member]))
         concerns.append(Concern(member=name, step=step, badness=end, said=said, evidence=(piece,), severity=severity))
     finding = finding_of(
         run,
         concerns,
         rule="rank_collapse",
         title="All tokens become alike",
-        kind="cause",
+        kind="symptom",
         several="have tokens that become alike",
         remedy=(
-            "Lower optimizer.lr and warm up longer (optimizer.warmup_steps), above all with model.norm = post; or normalize "
-            "before attention (model.norm = pre)."
+            "Where targets belong to their inputs, lower optimizer.lr and warm up longer (optimizer.warmup_steps), above all with "
+            "model.norm = post; or normalize before attention (model.norm = pre)."
         ),
         source=MEASURED_ALIKE,
         explains=(
             "uniform_attention",
             "starved_queries_and_keys",
-            "loss_rises",
-            "plateau",
             "loss_explosion",
             "stalled",
         ),

@@ -195,7 +195,34 @@ def plateau(run: Run) -> Finding | NotLooked | None:
     a note where all classes are alike likely, or where fewer than MOST_SCORED of the targets count. Of more classes than the first targets can tell, only ln(classes) is known.
     Source: MEASURED_PLATEAU.
     """
-    concerns, blind, levels, seen = [], without_levels(run), levels_of(run), cross_entropies(run)
+    concerns, blind = _plateaus(run)
+    finding = finding_of(
+        run,
+        concerns,
+        rule="plateau",
+        title="The loss stays at what frequencies alone give",
+        kind="symptom",
+        several="learn nothing from their inputs",
+        remedy=(
+            "See whether the targets belong to the inputs (shuffled apart, shifted by one too many), and whether attention, "
+            "positions and the learning rate are right (other findings)."
+        ),
+        source=MEASURED_PLATEAU,
+        explains=("stalled",),
+    )
+    return answer(run, "plateau", finding, blind | without_loss(run))
+
+
+def plateaus(run: Run) -> dict[str, Severity]:
+    """Members whose loss stays where nothing but frequencies is learned, and how bad that is."""
+    return {concern.member: concern.severity for concern in _plateaus(run)[0]}
+
+
+def _plateaus(run: Run) -> tuple[list[Concern], dict[str, str]]:
+    """What `plateau` has against members, and of which it could not tell."""
+    levels, seen = levels_of(run), cross_entropies(run)
+    concerns: list[Concern] = []
+    blind = without_levels(run)
     hard = _score_few(run)
     for m, step_S, loss_S in losses_before(run):
         record = run.members[m]
@@ -236,21 +263,7 @@ def plateau(run: Run) -> Finding | NotLooked | None:
                 severity=severity,
             )
         )
-    finding = finding_of(
-        run,
-        concerns,
-        rule="plateau",
-        title="The loss stays at what frequencies alone give",
-        kind="symptom",
-        several="learn nothing from their inputs",
-        remedy=(
-            "See whether the targets belong to the inputs (shuffled apart, shifted by one too many), and whether attention, "
-            "positions and the learning rate are right (other findings)."
-        ),
-        source=MEASURED_PLATEAU,
-        explains=("stalled",),
-    )
-    return answer(run, "plateau", finding, blind | without_loss(run))
+    return concerns, blind
 
 
 def _score_few(run: Run) -> set[str]:
