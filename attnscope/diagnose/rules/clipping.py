@@ -104,7 +104,7 @@ def clipping_always_on(run: Run) -> Finding | NotLooked | None:
             "gradient norm."
         ),
         source="Pascanu et al. 2013; measured: above a median of 0.5 the final loss is that without clipping",
-        explains=("stalled",),
+        explains=("learning_rate_too_low", "plateau", "stalled"),
     )
     return answer(run, "clipping_always_on", finding, blind)
 
