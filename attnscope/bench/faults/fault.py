@@ -30,6 +30,8 @@ class Fault:
         strengths: what it changes in a recipe, the weaker first; empty: it is put into runs of the lab alone.
         lab: what it changes in a config, the weaker first; empty: it is put into programs under watch alone.
         is_structural: it is a fault whether or not a short training is the worse for it.
+        is_slow: training breaks late and by and by: how long before signals know takes many such programs, so that a small
+            population has all of them.
         fits: recipes that it can be put into, and in which it matters.
         fits_lab: the same of configs.
     """
@@ -39,6 +41,7 @@ class Fault:
     strengths: tuple[Changes, ...] = ()
     lab: tuple[Changes, ...] = ()
     is_structural: bool = False
+    is_slow: bool = False
     fits: Callable[[Recipe], bool] = everything
     fits_lab: Callable[[Config], bool] = everything
 

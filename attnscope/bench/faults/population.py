@@ -79,7 +79,7 @@ def cases(*, n_seeds: int = 3, n_healthy: int = N_HEALTHY, strongest: bool = Fal
     Args:
         n_seeds: of each half.
         n_healthy: programs without a fault, beside the twins.
-        strongest: each fault at its greatest strength only, in SMALL_BASES bases.
+        strongest: each fault at its greatest strength only, in SMALL_BASES bases, but slow ones.
     """
     watched = (*_watched(n_seeds, strongest=strongest), *_healthy_watched(n_healthy - n_healthy // 3))
     return (*watched, *_in_lab(n_seeds, strongest=strongest), *_healthy_in_lab(n_healthy // 3))
@@ -90,14 +90,16 @@ def _watched(n_seeds: int, *, strongest: bool) -> Iterator[Program]:
     for half, names in _halves(BASES).items():
         kept = [name for name in names if name in here]
         chosen = {
-            fault.name: _some([name for name in kept if fault.fits(BASES[name])], number, all_of_them=not strongest)
+            fault.name: _some(
+                [name for name in kept if fault.fits(BASES[name])], number, all_of_them=fault.is_slow or not strongest
+            )
             for number, fault in enumerate(FAULTS)
         }
         for base, seed in itertools.product(kept, SEEDS[half][:n_seeds]):
             seeded = replace(BASES[base], seed=seed)
             yield _program(TWIN, base, 0, half, seeded, seed)
             for fault in FAULTS:
-                for strength, changes in _strengths(fault.strengths, strongest=strongest):
+                for strength, changes in _strengths(fault.strengths, strongest=strongest and not fault.is_slow):
                     if base in chosen[fault.name]:
                         yield _program(fault.name, base, strength, half, changed(seeded, changes), seed)
 
@@ -108,14 +110,14 @@ def _in_lab(n_seeds: int, *, strongest: bool) -> Iterator[Program]:
             fault.name: _some(
                 [name for name in names if fault.fits_lab(config_of(name, {}, seed=0))],
                 number,
-                all_of_them=not strongest,
+                all_of_them=fault.is_slow or not strongest,
             )
             for number, fault in enumerate(FAULTS)
         }
         for base, seed in itertools.product(names, SEEDS[half][:n_seeds]):
             yield _program(TWIN, base, 0, half, config_of(base, {}, seed=seed), seed)
             for fault in FAULTS:
-                for strength, changes in _strengths(fault.lab, strongest=strongest):
+                for strength, changes in _strengths(fault.lab, strongest=strongest and not fault.is_slow):
                     if base in chosen[fault.name]:
                         config = config_of(base, changes, seed=seed)
                         yield _program(fault.name, base, strength, half, config, seed)

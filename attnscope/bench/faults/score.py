@@ -28,10 +28,12 @@ class Answer:
     Attributes:
         answered: the program and what was said.
         is_harmful: it died or diverged, its held-out loss is worse than its twin's, or the fault is structural.
+        is_worse: harm of it was measured.
     """
 
     answered: Answered
     is_harmful: bool
+    is_worse: bool = True
 
     @property
     def done(self) -> Done:
@@ -64,7 +66,7 @@ class KindScore:
         fault: its name.
         programs: in which it did.
         harmless: in which it did not.
-        detected: share in which an error or a warning was found.
+        detected: share in which an error or a warning was found, or, where nothing measured is the worse for it, a note that names it.
         named: share in which what is told first is right.
         layer: share of these in which the first layer named is one that the fault is in; None = it is in all, or is not named.
         step: median of the steps from which on what is told first, and right, shows; None = none has a step.
@@ -89,7 +91,8 @@ class Score:
         half: which.
         kinds: of faults.
         harmful: programs with a fault that did harm.
-        detected: share of them in which an error or a warning was found.
+        detected: share of them in which an error or a warning was found, or, where nothing measured is the worse for it, a note that
+            names it: more would be said than is known.
         named: share of them in which what is told first is right.
         healthy: programs without a fault that trained.
         errors_per_healthy: findings of severity error.
@@ -132,7 +135,7 @@ def answers(population: Sequence[Answered]) -> list[Answer]:
         else:
             is_broken = mine.error is not None or math.isinf(worth(mine)) or each.diverged_at is not None
             is_harmful = is_broken or is_worse or mine.fault in structural
-            judged.append(Answer(answered=each, is_harmful=is_harmful))
+            judged.append(Answer(answered=each, is_harmful=is_harmful, is_worse=is_broken or is_worse))
     return judged
 
 
@@ -147,7 +150,7 @@ def score(said: Sequence[Answer], half: str = REPORTED) -> Score:
         half=half,
         kinds=tuple(_of_kind(fault, mine) for fault in FAULTS),
         harmful=len(harmful),
-        detected=_share(bool(answer.told) for answer in harmful),
+        detected=_share(_is_seen(answer) for answer in harmful),
         named=_share(_is_right(answer) for answer in harmful),
         healthy=len(healthy),
         errors_per_healthy=_per_program(healthy, "error"),
@@ -192,12 +195,17 @@ def _of_kind(fault: Fault, mine: Sequence[Answer]) -> KindScore:
         fault=fault.name,
         programs=len(programs),
         harmless=sum(answer.done.fault == fault.name and not answer.is_harmful for answer in mine),
-        detected=_share(bool(answer.told) for answer in programs),
+        detected=_share(_is_seen(answer) for answer in programs),
         named=len(right) / len(programs) if programs else math.nan,
         layer=_share(each for each in in_layers if each is not None) if {True, False} & {*in_layers} else None,
         step=statistics.median(steps) if steps else None,
         instead=tuple(rule for rule, _ in Counter(f.rule for f in firsts if f.rule not in fault.right).most_common()),
     )
+
+
+def _is_seen(answer: Answer) -> bool:
+    names_it = any(said.rule in _right_of(answer) for said in answer.answered.findings)
+    return bool(answer.told) or (names_it and not answer.is_worse)
 
 
 def _is_right(answer: Answer) -> bool:

@@ -15,7 +15,7 @@ HOW = (
     "Programs in plain PyTorch under watch and runs of the lab, with a known fault in them and without, are asked every rule. A "
     "fault counts where it did harm: the program died or diverged, its held-out loss is worse than that of its twin without the fault "
     "by more than seeds differ, or the fault is structural (a leak, a parameter that does not train). Detected: an error or a warning "
-    "was found. Right first: what is told first is a rule that names this fault. What could be tuned was tuned on one half of "
+    "was found, or, where nothing measured is the worse for a structural fault, a note that names it. Right first: what is told first is a rule that names this fault. What could be tuned was tuned on one half of "
     "the base programs and seeds; the numbers are those of the other half."
 )
 

@@ -81,6 +81,7 @@ TRAINING: tuple[Fault, ...] = (
         name="learning rate grows",
         right=("learning_rate_too_high",),
         strengths=({"lr_growth": 1.03}, {"lr_growth": 1.05}),  # after 150 steps 80 and 1,400 times as high
+        is_slow=True,
     ),
     Fault(
         name="momentum too close to 1",

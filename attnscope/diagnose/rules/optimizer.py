@@ -122,7 +122,15 @@ def weight_decay_too_strong(run: Run) -> Finding | NotLooked | None:
         several="have weights that shrink away",
         remedy="Try a tenth of optimizer.weight_decay: what counts is lr x weight_decay x steps.",
         source=DECAY_SOURCE,
-        explains=("uniform_attention", "gradients_vanish_with_depth", "stalled", "plateau", "loss_rises"),
+        explains=(
+            "starved_queries_and_keys",
+            "uniform_attention",
+            "gradients_vanish_with_depth",
+            "stalled",
+            "plateau",
+            "rank_collapse",
+            "loss_rises",
+        ),
     )
     return answer(run, "weight_decay_too_strong", finding, blind | without_steps(run))
 
