@@ -1,6 +1,7 @@
 """`attnscope sweep` and `attnscope compare`, as a person types them."""
 
 import json
+import re
 import signal
 import time
 
@@ -58,9 +59,10 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing(folder):
     done = attnscope("sweep", "lr.toml", "--dry-run", "--name", "dry", cwd=folder)
     assert done.returncode == 0 and not (folder / "runs" / "dry").exists()
     assert "optimizer.lr     0.001, 0.01, 0.1    0.001" in done.stdout
-    assert "12 members in 1 part, 1 at a time: about " in done.stdout
+    # How many are trained at once is measured: on a machine that is busy it may be any number.
+    assert re.search(r"12 members in \d+ parts?, 1 at a time: about ", done.stdout)
     plan = json.loads(attnscope("sweep", "lr.toml", "--dry-run", "--json", cwd=folder).stdout)
-    assert [part["members"] for part in plan["parts"]] == [12] and plan["seconds"] > 0
+    assert sum(part["members"] for part in plan["parts"]) == 12 and plan["seconds"] > 0
     assert len({member["name"] for member in plan["members"]}) == 12
 
 
