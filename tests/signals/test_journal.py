@@ -11,6 +11,14 @@ from attnscope.signals.journal import interrupts_wait
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of a process")
 
 
+@pytest.fixture(autouse=True)
+def handler_of_python():
+    """Processes that a shell starts in the background ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_ctrl_c_is_heard_when_the_block_is_written():
     done = []
     with pytest.raises(KeyboardInterrupt), interrupts_wait():
