@@ -1,7 +1,7 @@
 """Probes: what no table shows is looked at once, in the first steps, and said in an event.
 
-Sights and targets, inputs and keys, norms, clips, upkeep and orphans, modes; each costs a few small tensors or a look at Python objects, and where one fails
-the others go on.
+Sights and targets, inputs and keys, norms, clips, upkeep and orphans, modes and what evaluation does otherwise; each costs a few
+small tensors or a look at Python objects, and where one fails the others go on.
 """
 
 from collections.abc import Sequence

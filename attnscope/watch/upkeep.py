@@ -79,9 +79,8 @@ class Optimizers:
         self._on_event = on_event
         self._optimizers: weakref.WeakKeyDictionary[torch.optim.Optimizer, _Kept] = weakref.WeakKeyDictionary()
         self._all: list[_Kept] = []
-        self._waits_since: int | None = (
-            None  # the step at which the first updates were over; None = it was told, or they are not
-        )
+        # the step at which the first updates were over; None = it was told, or they are not
+        self._waits_since: int | None = None
         self._is_over = False
 
     @property
@@ -126,9 +125,8 @@ class Optimizers:
         ids = {id(p) for p in parameters}
         mine = [kept for kept in self._all if any((p := ref()) is not None and id(p) in ids for ref in kept.samples)]
         for kept in mine:
-            if (
-                isinstance(threshold, float) and threshold == math.inf
-            ):  # nothing is clipped: who calls it wants to know the norm
+            # Who clips at infinity wants to know the norm.
+            if isinstance(threshold, float) and threshold == math.inf:
                 continue
             if kept.is_due:
                 kept.clipped += 1
