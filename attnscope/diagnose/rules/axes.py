@@ -2,8 +2,8 @@
 
 from attnscope.diagnose.blindness import answer, without_attention, without_config, without_steps
 from attnscope.diagnose.concern import Concern, finding_of
-from attnscope.diagnose.rules.masks import layer_names, named
-from attnscope.findings import Evidence, Finding, NotLooked, Severity
+from attnscope.diagnose.rules.masks import evidence_of, layer_names, named
+from attnscope.findings import Finding, NotLooked, Severity
 from attnscope.runs.probe_events import InputsSeen, KeysRepeated, KeysSeen, TargetsSeen
 from attnscope.runs.probed import Told, inputs_of, told
 from attnscope.runs.reader import Run
@@ -118,17 +118,7 @@ def keys_repeated(run: Run) -> Finding | NotLooked | None:
                 step=worst.step,
                 badness=float(len(mine)),
                 said=said,
-                evidence=tuple(
-                    Evidence(
-                        member=each.member,
-                        step=each.step,
-                        layer=each.what.layer,
-                        quantity="events",
-                        value=float(each.what.heads),
-                        threshold=0.0,
-                    )
-                    for each in (dead or mine)
-                ),
+                evidence=tuple(evidence_of(each, each.what.heads) for each in (dead or mine)),
                 severity=severity,
             )
         )
@@ -185,17 +175,7 @@ def _over_batch(layers: list[Told[KeysSeen]], names: dict[tuple[str, int], str])
         step=first.step,
         badness=float(len(layers)),
         said=said,
-        evidence=tuple(
-            Evidence(
-                member=each.member,
-                step=each.step,
-                layer=each.what.layer,
-                quantity="events",
-                value=float(each.what.queries),
-                threshold=float(each.what.batch or 0),
-            )
-            for each in layers
-        ),
+        evidence=tuple(evidence_of(each, each.what.queries, threshold=each.what.batch or 0) for each in layers),
         severity="error",
     )
 

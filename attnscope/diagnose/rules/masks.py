@@ -8,8 +8,8 @@ from attnscope.diagnose.concern import Concern, finding_of
 from attnscope.findings import Evidence, Finding, NotLooked
 from attnscope.runs.by_member import configs_of
 from attnscope.runs.events import Nonfinite
-from attnscope.runs.probe_events import KeysSeen, RowsWithoutKeys
-from attnscope.runs.probed import told
+from attnscope.runs.probe_events import KeysRepeated, KeysSeen, RowsWithoutKeys
+from attnscope.runs.probed import Told, told
 from attnscope.runs.reader import Run
 from attnscope.runs.watched import attention_layers, not_measured
 
@@ -59,17 +59,7 @@ def rows_fully_masked(run: Run) -> Finding | NotLooked | None:
                         else "; what they read means nothing."
                     )
                 ),
-                evidence=tuple(
-                    Evidence(
-                        member=each.member,
-                        step=each.step,
-                        layer=each.what.layer,
-                        quantity="events",
-                        value=float(each.what.rows),
-                        threshold=0.0,
-                    )
-                    for each in mine
-                ),
+                evidence=tuple(evidence_of(each, each.what.rows) for each in mine),
                 severity="error" if breaks else "note",
             )
         )
@@ -237,6 +227,20 @@ def _without_attention(run: Run) -> dict[str, str]:
 def layer_names(run: Run) -> dict[tuple[str, int], str]:
     """Member and number of an attention layer of a watched run to the path of its module."""
     return {(each.member, each.layer): each.name for each in attention_layers(run)}
+
+
+def evidence_of(
+    each: Told[RowsWithoutKeys] | Told[KeysSeen] | Told[KeysRepeated], value: int, *, threshold: int = 0
+) -> Evidence:
+    """What a probe told of an attention layer, and the number in it that counts."""
+    return Evidence(
+        member=each.member,
+        step=each.step,
+        layer=each.what.layer,
+        quantity="events",
+        value=float(value),
+        threshold=float(threshold),
+    )
 
 
 def named(names: dict[tuple[str, int], str], member: str, layer: int) -> str:
