@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from attnscope.bench.faults.answered import Answered, Said
 from attnscope.bench.faults.kinds import FAULTS, Fault
 from attnscope.bench.faults.lead import LeadTable, lead_table
-from attnscope.bench.faults.population import HEALTHY, REPORTED, Done, worth
+from attnscope.bench.faults.population import HEALTHY, REPORTED, TWIN, Done, worth
 from attnscope.findings import Confidence
 
-TWIN = "twin"
 NOISE = 3.0  # standard deviations between seeds, from which on a loss is worse than its twin's
 LEAST = 0.02  # nats: less is no harm however alike the seeds are
 
